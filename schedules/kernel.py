@@ -11,7 +11,7 @@ Kernel names carry types: f32_ is the activation, bf16w_ or mxfp4w_ the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +77,7 @@ class Kernel:
         after the fresh outputs
     outputs(inputs, **static) -> [(shape, dtype)] of the fresh outputs, in the PrimFunc's order
     unpack(target, outputs, **static) -> outputs in the reference's layout, where it differs
+    needs: CPU features without which the kernel has no schedule
     """
 
     name: str
@@ -88,7 +89,8 @@ class Kernel:
     pack: Callable[..., list[np.ndarray]] = _as_stored
     inplace: tuple[str, ...] = ()
     unpack: Callable[..., list[np.ndarray]] | None = None
-    targets: tuple[TargetKind, ...] = field(default=TARGET_KINDS)
+    targets: tuple[TargetKind, ...] = TARGET_KINDS
+    needs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

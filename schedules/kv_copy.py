@@ -1,0 +1,132 @@
+"""Copy whole pages of one layer's KV cache: copy-on-write of a shared, half-filled page.
+
+    kv [pages, 2, Hkv, 16·D], updated in place   source, destination i32 [c]
+    kv[destination[i]] = kv[source[i]]
+
+The copies have no order: no page may be a destination twice, or a destination and a source.
+
+Roofline: reads and writes 2·16·Hkv·D elements a page (16 KiB each way at 20b in float16).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import tvm
+
+from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .kv_append import PAGE_TOKENS, kv_shape
+
+NAME = "kv_copy_pages"
+LANES = 16
+
+
+def kv_copy_pages_ref(
+    kv: np.ndarray, source: np.ndarray, destination: np.ndarray, **_static: object
+) -> tuple[np.ndarray]:
+    """The new kv, in float64."""
+    new = kv.astype(np.float64)
+    new[destination] = new[source]
+    return (new,)
+
+
+def kv_copy_pages_items(*, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.PrimFunc:
+    """One item an element, unscheduled."""
+    width = PAGE_TOKENS * head_dim
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(kv_p: T.handle, source_p: T.handle, destination_p: T.handle):
+        c, pages = T.int64(), T.int64()
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        source = T.match_buffer(source_p, (c,), "int32")
+        destination = T.match_buffer(destination_p, (c,), "int32")
+        for i, part, h, e in T.grid(c, 2, kv_heads, width):
+            with T.sblock("item"):
+                vi, vp, vh, ve = T.axis.remap("SSSS", [i, part, h, e])
+                kv[T.Cast("int64", destination[vi]), vp, vh, ve] = kv[
+                    T.Cast("int64", source[vi]), vp, vh, ve
+                ]
+
+    return main
+
+
+def _cpu(kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.PrimFunc:
+    vectors = PAGE_TOKENS * head_dim // LANES
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(kv_p: T.handle, source_p: T.handle, destination_p: T.handle):
+        c, pages = T.int64(), T.int64()
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        source = T.match_buffer(source_p, (c,), "int32")
+        destination = T.match_buffer(destination_p, (c,), "int32")
+        for item in T.parallel(c * 2 * kv_heads):
+            with T.sblock("item"):
+                v = T.axis.spatial(c * 2 * kv_heads, item)
+                i: T.let = v // (2 * kv_heads)
+                part: T.let = v // kv_heads % 2
+                h: T.let = v % kv_heads
+                from_page: T.let = T.Cast("int64", source[i])
+                to_page: T.let = T.Cast("int64", destination[i])
+                for e in T.serial(vectors):
+                    for lane in T.vectorized(LANES):
+                        kv[to_page, part, h, e * LANES + lane] = kv[
+                            from_page, part, h, e * LANES + lane
+                        ]
+
+    return scheduled(main, NAME, "heads of pages in parallel")
+
+
+@lru_cache(maxsize=None)
+def kv_copy_pages(
+    target: Target, *, kv_heads: int, head_dim: int, kv_dtype: str
+) -> tvm.tirx.PrimFunc:
+    """(kv, source, destination) -> None, kv updated in place; scheduled for `target`."""
+    if target.is_gpu:
+        items = kv_copy_pages_items(kv_heads=kv_heads, head_dim=head_dim, kv_dtype=kv_dtype)
+        return bind_items(items, NAME)
+    return _cpu(kv_heads, head_dim, kv_dtype)
+
+
+def _case(
+    name: str,
+    pages: int,
+    source: list[int],
+    destination: list[int],
+    kv_heads: int,
+    head_dim: int,
+    kv_dtype: str,
+) -> Case:
+    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {
+            "kv": rng.standard_normal(kv_shape(pages, kv_heads, head_dim)).astype(kv_dtype),
+            "source": np.array(source, np.int32),
+            "destination": np.array(destination, np.int32),
+        }
+
+    page_bytes = 2 * kv_heads * PAGE_TOKENS * head_dim * np.dtype(kv_dtype).itemsize
+    return Case(
+        name,
+        {"kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype},
+        inputs,
+        tolerance=0.0,
+        bytes=2 * len(source) * page_bytes,
+    )
+
+
+CASES = (
+    _case("one page", 3, [2], [0], 2, 16, "float32"),
+    _case("last page, odd head", 5, [0, 1], [4, 3], 3, 6, "float32"),
+    _case("one source for two destinations", 6, [1, 1, 5], [0, 2, 3], 1, 40, "float16"),
+    _case("20b pages", 8, [0, 1, 2], [7, 6, 5], 8, 64, "float16"),
+)
+
+KV_COPY_PAGES = Kernel(
+    NAME,
+    build=kv_copy_pages,
+    items=kv_copy_pages_items,
+    reference=kv_copy_pages_ref,
+    outputs=lambda inputs, **_: [],
+    cases=CASES,
+    inplace=("kv",),
+)

@@ -1,0 +1,379 @@
+"""Second half of an expert, and the mixture: y = residual + Σ_j weight_j · (W[e_j]·h_j + bias[e_j]).
+
+h f32 [n·top_k, units] in slot order (moe_gate_up.py)  ids i32, weights f32 [n, top_k]
+offsets i32 [experts+1], order i32 [n·top_k] (router.py's plan)
+blocks, scales: MXFP4 [experts, hidden, units] (layouts in mxfp4.py)  bias f32 [experts, hidden]
+residual, y f32 [n, hidden]
+
+With i8 activations h is replaced by q, h_scale, h_offset of quantize.py. The bias is added before
+the expert's weight is applied. On the CPU each work item owns 32 rows of y and adds the experts
+in ascending order, so the sum does not depend on the batch or on the number of threads.
+
+Roofline of decoding: experts_hit · hidden · units · 17/32 bytes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tvm
+
+from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .moe_case import MoeTile, cpu_tile, expert_arrays, routing
+from .mxfp4 import (
+    BLOCK,
+    DOT,
+    GROUP,
+    REGISTERS,
+    Activations,
+    dequantize,
+    nibble_value,
+    pack_blocks,
+    pack_scales,
+    packed_shapes,
+    scale_value,
+)
+from .quantize import quantize_ref
+
+NAME = "mxfp4w_moe_down"
+NAMES = {
+    "f32": (NAME, "rows interleaved"),
+    "i8": ("mxfp4w_i8_moe_down", "rows interleaved, VNNI"),
+}
+
+
+def down_ref(
+    h: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    blocks: np.ndarray,
+    scales: np.ndarray,
+    bias: np.ndarray,
+    residual: np.ndarray,
+    *,
+    activations: Activations = "f32",
+    **_plan_and_static: Any,
+) -> tuple[np.ndarray]:
+    """The module's formula in float64; for i8 activations, of the quantized h."""
+    if activations == "i8":
+        q, h_scale, _ = quantize_ref(h)
+        h = q * np.repeat(2 * h_scale.astype(np.float64), BLOCK, axis=1)
+    top_k = ids.shape[1]
+    y = residual.astype(np.float64)
+    for expert in np.unique(ids):
+        token, choice = np.nonzero(ids == expert)
+        weight = dequantize(blocks[expert], scales[expert]).astype(np.float64)
+        out = h[token * top_k + choice].astype(np.float64) @ weight.T + bias[expert]
+        y[token] += weights[token, choice, None] * out
+    return (y,)
+
+
+@lru_cache(maxsize=None)
+def down(
+    target: Target,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    units: int,
+    activations: Activations = "f32",
+) -> tvm.tirx.PrimFunc:
+    """(h | q, scale, offset; ids, weights, offsets, order, blocks, scales, bias, residual, y)."""
+    shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units)
+    if target.is_gpu:
+        return bind_items(down_items(**shape), NAME)
+    tile = cpu_tile(activations)
+    return scheduled(_cpu(tile, activations, **shape), *NAMES[activations], tile)
+
+
+def _cpu(
+    tile: MoeTile,
+    activations: Activations,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    units: int,
+) -> tvm.tirx.PrimFunc:
+    groups = hidden // GROUP
+    blocks_shape, scales_shape = packed_shapes(experts, hidden, units, activations)
+    dot = DOT[activations](units)
+    registers = REGISTERS[activations]
+
+    @T.inline
+    def tokens_tile(acc, part, value, slot, tokens, start, x, weights, order, w, s, bias, y, e, g):
+        for t in T.unroll(tokens):
+            slot[t] = order[start + t]
+        dot(acc, part, value, slot, tokens, x, w, s, e, g)
+        for t in T.unroll(tokens):
+            for lane in T.vectorized(GROUP):
+                y[slot[t] // top_k, g * GROUP + lane] = y[
+                    slot[t] // top_k, g * GROUP + lane
+                ] + weights[slot[t] // top_k, slot[t] % top_k] * (
+                    acc[t * GROUP + lane] + bias[e, g * GROUP + lane]
+                )
+
+    @T.inline
+    def body(n, x, weights, offsets, order, w, s, bias, residual, y):
+        for gi in T.parallel(groups):
+            with T.sblock("item"):
+                g = T.axis.spatial(groups, gi)
+                T.reads(x[0][0 : n * top_k, 0:units])  # detection gives up on vector loads
+                T.writes(y[0:n, g * GROUP : g * GROUP + GROUP])
+                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32", scope="local")
+                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part, scope="local")
+                value = T.sblock_alloc_buffer(
+                    (registers.value_size,), registers.value, scope="local"
+                )
+                slot = T.sblock_alloc_buffer((tile.tokens,), "int32", scope="local")
+                for t in T.serial(n):
+                    for lane in T.vectorized(GROUP):
+                        y[t, g * GROUP + lane] = residual[t, g * GROUP + lane]
+                for e in T.serial(experts):
+                    for t in T.serial((offsets[e + 1] - offsets[e]) // tile.tokens):
+                        tokens_tile(
+                            acc, part, value, slot, tile.tokens,
+                            offsets[e] + t * tile.tokens, x, weights, order, w, s, bias, y, e, g,
+                        )  # fmt: skip
+                    for t in T.serial((offsets[e + 1] - offsets[e]) % tile.tokens):
+                        tokens_tile(
+                            acc, part, value, slot, 1,
+                            offsets[e + 1] - 1 - t, x, weights, order, w, s, bias, y, e, g,
+                        )  # fmt: skip
+
+    if activations == "f32":
+
+        @T.prim_func(s_tir=True, private=True)
+        def main(
+            xp: T.handle,
+            ip: T.handle,
+            gp: T.handle,
+            fp: T.handle,
+            rp: T.handle,
+            wp: T.handle,
+            sp: T.handle,
+            bp: T.handle,
+            dp: T.handle,
+            yp: T.handle,
+        ):
+            n = T.int64()
+            h = T.match_buffer(xp, (n * top_k, units), "float32")
+            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
+            weights = T.match_buffer(gp, (n, top_k), "float32")
+            offsets = T.match_buffer(fp, (experts + 1,), "int32")
+            order = T.match_buffer(rp, (n * top_k,), "int32")
+            w = T.match_buffer(wp, blocks_shape, "uint8")
+            s = T.match_buffer(sp, scales_shape, "uint8")
+            bias = T.match_buffer(bp, (experts, hidden), "float32")
+            residual = T.match_buffer(dp, (n, hidden), "float32")
+            y = T.match_buffer(yp, (n, hidden), "float32")
+            body(n, (h,), weights, offsets, order, w, s, bias, residual, y)
+    else:
+
+        @T.prim_func(s_tir=True, private=True)
+        def main(
+            qp: T.handle,
+            cp: T.handle,
+            op: T.handle,
+            ip: T.handle,
+            gp: T.handle,
+            fp: T.handle,
+            rp: T.handle,
+            wp: T.handle,
+            sp: T.handle,
+            bp: T.handle,
+            dp: T.handle,
+            yp: T.handle,
+        ):
+            n = T.int64()
+            q = T.match_buffer(qp, (n * top_k, units), "int8")
+            q_scale = T.match_buffer(cp, (n * top_k, units // BLOCK), "float32")
+            q_offset = T.match_buffer(op, (n * top_k, units // BLOCK), "int32")
+            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
+            weights = T.match_buffer(gp, (n, top_k), "float32")
+            offsets = T.match_buffer(fp, (experts + 1,), "int32")
+            order = T.match_buffer(rp, (n * top_k,), "int32")
+            w = T.match_buffer(wp, blocks_shape, "uint8")
+            s = T.match_buffer(sp, scales_shape, "uint8")
+            bias = T.match_buffer(bp, (experts, hidden), "float32")
+            residual = T.match_buffer(dp, (n, hidden), "float32")
+            y = T.match_buffer(yp, (n, hidden), "float32")
+            body(n, (q, q_scale, q_offset), weights, offsets, order, w, s, bias, residual, y)
+
+    return main
+
+
+def down_items(
+    *, experts: int, top_k: int, hidden: int, units: int, **_activations: Any
+) -> tvm.tirx.PrimFunc:
+    """One item is one element of y; weights as stored, f32 activations."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(
+        xp: T.handle,
+        ip: T.handle,
+        gp: T.handle,
+        fp: T.handle,
+        rp: T.handle,
+        wp: T.handle,
+        sp: T.handle,
+        bp: T.handle,
+        dp: T.handle,
+        yp: T.handle,
+    ):
+        n = T.int64()
+        h = T.match_buffer(xp, (n * top_k, units), "float32")
+        ids = T.match_buffer(ip, (n, top_k), "int32")
+        weights = T.match_buffer(gp, (n, top_k), "float32")
+        T.match_buffer(fp, (experts + 1,), "int32")
+        T.match_buffer(rp, (n * top_k,), "int32")
+        w = T.match_buffer(wp, (experts, hidden, units // BLOCK, 16), "uint8")
+        s = T.match_buffer(sp, (experts, hidden, units // BLOCK), "uint8")
+        bias = T.match_buffer(bp, (experts, hidden), "float32")
+        residual = T.match_buffer(dp, (n, hidden), "float32")
+        y = T.match_buffer(yp, (n, hidden), "float32")
+        for t, row in T.grid(n, hidden):
+            with T.sblock("item"):
+                vt, vr = T.axis.remap("SS", [t, row])
+                expert = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                part = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                acc = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                total[0] = residual[vt, vr]
+                for j in T.serial(top_k):
+                    expert[0] = ids[vt, j]
+                    acc[0] = bias[expert[0], vr]
+                    for b in T.serial(units // BLOCK):
+                        part[0] = T.float32(0)
+                        for i in T.serial(16):
+                            part[0] = (
+                                part[0]
+                                + nibble_value(
+                                    T.Cast("uint32", w[expert[0], vr, b, i] & T.uint8(15))
+                                )
+                                * h[vt * top_k + j, b * BLOCK + 2 * i]
+                            )
+                            part[0] = (
+                                part[0]
+                                + nibble_value(
+                                    T.Cast("uint32", w[expert[0], vr, b, i] >> T.uint8(4))
+                                )
+                                * h[vt * top_k + j, b * BLOCK + 2 * i + 1]
+                            )
+                        acc[0] = acc[0] + part[0] * scale_value(s[expert[0], vr, b])
+                    total[0] = total[0] + weights[vt, j] * acc[0]
+                y[vt, vr] = total[0]
+
+    return main
+
+
+def pack_down(
+    target: Target, blocks: np.ndarray, scales: np.ndarray, activations: Activations
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks and scales of any number of experts, laid out for `target`; the bias stays."""
+    if target.is_gpu:
+        return blocks, scales
+    return pack_blocks(blocks, activations), pack_scales(scales)
+
+
+def _pack(
+    target: Target,
+    inputs: dict[str, np.ndarray],
+    activations: Activations = "f32",
+    **_static: Any,
+) -> list[np.ndarray]:
+    weights = pack_down(target, inputs["blocks"], inputs["scales"], activations)
+    h = [inputs["h"]]
+    if activations == "i8" and not target.is_gpu:
+        h = list(quantize_ref(inputs["h"]))
+    plan = [inputs[name] for name in ("ids", "weights", "offsets", "order")]
+    return [*h, *plan, *weights, inputs["bias"], inputs["residual"]]
+
+
+def _case(
+    name: str,
+    n: int,
+    *,
+    experts: int = 8,
+    top_k: int = 2,
+    hidden: int = 96,
+    units: int = 64,
+    choose: range | None = None,
+    activations: Activations = "f32",
+    spike: float = 1,
+) -> Case:
+    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        h = rng.standard_normal((n * top_k, units), dtype=np.float32)
+        h[:, units // 2] *= spike
+        plan = routing(rng, n, experts, top_k, choose)
+        weights = rng.random((n, top_k), dtype=np.float32)
+        return {
+            "h": h,
+            **plan,
+            "weights": weights / weights.sum(axis=1, keepdims=True),
+            **expert_arrays(rng, experts, hidden, units),
+            "residual": rng.standard_normal((n, hidden), dtype=np.float32),
+        }
+
+    hit = min(experts, n * top_k)
+    return Case(
+        name,
+        {
+            "experts": experts,
+            "top_k": top_k,
+            "hidden": hidden,
+            "units": units,
+            "activations": activations,
+        },
+        inputs,
+        flops=2 * n * top_k * units * hidden,
+        bytes=hit * units * hidden * 17 // 32,
+    )
+
+
+CASES = (
+    _case("one token", 1),
+    _case("partial token tile, experts without tokens", 7, choose=range(2, 5)),
+    _case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
+    _case("one expert in all", 3, experts=1, top_k=1, hidden=32, units=32),
+    _case("one channel 1000 times the others", 6, spike=1000),
+    _case("120b's 128 experts", 5, experts=128, top_k=4),
+    _case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
+)
+CASES_I8 = (
+    _case("one token", 1, activations="i8"),
+    _case("partial token tile, idle experts", 7, choose=range(2, 5), activations="i8"),
+    _case("one channel 1000 times the others", 6, spike=1000, activations="i8"),
+    _case("all tokens on one expert", 9, top_k=1, choose=range(3, 4), activations="i8"),
+    _case(
+        "20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880, activations="i8"
+    ),
+)
+
+
+def _outputs(inputs: dict[str, np.ndarray], **_: Any) -> list[tuple[tuple[int, ...], str]]:
+    return [(inputs["residual"].shape, "float32")]
+
+
+DOWN = Kernel(
+    NAME,
+    build=down,
+    items=down_items,
+    reference=down_ref,
+    outputs=_outputs,
+    cases=CASES,
+    pack=_pack,
+)
+DOWN_I8 = Kernel(
+    NAMES["i8"][0],
+    build=down,
+    items=down_items,
+    reference=down_ref,
+    outputs=_outputs,
+    cases=CASES_I8,
+    pack=_pack,
+    targets=("cpu",),
+    needs=frozenset({"avx512vnni"}),
+)

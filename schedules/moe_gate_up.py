@@ -1,0 +1,394 @@
+"""First half of an expert: h = SwiGLU(W[e]·x + bias[e]) for every (token, chosen expert).
+
+    gate, up = even and odd rows;  gate ← min(gate, limit), up ← clamp(up, −limit, limit)
+    h = gate · σ(alpha·gate) · (up + 1)                               (gpt-oss, alpha = 1.702)
+
+x f32 [n, hidden]  ids i32 [n, top_k]  offsets i32 [experts+1], order i32 [n·top_k] (router.py's plan)
+blocks, scales: MXFP4 [experts, 2·units, hidden] (layouts in mxfp4.py)  bias f32 [experts, 2·units]
+h f32 [n·top_k, units], in slot order: row t·top_k + j is token t's j-th expert.
+
+With i8 activations x is replaced by q, x_scale, x_offset of quantize.py.
+
+The CPU gives each work item 32 rows of all experts and walks the tokens of each expert in tiles,
+so that every weight is read once however many tokens share it. Bias is packed like the rows.
+
+Roofline of decoding: experts_hit · 2·units·hidden · 17/32 bytes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tvm
+
+from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .math import sigmoid_f32
+from .moe_case import MoeTile, cpu_tile, expert_arrays, routing
+from .mxfp4 import (
+    BLOCK,
+    DOT,
+    GROUP,
+    LANES,
+    REGISTERS,
+    Activations,
+    dequantize,
+    gate_up_row_order,
+    nibble_value,
+    pack_blocks,
+    pack_scales,
+    packed_shapes,
+    scale_value,
+)
+from .quantize import quantize_ref
+
+NAME = "mxfp4w_moe_gate_up_swiglu"
+NAMES = {
+    "f32": (NAME, "rows interleaved"),
+    "i8": ("mxfp4w_i8_moe_gate_up_swiglu", "rows interleaved, VNNI"),
+}
+ALPHA = 1.702
+
+
+def gate_up_ref(
+    x: np.ndarray,
+    ids: np.ndarray,
+    blocks: np.ndarray,
+    scales: np.ndarray,
+    bias: np.ndarray,
+    *,
+    limit: float,
+    activations: Activations = "f32",
+    **_plan_and_static: Any,
+) -> tuple[np.ndarray]:
+    """The module's formula in float64; for i8 activations, of the quantized x."""
+    if activations == "i8":
+        q, x_scale, _ = quantize_ref(x)
+        x = q * np.repeat(2 * x_scale.astype(np.float64), BLOCK, axis=1)
+    n, top_k = ids.shape
+    h = np.empty((n * top_k, bias.shape[1] // 2))
+    for expert in np.unique(ids):
+        token, _ = np.nonzero(ids == expert)
+        slots = np.flatnonzero(ids.ravel() == expert)
+        weight = dequantize(blocks[expert], scales[expert]).astype(np.float64)
+        y = x[token].astype(np.float64) @ weight.T + bias[expert]
+        gate, up = np.minimum(y[:, ::2], limit), np.clip(y[:, 1::2], -limit, limit)
+        with np.errstate(over="ignore"):
+            h[slots] = gate / (1 + np.exp(-ALPHA * gate)) * (up + 1)
+    return (h,)
+
+
+@lru_cache(maxsize=None)
+def gate_up(
+    target: Target,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    units: int,
+    limit: float,
+    activations: Activations = "f32",
+) -> tvm.tirx.PrimFunc:
+    """(x | q, x_scale, x_offset; ids, offsets, order, blocks, scales, bias, h), for `target`."""
+    shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units, limit=limit)
+    if target.is_gpu:
+        return bind_items(gate_up_items(**shape), NAME)
+    tile = cpu_tile(activations)
+    return scheduled(_cpu(tile, activations, **shape), *NAMES[activations], tile)
+
+
+def _swiglu(gate: Any, up: Any, limit: float) -> Any:
+    gate = T.min(gate, T.float32(limit))
+    up = T.max(T.min(up, T.float32(limit)), T.float32(-limit))
+    return gate * sigmoid_f32(gate * T.float32(ALPHA)) * (up + T.float32(1))
+
+
+def _cpu(
+    tile: MoeTile,
+    activations: Activations,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    units: int,
+    limit: float,
+) -> tvm.tirx.PrimFunc:
+    groups = 2 * units // GROUP
+    blocks_shape, scales_shape = packed_shapes(experts, 2 * units, hidden, activations)
+    dot = DOT[activations](hidden)
+    registers = REGISTERS[activations]
+
+    @T.inline
+    def tokens_tile(acc, part, value, slot, row, tokens, start, x, order, w, s, bias, h, e, g):
+        for t in T.unroll(tokens):
+            slot[t] = order[start + t]
+            row[t] = slot[t] // top_k
+        dot(acc, part, value, row, tokens, x, w, s, e, g)
+        for t in T.unroll(tokens):
+            for lane in T.vectorized(LANES):
+                h[slot[t], g * LANES + lane] = _swiglu(
+                    acc[t * GROUP + lane] + bias[e, g * GROUP + lane],
+                    acc[t * GROUP + LANES + lane] + bias[e, g * GROUP + LANES + lane],
+                    limit,
+                )
+
+    @T.inline
+    def body(n, x, offsets, order, w, s, bias, h):
+        for gi in T.parallel(groups):
+            with T.sblock("item"):
+                g = T.axis.spatial(groups, gi)
+                T.reads(x[0][0:n, 0:hidden])  # detection gives up on vector loads
+                T.writes(h[0 : n * top_k, g * LANES : g * LANES + LANES])
+                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32", scope="local")
+                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part, scope="local")
+                value = T.sblock_alloc_buffer(
+                    (registers.value_size,), registers.value, scope="local"
+                )
+                slot = T.sblock_alloc_buffer((tile.tokens,), "int32", scope="local")
+                row = T.sblock_alloc_buffer((tile.tokens,), "int32", scope="local")
+                for e in T.serial(experts):
+                    for t in T.serial((offsets[e + 1] - offsets[e]) // tile.tokens):
+                        tokens_tile(
+                            acc, part, value, slot, row, tile.tokens,
+                            offsets[e] + t * tile.tokens, x, order, w, s, bias, h, e, g,
+                        )  # fmt: skip
+                    for t in T.serial((offsets[e + 1] - offsets[e]) % tile.tokens):
+                        tokens_tile(
+                            acc, part, value, slot, row, 1,
+                            offsets[e + 1] - 1 - t, x, order, w, s, bias, h, e, g,
+                        )  # fmt: skip
+
+    if activations == "f32":
+
+        @T.prim_func(s_tir=True, private=True)
+        def main(
+            xp: T.handle,
+            ip: T.handle,
+            fp: T.handle,
+            rp: T.handle,
+            wp: T.handle,
+            sp: T.handle,
+            bp: T.handle,
+            hp: T.handle,
+        ):
+            n = T.int64()
+            x = T.match_buffer(xp, (n, hidden), "float32")
+            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
+            offsets = T.match_buffer(fp, (experts + 1,), "int32")
+            order = T.match_buffer(rp, (n * top_k,), "int32")
+            w = T.match_buffer(wp, blocks_shape, "uint8")
+            s = T.match_buffer(sp, scales_shape, "uint8")
+            bias = T.match_buffer(bp, (experts, 2 * units), "float32")
+            h = T.match_buffer(hp, (n * top_k, units), "float32")
+            body(n, (x,), offsets, order, w, s, bias, h)
+    else:
+
+        @T.prim_func(s_tir=True, private=True)
+        def main(
+            qp: T.handle,
+            cp: T.handle,
+            op: T.handle,
+            ip: T.handle,
+            fp: T.handle,
+            rp: T.handle,
+            wp: T.handle,
+            sp: T.handle,
+            bp: T.handle,
+            hp: T.handle,
+        ):
+            n = T.int64()
+            q = T.match_buffer(qp, (n, hidden), "int8")
+            q_scale = T.match_buffer(cp, (n, hidden // BLOCK), "float32")
+            q_offset = T.match_buffer(op, (n, hidden // BLOCK), "int32")
+            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
+            offsets = T.match_buffer(fp, (experts + 1,), "int32")
+            order = T.match_buffer(rp, (n * top_k,), "int32")
+            w = T.match_buffer(wp, blocks_shape, "uint8")
+            s = T.match_buffer(sp, scales_shape, "uint8")
+            bias = T.match_buffer(bp, (experts, 2 * units), "float32")
+            h = T.match_buffer(hp, (n * top_k, units), "float32")
+            body(n, (q, q_scale, q_offset), offsets, order, w, s, bias, h)
+
+    return main
+
+
+def gate_up_items(
+    *, experts: int, top_k: int, hidden: int, units: int, limit: float, **_activations: Any
+) -> tvm.tirx.PrimFunc:
+    """One item is one output element: a slot's unit; weights as stored, f32 activations."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(
+        xp: T.handle,
+        ip: T.handle,
+        fp: T.handle,
+        rp: T.handle,
+        wp: T.handle,
+        sp: T.handle,
+        bp: T.handle,
+        hp: T.handle,
+    ):
+        n = T.int64()
+        x = T.match_buffer(xp, (n, hidden), "float32")
+        ids = T.match_buffer(ip, (n, top_k), "int32")
+        T.match_buffer(fp, (experts + 1,), "int32")
+        T.match_buffer(rp, (n * top_k,), "int32")
+        w = T.match_buffer(wp, (experts, 2 * units, hidden // BLOCK, 16), "uint8")
+        s = T.match_buffer(sp, (experts, 2 * units, hidden // BLOCK), "uint8")
+        bias = T.match_buffer(bp, (experts, 2 * units), "float32")
+        h = T.match_buffer(hp, (n * top_k, units), "float32")
+        for slot, unit in T.grid(n * top_k, units):
+            with T.sblock("item"):
+                vs, vu = T.axis.remap("SS", [slot, unit])
+                part = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                acc = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                for p in T.serial(2):
+                    acc[p] = T.float32(0)
+                    for b in T.serial(hidden // BLOCK):
+                        part[p] = T.float32(0)
+                        for i in T.serial(16):
+                            part[p] = (
+                                part[p]
+                                + nibble_value(
+                                    T.Cast(
+                                        "uint32",
+                                        w[ids[vs // top_k, vs % top_k], 2 * vu + p, b, i]
+                                        & T.uint8(15),
+                                    )
+                                )
+                                * x[vs // top_k, b * BLOCK + 2 * i]
+                            )
+                            part[p] = (
+                                part[p]
+                                + nibble_value(
+                                    T.Cast(
+                                        "uint32",
+                                        w[ids[vs // top_k, vs % top_k], 2 * vu + p, b, i]
+                                        >> T.uint8(4),
+                                    )
+                                )
+                                * x[vs // top_k, b * BLOCK + 2 * i + 1]
+                            )
+                        acc[p] = acc[p] + part[p] * scale_value(
+                            s[ids[vs // top_k, vs % top_k], 2 * vu + p, b]
+                        )
+                    acc[p] = acc[p] + bias[ids[vs // top_k, vs % top_k], 2 * vu + p]
+                h[vs, vu] = _swiglu(acc[0], acc[1], limit)
+
+    return main
+
+
+def pack_gate_up(
+    target: Target,
+    blocks: np.ndarray,
+    scales: np.ndarray,
+    bias: np.ndarray,
+    activations: Activations,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks, scales and f32 bias of any number of experts, laid out for `target`."""
+    if target.is_gpu:
+        return blocks, scales, bias
+    rows = gate_up_row_order(blocks.shape[1])
+    return pack_blocks(blocks, activations, rows), pack_scales(scales, rows), bias[:, rows]
+
+
+def _pack(
+    target: Target,
+    inputs: dict[str, np.ndarray],
+    activations: Activations = "f32",
+    **_static: Any,
+) -> list[np.ndarray]:
+    weights = pack_gate_up(
+        target, inputs["blocks"], inputs["scales"], inputs["bias"], activations
+    )
+    x = [inputs["x"]]
+    if activations == "i8" and not target.is_gpu:
+        x = list(quantize_ref(inputs["x"]))
+    return [*x, inputs["ids"], inputs["offsets"], inputs["order"], *weights]
+
+
+def _case(
+    name: str,
+    n: int,
+    *,
+    experts: int = 8,
+    top_k: int = 2,
+    hidden: int = 96,
+    units: int = 64,
+    choose: range | None = None,
+    activations: Activations = "f32",
+    spike: float = 1,
+    tolerance: float = 1e-5,
+) -> Case:
+    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        x = rng.standard_normal((n, hidden), dtype=np.float32)
+        x[:, hidden // 2] *= spike
+        return {
+            "x": x,
+            **routing(rng, n, experts, top_k, choose),
+            **expert_arrays(rng, experts, 2 * units, hidden),
+        }
+
+    hit = min(experts, n * top_k)
+    return Case(
+        name,
+        {
+            "experts": experts,
+            "top_k": top_k,
+            "hidden": hidden,
+            "units": units,
+            "limit": 7.0,
+            "activations": activations,
+        },
+        inputs,
+        tolerance=tolerance,
+        flops=4 * n * top_k * units * hidden,
+        bytes=hit * 2 * units * hidden * 17 // 32,
+    )
+
+
+CASES = (
+    _case("one token", 1),
+    _case("partial token tile, experts without tokens", 7, choose=range(2, 5)),
+    _case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
+    _case("one expert in all", 3, experts=1, top_k=1, hidden=32, units=32),
+    _case("one channel 1000 times the others", 6, spike=1000),
+    _case("120b's 128 experts", 5, experts=128, top_k=4),
+    _case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
+)
+CASES_I8 = (
+    _case("one token", 1, activations="i8"),
+    _case("partial token tile, idle experts", 7, choose=range(2, 5), activations="i8"),
+    _case("one channel 1000 times the others", 6, spike=1000, activations="i8"),
+    _case("all tokens on one expert", 9, top_k=1, choose=range(3, 4), activations="i8"),
+    _case(
+        "20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880, activations="i8"
+    ),
+)
+
+
+def _outputs(inputs: dict[str, np.ndarray], top_k: int, units: int, **_: Any):
+    return [((len(inputs["x"]) * top_k, units), "float32")]
+
+
+GATE_UP = Kernel(
+    NAME,
+    build=gate_up,
+    items=gate_up_items,
+    reference=gate_up_ref,
+    outputs=_outputs,
+    cases=CASES,
+    pack=_pack,
+)
+GATE_UP_I8 = Kernel(
+    NAMES["i8"][0],
+    build=gate_up,
+    items=gate_up_items,
+    reference=gate_up_ref,
+    outputs=_outputs,
+    cases=CASES_I8,
+    pack=_pack,
+    targets=("cpu",),
+    needs=frozenset({"avx512vnni"}),
+)

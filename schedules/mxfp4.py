@@ -1,0 +1,275 @@
+"""MXFP4 weights: what the bits mean, how the CPU packs them, the dot product of a tile.
+
+A value is e2m1 (sign, two exponent bits, one mantissa bit) times 2^(scale − 127); 32 neighbours
+along the input dimension share a scale byte (OCP Microscaling Formats 1.0). As stored, 16 bytes
+hold a block, the low nibble first. The weights are never expanded in memory: registers only.
+
+CPU layouts, both in groups of 32 rows whose order the caller chooses (`row_order`):
+
+  f32 activations   [experts, groups, k/2, 32]: byte (i, r) holds inputs 2i (low), 2i+1 (high) of row r
+  i8 activations    [experts, groups, k/8, 128]: byte (i, 64v+4r+j) holds inputs 8i+j (low) and
+                    8i+4+j (high) of row 16v+r: the operand order of a 4-byte dot product
+  scales, both      [experts, groups, k/32, 32]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from tvm.script import tirx as T
+
+BLOCK = 32  # inputs that share a scale
+GROUP = 32  # rows of one packed group
+LANES = 16
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+VALUES = np.array([*E2M1, *(-value for value in E2M1)], np.float32)
+# Twice the value plus 12: the unsigned bytes that an unsigned×signed dot product wants.
+BIASED = (2 * VALUES + 12).astype(np.uint8)
+
+Activations = Literal["f32", "i8"]
+
+
+def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """u8 [..., rows, k/32, 16] and u8 [..., rows, k/32] -> f32 [..., rows, k], exactly."""
+    values = np.stack([VALUES[blocks & 15], VALUES[blocks >> 4]], axis=-1)
+    values = values.reshape(*scales.shape, BLOCK)
+    values = np.ldexp(values, scales.astype(np.int32)[..., None] - 127)
+    return values.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK)
+
+
+def gate_up_row_order(rows: int) -> np.ndarray:
+    """Stored gate_up rows alternate gate, up; a group takes 16 gates, then their 16 ups."""
+    return np.arange(rows).reshape(rows // GROUP, LANES, 2).transpose(0, 2, 1).reshape(rows)
+
+
+def pack_blocks(
+    blocks: np.ndarray, activations: Activations, row_order: np.ndarray | None = None
+) -> np.ndarray:
+    """Pack u8 [experts, rows, k/32, 16] for the CPU; result as in the module's text, u8."""
+    experts, rows, nblocks, _ = blocks.shape
+    half = nblocks * 16
+    if row_order is not None:
+        blocks = blocks[:, row_order]
+    grouped = blocks.reshape(experts, rows // GROUP, GROUP, half)
+    if activations == "f32":
+        return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2))
+    # Stored bytes 4i..4i+3 hold inputs 8i..8i+7 in pairs; regroup as 4 low and 4 high nibbles.
+    quads = grouped.reshape(experts, rows // GROUP, 2, LANES, half // 4, 4)
+    low, high = quads & 15, quads >> 4
+    first = np.stack([low[..., 0], high[..., 0], low[..., 1], high[..., 1]], axis=-1)
+    second = np.stack([low[..., 2], high[..., 2], low[..., 3], high[..., 3]], axis=-1)
+    packed = first | (second << 4)
+    packed = packed.transpose(0, 1, 4, 2, 3, 5)
+    return np.ascontiguousarray(packed).reshape(experts, rows // GROUP, half // 4, 128)
+
+
+def pack_scales(scales: np.ndarray, row_order: np.ndarray | None = None) -> np.ndarray:
+    """Pack u8 [experts, rows, k/32] -> u8 [experts, groups, k/32, 32]."""
+    experts, rows, nblocks = scales.shape
+    if row_order is not None:
+        scales = scales[:, row_order]
+    grouped = scales.reshape(experts, rows // GROUP, GROUP, nblocks)
+    return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2))
+
+
+def packed_shapes(
+    experts: int, rows: int, k: int, activations: Activations
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of packed blocks and scales on the CPU."""
+    groups = rows // GROUP
+    blocks = (
+        (experts, groups, k // 2, GROUP)
+        if activations == "f32"
+        else (experts, groups, k // 8, 128)
+    )
+    return blocks, (experts, groups, k // BLOCK, GROUP)
+
+
+def stored_shapes(experts: int, rows: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of blocks and scales as stored in the checkpoint, which GPUs keep."""
+    return (experts, rows, k // BLOCK, 16), (experts, rows, k // BLOCK)
+
+
+def nibble_value(nibble: Any) -> Any:
+    """f32 value of an e2m1 nibble held in a uint32 expression, by integer arithmetic alone."""
+    magnitude = T.bitwise_and(nibble, T.uint32(7))
+    normal = T.reinterpret("float32", T.shift_left(magnitude + T.uint32(252), T.uint32(22)))
+    value = T.Select(
+        magnitude >= T.uint32(2), normal, T.Cast("float32", magnitude) * T.float32(0.5)
+    )
+    return T.Select(nibble >= T.uint32(8), -value, value)
+
+
+def scale_value(scale: Any) -> Any:
+    """f32 2^(scale − 127) of a uint8 expression; scale 0 is the denormal 2^-127."""
+    bits = T.shift_left(T.Cast("uint32", scale), T.uint32(23))
+    return T.reinterpret(
+        "float32", T.Select(bits == T.uint32(0), T.uint32(0x00400000), bits)
+    )
+
+
+def _half_bits(low: bool, byte: Any) -> Any:
+    """The nibble moved into an f16's exponent and mantissa: its value times 2^-14."""
+    wide = T.Cast("uint16", byte)
+    if low:
+        magnitude = T.shift_left(T.bitwise_and(wide, T.uint16(0x07)), T.uint16(9))
+        sign = T.shift_left(T.bitwise_and(wide, T.uint16(0x08)), T.uint16(12))
+    else:
+        magnitude = T.shift_left(T.bitwise_and(wide, T.uint16(0x70)), T.uint16(5))
+        sign = T.shift_left(T.bitwise_and(wide, T.uint16(0x80)), T.uint16(8))
+    half = T.reinterpret("float16", T.bitwise_or(magnitude, sign))
+    return T.Cast("float32", half)
+
+
+def dot_f32(k: int) -> Any:
+    """acc[t, 0:32] = W[expert, group]·x[row[t]] for `tokens` rows of x = (x,); f32 throughout.
+
+    Sums within a block first, then times the block's scale: that keeps the scale out of the
+    inner loop, and any scale byte exact.
+    """
+
+    @T.inline
+    def dot(acc, part, value, row, tokens, x, blocks, scales, expert, group):
+        for i in T.unroll(tokens * 2):
+            for lane in T.vectorized(LANES):
+                acc[i * LANES + lane] = T.float32(0)
+        for b in T.serial(k // BLOCK):
+            for i in T.unroll(tokens * 2):
+                for lane in T.vectorized(LANES):
+                    part[i * LANES + lane] = T.float32(0)
+            for i in T.serial(BLOCK // 2):
+                for v in T.unroll(2):
+                    for lane in T.vectorized(LANES):
+                        value[lane] = _half_bits(
+                            True, blocks[expert, group, b * 16 + i, v * LANES + lane]
+                        )
+                    for t in T.unroll(tokens):
+                        for lane in T.vectorized(LANES):
+                            part[(t * 2 + v) * LANES + lane] = (
+                                part[(t * 2 + v) * LANES + lane]
+                                + value[lane] * x[0][row[t], b * BLOCK + i * 2]
+                            )
+                    for lane in T.vectorized(LANES):
+                        value[lane] = _half_bits(
+                            False, blocks[expert, group, b * 16 + i, v * LANES + lane]
+                        )
+                    for t in T.unroll(tokens):
+                        for lane in T.vectorized(LANES):
+                            part[(t * 2 + v) * LANES + lane] = (
+                                part[(t * 2 + v) * LANES + lane]
+                                + value[lane] * x[0][row[t], b * BLOCK + i * 2 + 1]
+                            )
+            for t in T.unroll(tokens):
+                for v in T.unroll(2):
+                    for lane in T.vectorized(LANES):
+                        acc[(t * 2 + v) * LANES + lane] = acc[(t * 2 + v) * LANES + lane] + (
+                            part[(t * 2 + v) * LANES + lane] * T.float32(16384)
+                        ) * scale_value(scales[expert, group, b, v * LANES + lane])
+
+    return dot
+
+
+def _biased_table() -> Any:
+    """The 16 biased values in every 128-bit lane of a 512-bit register."""
+    low, high = (int.from_bytes(BIASED[i : i + 8].tobytes(), "little") for i in (0, 8))
+    odd = T.bitwise_and(T.ramp(T.int32(0), 1, 8), T.broadcast(T.int32(1), 8))
+    return T.reinterpret(
+        "uint8x64",
+        T.Select(
+            odd == T.broadcast(T.int32(0), 8),
+            T.broadcast(T.int64(low), 8),
+            T.broadcast(T.int64(high), 8),
+        ),
+    )
+
+
+def _lookup(index: Any) -> Any:
+    return T.call_llvm_pure_intrin(
+        "uint8x64", "llvm.x86.avx512.pshuf.b.512", _biased_table(), index
+    )
+
+
+def _dot4(acc: Any, weights: Any, x: Any) -> Any:
+    """16 lanes of acc + Σ of four u8·i8 products."""
+    return T.call_llvm_pure_intrin(
+        "int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, weights, x
+    )
+
+
+def dot_i8(k: int) -> Any:
+    """As `dot_f32` with i8 activations, on AVX-512 VNNI.
+
+    x is a tuple of buffers: q i8 [n, k], x_scale f32 [n, k/32] (half the quantization
+    step, for the table holds doubled values; the offset −12·Σq cancels the table's bias.
+    """
+
+    @T.inline
+    def dot(acc, part, value, row, tokens, x, blocks, scales, expert, group):
+        for i in T.unroll(tokens * 2):
+            acc[T.ramp(i * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
+        for b in T.serial(k // BLOCK):
+            for t in T.unroll(tokens):
+                for v in T.unroll(2):
+                    part[T.ramp((t * 2 + v) * LANES, 1, LANES)] = T.broadcast(
+                        x[2][row[t], b], LANES
+                    )
+            for i in T.unroll(BLOCK // 8):
+                for v in T.unroll(2):
+                    value[T.ramp(0, 1, 64)] = _lookup(
+                        T.bitwise_and(
+                            blocks[expert, group, b * 4 + i, T.ramp(v * 64, 1, 64)],
+                            T.broadcast(T.uint8(15), 64),
+                        )
+                    )
+                    value[T.ramp(64, 1, 64)] = _lookup(
+                        T.shift_right(
+                            blocks[expert, group, b * 4 + i, T.ramp(v * 64, 1, 64)],
+                            T.broadcast(T.uint8(4), 64),
+                        )
+                    )
+                    for t in T.unroll(tokens):
+                        part[T.ramp((t * 2 + v) * LANES, 1, LANES)] = _dot4(
+                            _dot4(
+                                part[T.ramp((t * 2 + v) * LANES, 1, LANES)],
+                                value[T.ramp(0, 1, 64)],
+                                _four(x[0], row[t], b * BLOCK + i * 8),
+                            ),
+                            value[T.ramp(64, 1, 64)],
+                            _four(x[0], row[t], b * BLOCK + i * 8 + 4),
+                        )
+            for t in T.unroll(tokens):
+                for v in T.unroll(2):
+                    for lane in T.vectorized(LANES):
+                        acc[(t * 2 + v) * LANES + lane] = acc[
+                            (t * 2 + v) * LANES + lane
+                        ] + T.Cast("float32", part[(t * 2 + v) * LANES + lane]) * (
+                            x[1][row[t], b]
+                            * scale_value(scales[expert, group, b, v * LANES + lane])
+                        )
+
+    return dot
+
+
+def _four(x: Any, row: Any, start: Any) -> Any:
+    """Four neighbouring i8 activations in every 32-bit lane."""
+    word = T.reinterpret("int32", x[row, T.ramp(start, 1, 4)])
+    return T.reinterpret("int8x64", T.broadcast(word, LANES))
+
+
+@dataclass(frozen=True)
+class Registers:
+    """What one tile of `tokens` tokens holds besides its sums: dtypes and sizes by activations."""
+
+    part: str
+    value: str
+    value_size: int
+
+
+REGISTERS = {
+    "f32": Registers(part="float32", value="float32", value_size=LANES),
+    "i8": Registers(part="int32", value="uint8", value_size=128),
+}
+DOT = {"f32": dot_f32, "i8": dot_i8}
