@@ -10,7 +10,7 @@ Roofline: 2·hidden bytes read and 4·hidden written a token.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -28,15 +28,17 @@ def embed_ref(tokens: np.ndarray, table: np.ndarray, **_static: Any) -> tuple[np
     return (table[tokens].astype(np.float64),)
 
 
-@lru_cache(maxsize=None)
+@cache
 def embed(target: Target, *, hidden: int) -> tvm.tirx.PrimFunc:
     """(tokens, table, x) -> None, scheduled for `target`."""
     if target.is_gpu:
-        return bind_items(_element_items(hidden), NAME)
-    return parallel_items(_row_items(hidden), NAME)
+        return bind_items(embed_items(hidden=hidden), NAME)
+    return parallel_items(_cpu_items(hidden), NAME)
 
 
-def _row_items(hidden: int) -> tvm.tirx.PrimFunc:
+def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
+    """One item is one row."""
+
     @T.prim_func(s_tir=True, private=True)
     def main(tp: T.handle, wp: T.handle, xp: T.handle):
         n, vocab = T.int64(), T.int64()
@@ -59,7 +61,9 @@ def _row_items(hidden: int) -> tvm.tirx.PrimFunc:
     return main
 
 
-def _element_items(hidden: int) -> tvm.tirx.PrimFunc:
+def embed_items(*, hidden: int) -> tvm.tirx.PrimFunc:
+    """One item is one element."""
+
     @T.prim_func(s_tir=True, private=True)
     def main(tp: T.handle, wp: T.handle, xp: T.handle):
         n, vocab = T.int64(), T.int64()
@@ -94,6 +98,7 @@ CASES = (
 EMBED = Kernel(
     NAME,
     build=embed,
+    items=embed_items,
     reference=embed_ref,
     outputs=lambda inputs, hidden, **_: [((len(inputs["tokens"]), hidden), "float32")],
     cases=CASES,

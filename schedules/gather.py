@@ -8,7 +8,7 @@ more than once and in any order.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,17 @@ def gather_rows_ref(x: np.ndarray, rows: np.ndarray, **_static: Any) -> tuple[np
     return (x[rows].astype(np.float64),)
 
 
-@lru_cache(maxsize=None)
+@cache
 def gather_rows(target: Target, *, hidden: int) -> tvm.tirx.PrimFunc:
     """(x, rows, y) -> None, scheduled for `target`."""
     if target.is_gpu:
-        return bind_items(_element_items(hidden), NAME)
-    return parallel_items(_row_items(hidden), NAME)
+        return bind_items(gather_rows_items(hidden=hidden), NAME)
+    return parallel_items(_cpu_items(hidden), NAME)
 
 
-def _row_items(hidden: int) -> tvm.tirx.PrimFunc:
+def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
+    """One item is one row."""
+
     @T.prim_func(s_tir=True, private=True)
     def main(xp: T.handle, rp: T.handle, yp: T.handle):
         n, m = T.int64(), T.int64()
@@ -52,7 +54,9 @@ def _row_items(hidden: int) -> tvm.tirx.PrimFunc:
     return main
 
 
-def _element_items(hidden: int) -> tvm.tirx.PrimFunc:
+def gather_rows_items(*, hidden: int) -> tvm.tirx.PrimFunc:
+    """One item is one element."""
+
     @T.prim_func(s_tir=True, private=True)
     def main(xp: T.handle, rp: T.handle, yp: T.handle):
         n, m = T.int64(), T.int64()
@@ -88,6 +92,7 @@ CASES = (
 GATHER_ROWS = Kernel(
     NAME,
     build=gather_rows,
+    items=gather_rows_items,
     reference=gather_rows_ref,
     outputs=lambda inputs, hidden, **_: [((len(inputs["rows"]), hidden), "float32")],
     cases=CASES,

@@ -44,6 +44,9 @@ def kv_copy_pages_items(*, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.t
         for i, part, h, e in T.grid(c, 2, kv_heads, width):
             with T.sblock("item"):
                 vi, vp, vh, ve = T.axis.remap("SSSS", [i, part, h, e])
+                # kv is left out of the reads: no item reads what another one writes.
+                T.reads(source[vi], destination[vi])
+                T.writes(kv[T.Cast("int64", destination[vi]), vp, vh, ve])
                 kv[T.Cast("int64", destination[vi]), vp, vh, ve] = kv[
                     T.Cast("int64", source[vi]), vp, vh, ve
                 ]

@@ -10,7 +10,7 @@ Roofline: 8·hidden bytes a token.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,15 @@ def rms_norm_ref(
     return (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight,)
 
 
-@lru_cache(maxsize=None)
+@cache
 def rms_norm(target: Target, *, hidden: int, eps: float) -> tvm.tirx.PrimFunc:
     """(x, weight, y) -> None, scheduled for `target`. On GPUs one thread computes one token."""
     if target.is_gpu:
-        return bind_items(_token_items(hidden, eps, lanes=1), NAME)
-    return parallel_items(_token_items(hidden, eps, lanes=LANES), NAME)
+        return bind_items(rms_norm_items(hidden=hidden, eps=eps), NAME)
+    return parallel_items(rms_norm_items(hidden=hidden, eps=eps, lanes=LANES), NAME)
 
 
-def _token_items(hidden: int, eps: float, lanes: int) -> tvm.tirx.PrimFunc:
+def rms_norm_items(*, hidden: int, eps: float, lanes: int = 1) -> tvm.tirx.PrimFunc:
     """One item is one token; vectors are `lanes` wide."""
     vectors = BLOCK // lanes
 
@@ -113,6 +113,7 @@ CASES = (
 RMS_NORM = Kernel(
     NAME,
     build=rms_norm,
+    items=rms_norm_items,
     reference=rms_norm_ref,
     outputs=lambda inputs, hidden, **_: [((len(inputs["x"]), hidden), "float32")],
     cases=CASES,

@@ -1,16 +1,16 @@
 """The router: which experts a token takes, and which tokens an expert gets.
 
-`f32_router_topk`: the `top` largest of a token's logits and the softmax over them.
+`f32_router_topk`: the `top_k` largest of a token's logits and the softmax over them.
 
-    logits f32 [n, experts] -> ids i32 [n, top], weights f32 [n, top]
+    logits f32 [n, experts] -> ids i32 [n, top_k], weights f32 [n, top_k]
 
 Descending; of equal logits the lower expert id comes first, so a prefill chunk and a single token
 agree. Logits are ordered as integers (see sampling.order_key): a NaN gives NaN weights, but ids
 that are distinct and in range.
 
-`moe_plan`: the slots (token t's choice j is slot t·top + j) sorted by expert, stably.
+`moe_plan`: the slots (token t's choice j is slot t·top_k + j) sorted by expert, stably.
 
-    ids i32 [n, top] -> offsets i32 [experts + 1], order i32 [n·top]
+    ids i32 [n, top_k] -> offsets i32 [experts + 1], order i32 [n·top_k]
 
 Expert e's slots are order[offsets[e] : offsets[e + 1]]. It is a counting sort in one work item:
 a chunk has a few thousand slots, and more items would race for places.
@@ -18,7 +18,7 @@ a chunk has a few thousand slots, and more items would race for places.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,11 @@ TOPK_NAME = "f32_router_topk"
 PLAN_NAME = "moe_plan"
 
 
-def router_topk_ref(logits: np.ndarray, top: int, **_static: Any) -> tuple[np.ndarray, np.ndarray]:
+def router_topk_ref(
+    logits: np.ndarray, top_k: int, **_static: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """The module's formulas, the softmax in float64."""
-    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top]
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
     chosen = np.take_along_axis(logits, ids, axis=-1).astype(np.float64)
     weights = np.exp(chosen - chosen[:, :1])
     return ids.astype(np.int32), weights / weights.sum(axis=-1, keepdims=True)
@@ -48,33 +50,35 @@ def moe_plan_ref(ids: np.ndarray, experts: int, **_static: Any) -> tuple[np.ndar
     return offsets.astype(np.int32), np.argsort(flat, kind="stable").astype(np.int32)
 
 
-@lru_cache(maxsize=None)
-def router_topk(target: Target, *, experts: int, top: int) -> tvm.tirx.PrimFunc:
+@cache
+def router_topk(target: Target, *, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
     """(logits, ids, weights) -> None, scheduled for `target`."""
-    if not 1 <= top <= experts:
-        raise ValueError(f"top must lie in [1, {experts}], the number of experts; got {top}")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k must lie in [1, {experts}], the number of experts; got {top_k}")
     schedule = bind_items if target.is_gpu else parallel_items
-    return schedule(_token_items(experts, top), TOPK_NAME)
+    return schedule(router_topk_items(experts=experts, top_k=top_k), TOPK_NAME)
 
 
-def _token_items(experts: int, top: int) -> tvm.tirx.PrimFunc:
-    """One item is one token: `top` rounds of looking for the next in order."""
+def router_topk_items(*, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
+    """One item is one token: `top_k` rounds of looking for the next in order."""
 
     @T.prim_func(s_tir=True, private=True)
     def main(lp: T.handle, ip: T.handle, wp: T.handle):
         n = T.int64()
         logits = T.match_buffer(lp, (n, experts), "float32")
-        ids = T.match_buffer(ip, (n, top), "int32")
-        weights = T.match_buffer(wp, (n, top), "float32")
+        ids = T.match_buffer(ip, (n, top_k), "int32")
+        weights = T.match_buffer(wp, (n, top_k), "float32")
         for t in T.serial(n):
             with T.sblock("item"):
                 vt = T.axis.spatial(n, t)
+                T.reads(logits[vt, 0:experts])
+                T.writes(ids[vt, 0:top_k], weights[vt, 0:top_k])
                 key = T.sblock_alloc_buffer((experts,), "int32", scope="local")
                 best = T.sblock_alloc_buffer((1,), "int32", scope="local")
                 total = T.sblock_alloc_buffer((1,), "float32", scope="local")
                 for e in T.serial(experts):
                     key[e] = order_key(logits[vt, e])
-                for j in T.serial(top):
+                for j in T.serial(top_k):
                     best[0] = 0
                     for e in T.serial(1, experts):
                         if key[e] > key[best[0]]:
@@ -82,50 +86,54 @@ def _token_items(experts: int, top: int) -> tvm.tirx.PrimFunc:
                     key[best[0]] = T.int32(KEY_NONE)
                     ids[vt, j] = best[0]
                 total[0] = T.float32(0)
-                for j in T.serial(top):
+                for j in T.serial(top_k):
                     weights[vt, j] = exp_f32(logits[vt, ids[vt, j]] - logits[vt, ids[vt, 0]])
                     total[0] = total[0] + weights[vt, j]
-                for j in T.serial(top):
+                for j in T.serial(top_k):
                     weights[vt, j] = weights[vt, j] / total[0]
 
     return main
 
 
-@lru_cache(maxsize=None)
-def moe_plan(target: Target, *, experts: int, top: int) -> tvm.tirx.PrimFunc:
+@cache
+def moe_plan(target: Target, *, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
     """(ids, offsets, order) -> None, scheduled for `target`. Ids must lie in [0, experts)."""
-    items = _plan_items(experts, top)
+    items = moe_plan_items(experts=experts, top_k=top_k)
     return bind_items(items, PLAN_NAME) if target.is_gpu else scheduled(items, PLAN_NAME, "serial")
 
 
-def _plan_items(experts: int, top: int) -> tvm.tirx.PrimFunc:
+def moe_plan_items(*, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
+    """The only item is the whole sort."""
+
     @T.prim_func(s_tir=True, private=True)
     def main(ip: T.handle, fp: T.handle, op: T.handle):
         n = T.int64()
-        ids = T.match_buffer(ip, (n, top), "int32")
+        ids = T.match_buffer(ip, (n, top_k), "int32")
         offsets = T.match_buffer(fp, (experts + 1,), "int32")
-        order = T.match_buffer(op, (n * top,), "int32")
+        order = T.match_buffer(op, (n * top_k,), "int32")
         for i in T.serial(1):
             with T.sblock("item"):
                 _unused = T.axis.spatial(1, i)
+                T.reads(ids[0:n, 0:top_k])
+                T.writes(offsets[0 : experts + 1], order[0 : n * top_k])
                 place = T.sblock_alloc_buffer((experts,), "int32", scope="local")
                 for e in T.serial(experts):
                     place[e] = 0
-                for t, j in T.grid(n, top):
+                for t, j in T.grid(n, top_k):
                     place[ids[t, j]] = place[ids[t, j]] + 1
                 offsets[0] = 0
                 for e in T.serial(experts):
                     offsets[e + 1] = offsets[e] + place[e]
                     place[e] = offsets[e]
-                for t, j in T.grid(n, top):
-                    order[place[ids[t, j]]] = T.Cast("int32", t * top + j)
+                for t, j in T.grid(n, top_k):
+                    order[place[ids[t, j]]] = T.Cast("int32", t * top_k + j)
                     place[ids[t, j]] = place[ids[t, j]] + 1
 
     return main
 
 
 def _topk_case(
-    name: str, n: int, experts: int, top: int, levels: int = 0, spike: float = 1.0
+    name: str, n: int, experts: int, top_k: int, levels: int = 0, spike: float = 1.0
 ) -> Case:
     """`levels` > 0 draws logits from that many values, so that many are equal."""
 
@@ -133,14 +141,16 @@ def _topk_case(
         if levels:
             logits = rng.integers(-levels, levels, (n, experts)).astype(np.float32)
             logits[0] = -0.0
-            logits[0, 1::2] = 0.0  # equal to −0
+            logits[0, 1::2] = 0.0  # equal to -0
         else:
             logits = rng.standard_normal((n, experts), dtype=np.float32)
         logits[:, experts // 2] *= spike
         return {"logits": logits}
 
-    static = {"experts": experts, "top": top}
-    return Case(name, static, inputs, flops=n * experts * top, bytes=4 * n * (experts + 2 * top))
+    static = {"experts": experts, "top_k": top_k}
+    return Case(
+        name, static, inputs, flops=n * experts * top_k, bytes=4 * n * (experts + 2 * top_k)
+    )
 
 
 TOPK_CASES = (
@@ -153,16 +163,16 @@ TOPK_CASES = (
 )
 
 
-def _plan_case(name: str, n: int, experts: int, top: int, only: int | None = None) -> Case:
+def _plan_case(name: str, n: int, experts: int, top_k: int, only: int | None = None) -> Case:
     """`only` is the number of experts that get tokens, the last ones."""
 
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         width = only or experts
-        rows = [rng.permutation(width)[:top] if top <= width else [0] * top for _ in range(n)]
+        rows = [rng.permutation(width)[:top_k] if top_k <= width else [0] * top_k for _ in range(n)]
         return {"ids": (np.array(rows) + experts - width).astype(np.int32)}
 
-    bytes_ = 8 * n * top + 4 * (experts + 1)
-    return Case(name, {"experts": experts, "top": top}, inputs, bytes=bytes_)
+    bytes_ = 8 * n * top_k + 4 * (experts + 1)
+    return Case(name, {"experts": experts, "top_k": top_k}, inputs, bytes=bytes_)
 
 
 PLAN_CASES = (
@@ -176,10 +186,11 @@ PLAN_CASES = (
 ROUTER_TOPK = Kernel(
     TOPK_NAME,
     build=router_topk,
+    items=router_topk_items,
     reference=router_topk_ref,
-    outputs=lambda inputs, top, **_: [
-        ((len(inputs["logits"]), top), "int32"),
-        ((len(inputs["logits"]), top), "float32"),
+    outputs=lambda inputs, top_k, **_: [
+        ((len(inputs["logits"]), top_k), "int32"),
+        ((len(inputs["logits"]), top_k), "float32"),
     ],
     cases=TOPK_CASES,
 )
@@ -187,7 +198,11 @@ ROUTER_TOPK = Kernel(
 MOE_PLAN = Kernel(
     PLAN_NAME,
     build=moe_plan,
+    items=moe_plan_items,
     reference=moe_plan_ref,
-    outputs=lambda inputs, experts, **_: [((experts + 1,), "int32"), ((inputs["ids"].size,), "int32")],
+    outputs=lambda inputs, experts, **_: [
+        ((experts + 1,), "int32"),
+        ((inputs["ids"].size,), "int32"),
+    ],
     cases=PLAN_CASES,
 )

@@ -1,0 +1,537 @@
+"""gpt-oss in Relax, from token ids to logits.
+
+Read from top to bottom: `GptOss.forward` is the model. Every operation is a call of a scheduled
+kernel from `mxforge.schedules`; weights are arguments, with official names, in the order of
+`compile.weights.packed_weights`. The functions of the finished library (ABI 1):
+
+    forward   tokens i32[n], positions i32[n], token_seq i32[n], rows i32[m], tables, KV, weights
+              -> logits f32 [m, vocab]: a flat list of tokens from several sequences; `rows` are the
+              tokens whose logits are asked for
+    decode    tokens i32[b], positions i32[b], token_seq i32[b], tables, KV, weights
+              -> logits f32 [b, vocab]: one token a sequence
+    sample, logprobs, kv_copy_pages_{sliding,full}
+    embed, layer_{sliding,full}, head: the model in pieces, for `mxforge diff`
+
+tables = sliding_table i32[b, ps], sliding_first i32[b], full_table i32[b, pf], full_first i32[b]:
+the physical page of every logical page of each sequence, and the logical page of column 0. KV is
+one tensor [pages, 2, kv_heads, 16·head_dim] a layer, updated in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax import BlockBuilder, Expr, TensorType, Var
+
+from mxforge.schedules import (
+    attention,
+    embedding,
+    gather,
+    kv_append,
+    kv_copy,
+    linear,
+    moe_down,
+    moe_gate_up,
+    quantize,
+    rms_norm,
+    rope,
+    router,
+    sampling,
+)
+from mxforge.schedules.kernel import Target
+
+from ..config import SLIDING, ModelConfig
+from ..targets import Precision
+from ..weights import PackedWeight
+
+ABI_VERSION = 1
+KINDS = ("sliding", "full")
+TOP_LOGPROBS = sampling.TOP
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds that memory is planned for at compile time."""
+
+    max_batch: int
+    prefill_chunk: int
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one call of `forward`."""
+        return self.prefill_chunk + self.max_batch
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where the keys and values of a kind of layers lie."""
+
+    pages: Expr  # i32 [b, p]
+    first: Expr  # i32 [b]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer needs to know about the tokens of one call."""
+
+    count: Any  # n
+    positions: Expr  # i32 [n]
+    token_seq: Expr  # i32 [n]
+    cos_sin: Expr  # f32 [n, head_dim]
+    tables: dict[str, Tables]
+
+
+class GptOss:
+    """Emits the model's functions into one IRModule."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        target: Target,
+        precision: Precision,
+        limits: Limits,
+        weights: Sequence[PackedWeight],
+    ) -> None:
+        self.config = config
+        self.target = target
+        self.precision = precision
+        self.limits = limits
+        self.weights = weights
+        self.builder = BlockBuilder()
+        self._kernels: dict[Any, tvm.ir.GlobalVar] = {}
+        c = config
+        self._attention_shape = dict(
+            heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim
+        )
+        self._expert_shape = dict(
+            experts=c.num_local_experts,
+            top_k=c.num_experts_per_tok,
+            hidden=c.hidden_size,
+            units=c.intermediate_size,
+            activations=precision.experts,
+        )
+
+    # -- the model ----------------------------------------------------------------------------
+
+    def forward(self, tokens: Expr, step: Step, rows: Expr | None, kv: list, w: dict) -> Expr:
+        x = self.embed(tokens, step.count, w)
+        for layer in range(self.config.num_hidden_layers):
+            x = self.layer(layer_kind(self.config, layer), x, step, kv[layer], layer_of(w, layer))[
+                -1
+            ]
+        if rows is not None:
+            asked = rows.ty.shape[0]
+            x = self.call(
+                gather.gather_rows(self.target, hidden=self.config.hidden_size),
+                [x, rows],
+                self.f32(asked, self.config.hidden_size),
+            )
+            return self.head(x, asked, w)
+        return self.head(x, step.count, w)
+
+    def embed(self, tokens: Expr, n: Any, w: dict) -> Expr:
+        hidden = self.config.hidden_size
+        return self.call(
+            embedding.embed(self.target, hidden=hidden),
+            [tokens, w["model.embed_tokens.weight"]],  # bf16 [vocab, hidden]
+            self.f32(n, hidden),
+        )
+
+    def layer(self, kind: str, x: Expr, step: Step, kv: Expr, w: dict) -> tuple[Expr, ...]:
+        """One layer on x f32 [n, hidden]; returns its stages, the layer's output last."""
+        x = attended = self.attention_block(kind, x, step, kv, w)
+        ids, expert_weights, x = self.moe_block(x, step, w)
+        return attended, ids, expert_weights, x
+
+    def attention_block(self, kind: str, x: Expr, step: Step, kv: Expr, w: dict) -> Expr:
+        c, n = self.config, step.count
+        queries = c.num_attention_heads * c.head_dim
+        tables = step.tables[kind]
+        where = [step.positions, step.token_seq, tables.pages, tables.first]
+
+        h = self.norm(x, w["input_layernorm.weight"], n)  # [hidden]
+        qkv = self.call(
+            linear.linear(self.target, rows=c.qkv_rows, k=c.hidden_size, with_bias=True),
+            [
+                h,
+                w["self_attn.qkv_proj.weight"],  # bf16 [(heads + 2 kv_heads)·head_dim, hidden]
+                w["self_attn.qkv_proj.bias"],  # f32 [(heads + 2 kv_heads)·head_dim]
+            ],
+            self.f32(n, c.qkv_rows),
+        )
+        q, kv = self.call_inplace(
+            kv_append.rope_kv_append(
+                self.target, **self._attention_shape, kv_dtype=self.precision.kv_dtype
+            ),
+            [qkv, step.cos_sin, *where, kv],
+            updated=6,
+            out=self.f32(n, queries),
+        )
+        a = self.call(
+            attention.paged_attention(
+                self.target,
+                **self._attention_shape,
+                window=c.sliding_window if kind == "sliding" else 0,
+                kv_dtype=self.precision.kv_dtype,
+            ),
+            [q, kv, *where, w["self_attn.sinks"]],  # f32 [heads]
+            self.f32(n, queries),
+        )
+        return self.call(
+            linear.linear(
+                self.target, rows=c.hidden_size, k=queries, with_bias=True, with_residual=True
+            ),
+            [
+                a,
+                w["self_attn.o_proj.weight"],  # bf16 [hidden, heads·head_dim]
+                w["self_attn.o_proj.bias"],  # f32 [hidden]
+                x,
+            ],
+            self.f32(n, c.hidden_size),
+        )
+
+    def moe_block(self, x: Expr, step: Step, w: dict) -> tuple[Expr, Expr, Expr]:
+        c, n = self.config, step.count
+        top_k = c.num_experts_per_tok
+        h = self.norm(x, w["post_attention_layernorm.weight"], n)  # [hidden]
+        logits = self.call(
+            linear.linear(self.target, rows=c.num_local_experts, k=c.hidden_size, with_bias=True),
+            [
+                h,
+                w["mlp.router.weight"],  # bf16 [experts, hidden]
+                w["mlp.router.bias"],  # f32 [experts]
+            ],
+            self.f32(n, c.num_local_experts),
+        )
+        ids, expert_weights = self.call(
+            router.router_topk(self.target, experts=c.num_local_experts, top_k=top_k),
+            [logits],
+            self.i32(n, top_k),
+            self.f32(n, top_k),
+        )
+        offsets, order = self.call(
+            router.moe_plan(self.target, experts=c.num_local_experts, top_k=top_k),
+            [ids],
+            self.i32(c.num_local_experts + 1),
+            self.i32(n * top_k),
+        )
+        h = self.call(
+            moe_gate_up.gate_up(self.target, **self._expert_shape, limit=c.swiglu_limit),
+            [
+                *self.expert_input(h, n, c.hidden_size),
+                ids,
+                offsets,
+                order,
+                w["mlp.experts.gate_up_proj_blocks"],  # u8 [experts, 2·units, hidden/32, 16]
+                w["mlp.experts.gate_up_proj_scales"],  # u8 [experts, 2·units, hidden/32]
+                w["mlp.experts.gate_up_proj_bias"],  # f32 [experts, 2·units]
+            ],
+            self.f32(n * top_k, c.intermediate_size),
+        )
+        x = self.call(
+            moe_down.down(self.target, **self._expert_shape),
+            [
+                *self.expert_input(h, n * top_k, c.intermediate_size),
+                ids,
+                expert_weights,
+                offsets,
+                order,
+                w["mlp.experts.down_proj_blocks"],  # u8 [experts, hidden, units/32, 16]
+                w["mlp.experts.down_proj_scales"],  # u8 [experts, hidden, units/32]
+                w["mlp.experts.down_proj_bias"],  # f32 [experts, hidden]
+                x,
+            ],
+            self.f32(n, c.hidden_size),
+        )
+        return ids, expert_weights, x
+
+    def head(self, x: Expr, n: Any, w: dict) -> Expr:
+        c = self.config
+        return self.call(
+            linear.linear(self.target, rows=c.vocab_size, k=c.hidden_size),
+            [
+                self.norm(x, w["model.norm.weight"], n),  # [hidden]
+                w["lm_head.weight"],  # bf16 [vocab, hidden]
+            ],
+            self.f32(n, c.vocab_size),
+        )
+
+    def norm(self, x: Expr, weight: Expr, n: Any) -> Expr:
+        kernel = rms_norm.rms_norm(
+            self.target, hidden=self.config.hidden_size, eps=self.config.rms_norm_eps
+        )
+        return self.call(kernel, [x, weight], self.f32(n, self.config.hidden_size))
+
+    def expert_input(self, x: Expr, n: Any, k: int) -> list[Expr]:
+        """Activations as the expert kernels take them: f32, or quantized to i8."""
+        if self.precision.experts == "f32":
+            return [x]
+        return list(
+            self.call(
+                quantize.quantize(self.target, k=k),
+                [x],
+                TensorType((n, k), "int8"),
+                self.f32(n, k // 32),
+                self.i32(n, k // 32),
+            )
+        )
+
+    # -- the library's functions ---------------------------------------------------------------
+
+    def module(self) -> tvm.IRModule:
+        """All functions of the library, unlowered."""
+        self._emit_forward()
+        self._emit_decode()
+        self._emit_sample()
+        self._emit_logprobs()
+        self._emit_copy_pages()
+        self._emit_pieces()
+        return self.builder.finalize()
+
+    def _emit_forward(self) -> None:
+        n, m = _symbol("n"), _symbol("m")
+        tokens = Var("tokens", self.i32(n))
+        inputs, rows = self._step_inputs(n), Var("rows", self.i32(m))
+        kv, weights = self._kv_inputs(), self._weight_inputs(self.weights)
+        params = [tokens, *inputs[:2], rows, *inputs[2:], *kv, *weights.values()]
+        # m is left unbounded: logits of a whole chunk are large, and wanted only for evaluation.
+        bounds = {"n": self.limits.max_tokens, "b": self.limits.max_batch}
+        with self._function("forward", params, bounds):
+            step = self._step(n, inputs, weights["rope.inv_freq"])
+            self._output(self.forward(tokens, step, rows, kv, weights))
+
+    def _emit_decode(self) -> None:
+        b = _symbol("b")
+        tokens = Var("tokens", self.i32(b))
+        inputs = self._step_inputs(b, b)
+        kv, weights = self._kv_inputs(), self._weight_inputs(self.weights)
+        params = [tokens, *inputs, *kv, *weights.values()]
+        with self._function("decode", params, {"b": self.limits.max_batch}):
+            step = self._step(b, inputs, weights["rope.inv_freq"])
+            self._output(self.forward(tokens, step, None, kv, weights))
+
+    def _emit_sample(self) -> None:
+        m, e, g = _symbol("m"), _symbol("e"), _symbol("g")
+        vocab = self.config.vocab_size
+        words = -(-vocab // 32)
+        logits = Var("logits", self.f32(m, vocab))
+        draw = [
+            Var("temperature", self.f32(m)),
+            Var("top_k", self.i32(m)),
+            Var("top_p", self.f32(m)),
+            Var("min_p", self.f32(m)),
+            Var("seed", self.i32(m, 2)),
+            Var("step", self.i32(m)),
+        ]
+        edits = [
+            Var("edit_row", self.i32(e)),
+            Var("edit_token", self.i32(e)),
+            Var("edit_seen", self.i32(e)),
+            Var("edit_count", self.i32(e)),
+            Var("edit_bias", self.f32(e)),
+            Var("penalties", self.f32(m, 3)),
+            Var("mask_row", self.i32(m)),
+            Var("bitmask", self.i32(g, words)),
+        ]
+        with self._function("sample", [logits, *draw, *edits], {"m": self.limits.max_batch}):
+            adjusted = self.call(
+                sampling.adjust_logits(self.target, vocab=vocab),
+                [logits, *edits],
+                self.f32(m, vocab),
+            )
+            ids, _scratch = self.call(
+                sampling.sample_token(self.target, vocab=vocab),
+                [adjusted, *draw],
+                self.i32(m),
+                self.f32(m, vocab),
+            )
+            self._output(ids)
+
+    def _emit_logprobs(self) -> None:
+        m, vocab = _symbol("m"), self.config.vocab_size
+        logits, ids = Var("logits", self.f32(m, vocab)), Var("ids", self.i32(m))
+        with self._function("logprobs", [logits, ids], {"m": self.limits.max_batch}):
+            results = self.call(
+                sampling.token_logprobs(self.target, vocab=vocab),
+                [logits, ids],
+                self.f32(m),
+                self.i32(m, TOP_LOGPROBS),
+                self.f32(m, TOP_LOGPROBS),
+            )
+            self._output(relax.Tuple(list(results)))
+
+    def _emit_copy_pages(self) -> None:
+        for kind in KINDS:
+            c = _symbol("c")
+            kv = [
+                tensor
+                for layer, tensor in enumerate(self._kv_inputs())
+                if layer_kind(self.config, layer) == kind
+            ]
+            source, destination = Var("source", self.i32(c)), Var("destination", self.i32(c))
+            kernel = kv_copy.kv_copy_pages(
+                self.target,
+                kv_heads=self.config.num_key_value_heads,
+                head_dim=self.config.head_dim,
+                kv_dtype=self.precision.kv_dtype,
+            )
+            with self._function(f"kv_copy_pages_{kind}", [source, destination, *kv], {}):
+                copied = [
+                    self.call_inplace(kernel, [tensor, source, destination], updated=0)
+                    for tensor in kv
+                ]
+                self._output(relax.Tuple(copied))
+
+    def _emit_pieces(self) -> None:
+        n, hidden = _symbol("n"), self.config.hidden_size
+        named = {weight.name: weight for weight in self.weights}
+        tokens = Var("tokens", self.i32(n))
+        table = self._weight_inputs([named["model.embed_tokens.weight"]])
+        with self._function("embed", [tokens, *table.values()], {}):
+            self._output(self.embed(tokens, n, table))
+
+        for kind in KINDS:
+            layers = [
+                i
+                for i in range(self.config.num_hidden_layers)
+                if layer_kind(self.config, i) == kind
+            ]
+            if layers:
+                self._emit_layer(kind, layers[0], named)
+
+        n = _symbol("n")
+        x = Var("x", self.f32(n, hidden))
+        weights = self._weight_inputs([named["model.norm.weight"], named["lm_head.weight"]])
+        with self._function("head", [x, *weights.values()], {}):
+            self._output(self.head(x, n, weights))
+
+    def _emit_layer(self, kind: str, layer: int, named: dict[str, PackedWeight]) -> None:
+        n = _symbol("n")
+        x, inputs = Var("x", self.f32(n, self.config.hidden_size)), self._step_inputs(n)
+        kv = self._kv_inputs()[layer]
+        prefix = f"model.layers.{layer}."
+        weights = self._weight_inputs(
+            [named["rope.inv_freq"], *(w for name, w in named.items() if name.startswith(prefix))]
+        )
+        with self._function(f"layer_{kind}", [x, *inputs, kv, *weights.values()], {}):
+            step = self._step(n, inputs, weights["rope.inv_freq"])
+            stages = self.layer(kind, x, step, kv, layer_of(weights, layer))
+            self._output(relax.Tuple(list(stages)))
+
+    # -- plumbing ------------------------------------------------------------------------------
+
+    def _step_inputs(self, n: Any, b: Any = None) -> list[Var]:
+        b = _symbol("b") if b is None else b
+        inputs = [Var("positions", self.i32(n)), Var("token_seq", self.i32(n))]
+        for kind in KINDS:
+            inputs.append(Var(f"{kind}_table", self.i32(b, _symbol(f"{kind}_columns"))))
+            inputs.append(Var(f"{kind}_first", self.i32(b)))
+        return inputs
+
+    def _step(self, n: Any, inputs: list[Var], inv_freq: Expr) -> Step:
+        positions, token_seq, *tables = inputs
+        table = rope.rope_table(
+            self.target,
+            head_dim=self.config.head_dim,
+            attention_factor=self.config.rope_attention_factor,
+        )
+        cos_sin = self.call(table, [positions, inv_freq], self.f32(n, self.config.head_dim))
+        by_kind = {kind: Tables(*tables[2 * i : 2 * i + 2]) for i, kind in enumerate(KINDS)}
+        return Step(n, positions, token_seq, cos_sin, by_kind)
+
+    def _kv_inputs(self) -> list[Var]:
+        pages = {kind: _symbol(f"{kind}_pages") for kind in KINDS}
+        c = self.config
+        return [
+            Var(
+                f"kv_{layer}",
+                TensorType(
+                    kv_append.kv_shape(
+                        pages[layer_kind(c, layer)], c.num_key_value_heads, c.head_dim
+                    ),
+                    self.precision.kv_dtype,
+                ),
+            )
+            for layer in range(c.num_hidden_layers)
+        ]
+
+    def _weight_inputs(self, weights: Sequence[PackedWeight]) -> dict[str, Var]:
+        return {
+            weight.name: Var(weight.name.replace(".", "_"), TensorType(weight.shape, weight.dtype))
+            for weight in weights
+        }
+
+    def _function(self, name: str, params: list[Var], bounds: dict[str, int]):
+        attributes = {"tir_var_upper_bound": bounds} if bounds else {}
+        return self.builder.function(name, params, attrs=attributes, private=False)
+
+    def _output(self, value: Expr) -> None:
+        self.builder.emit_func_output(value)
+
+    def call(self, kernel: tvm.tirx.PrimFunc, args: list, *out: TensorType) -> Any:
+        """Emit one kernel; a tuple of outputs where there are several."""
+        emitted = self.builder.emit(relax.call_tir(self._add(kernel), args, list(out)))
+        if len(out) == 1:
+            return emitted
+        return tuple(
+            self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(len(out))
+        )
+
+    def call_inplace(
+        self, kernel: tvm.tirx.PrimFunc, args: list, updated: int, out: TensorType | None = None
+    ) -> Any:
+        """Emit a kernel that updates argument `updated`; returns (fresh output, updated) or updated.
+
+        The updated tensor must be used afterwards, or the call is dropped as dead code.
+        """
+        fresh = [] if out is None else [out]
+        indices = [-1] * len(fresh) + [updated]
+        types = [*fresh, args[updated].ty]
+        call = relax.op.call_tir_inplace(
+            self._add(kernel), relax.Tuple(args), indices, types if out is not None else types[0]
+        )
+        emitted = self.builder.emit(call)
+        if out is None:
+            return emitted
+        return tuple(self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(2))
+
+    def _add(self, kernel: tvm.tirx.PrimFunc) -> tvm.ir.GlobalVar:
+        # Kernel factories are cached, so that one object stands for one kernel.
+        if id(kernel) not in self._kernels:
+            name = str(kernel.attrs["mxforge.kernel"])
+            self._kernels[id(kernel)] = self.builder.add_func(kernel, name)
+        return self._kernels[id(kernel)]
+
+    @staticmethod
+    def f32(*shape: Any) -> TensorType:
+        return TensorType(shape, "float32")
+
+    @staticmethod
+    def i32(*shape: Any) -> TensorType:
+        return TensorType(shape, "int32")
+
+
+def layer_kind(config: ModelConfig, layer: int) -> str:
+    """'sliding' or 'full': which pages, tables and attention kernel the layer uses."""
+    return "sliding" if config.layer_types[layer] == SLIDING else "full"
+
+
+def layer_of(weights: dict[str, Any], layer: int) -> dict[str, Any]:
+    """The layer's weights by their names within the layer."""
+    prefix = f"model.layers.{layer}."
+    return {
+        name.removeprefix(prefix): weight
+        for name, weight in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def _symbol(name: str) -> Any:
+    return tvm.tirx.Var(name, "int64")
+
+
+__all__ = ["ABI_VERSION", "KINDS", "GptOss", "Limits", "layer_kind", "layer_of"]

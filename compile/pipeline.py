@@ -1,0 +1,189 @@
+"""The compiler: one ordered list of named phases from the model's module to machine code.
+
+Every phase is a list of passes. After each phase the IR is checked for well-formedness and, on
+request, written to `<dump>/<number>-<phase>.py`. No primitive function reaches code generation
+without a schedule: `check_scheduled` names the one that would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+from tvm import relax
+
+from mxforge.errors import UnscheduledError
+
+from .targets import CompileTarget
+
+Pass = tvm.transform.Pass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named step; `passes` makes the TVM passes that it runs, in order."""
+
+    name: str
+    passes: Callable[[], list[Pass]]
+
+
+PHASES: tuple[Phase, ...] = (
+    # The model as written: calls of scheduled kernels on tensors with symbolic shapes.
+    Phase("model", lambda: []),
+    # Kernels that no function calls, and values that nobody reads.
+    Phase("dead-code", lambda: [relax.transform.DeadCodeElimination()]),
+    # Calls in destination-passing style: every output becomes an allocation and an argument.
+    Phase(
+        "destination-passing",
+        lambda: [
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+        ],
+    ),
+    # One plan for all intermediate tensors, from the upper bounds of the symbolic sizes.
+    Phase("memory-plan", lambda: [relax.transform.StaticPlanBlockMemory()]),
+    # Down to what the Relax virtual machine executes.
+    Phase(
+        "virtual-machine",
+        lambda: [
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ],
+    ),
+)
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """How one primitive function of the library was scheduled."""
+
+    name: str
+    target: str
+    schedule: str
+    tile: str
+
+
+def lower(
+    module: tvm.IRModule,
+    target: CompileTarget,
+    dump: Path | None = None,
+    announce: Callable[[str], None] = lambda phase: None,
+) -> tvm.IRModule:
+    """Run every phase on `module`; UnscheduledError where a kernel lacks a schedule."""
+    with tvm.target.Target(target.tvm):
+        for number, phase in enumerate(PHASES):
+            announce(phase.name)
+            for step in phase.passes():
+                module = step(module)
+            relax.analysis.well_formed(module)  # raises, naming the function
+            if dump is not None:
+                _dump(module, dump / f"{number}-{phase.name}.py")
+            check_scheduled(module)
+    return module
+
+
+def build(
+    module: tvm.IRModule, target: CompileTarget, dump: Path | None = None
+) -> relax.VMExecutable:
+    """Machine code of a lowered module: TVM's standard lowering of kernels, then its code generator."""
+    executable = relax.build(
+        module, tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default"
+    )
+    if dump is not None:
+        (dump / "vm.txt").write_text(executable.as_text())
+        for index, device_code in enumerate(executable.mod.imports):
+            for sub in (device_code, *device_code.imports):
+                text = _source(sub)
+                if text:
+                    (dump / f"code-{index}-{sub.kind}.txt").write_text(text)
+    return executable
+
+
+# Loops that VM shape computations turn into are scalar: nothing there needs a schedule.
+_SHAPE_FUNCTION = "relax.is_shape_func"
+
+
+def check_scheduled(module: tvm.IRModule) -> None:
+    """Raise UnscheduledError naming every primitive function without a schedule."""
+    names = [
+        var.name_hint
+        for var, function in module.functions.items()
+        if isinstance(function, tvm.tirx.PrimFunc) and not _has_schedule(function)
+    ]
+    if names:
+        raise UnscheduledError(
+            f"Every primitive function needs a schedule, but {', '.join(sorted(names))} "
+            "has none; add one to the kernel's module in schedules/."
+        )
+
+
+def _has_schedule(function: tvm.tirx.PrimFunc) -> bool:
+    attributes = function.attrs or {}
+    if "tirx.is_host_func" in attributes:  # VMShapeLower's shape arithmetic
+        return True
+    return bool(attributes.get("tirx.is_scheduled", False)) and "mxforge.kernel" in attributes
+
+
+def kernel_table(module: tvm.IRModule, target: CompileTarget) -> list[KernelInfo]:
+    """Which schedule and tile each primitive function got, by name in the library."""
+    return sorted(
+        (
+            KernelInfo(
+                name=var.name_hint,
+                target=target.name,
+                schedule=str(function.attrs["mxforge.schedule"]),
+                tile=str(function.attrs["mxforge.tile"]),
+            )
+            for var, function in module.functions.items()
+            if isinstance(function, tvm.tirx.PrimFunc)
+            and function.attrs is not None
+            and "mxforge.kernel" in function.attrs
+        ),
+        key=lambda kernel: kernel.name,
+    )
+
+
+def workspace_bytes(module: tvm.IRModule) -> int:
+    """Largest planned storage of any one function, in bytes; dynamic outputs come on top."""
+    largest = 0
+    for _, function in module.functions.items():
+        if isinstance(function, relax.Function):
+            largest = max(largest, _planned(function))
+    return largest
+
+
+def _planned(function: relax.Function) -> int:
+    total = 0
+
+    def visit(node: relax.Expr) -> None:
+        nonlocal total
+        if isinstance(node, relax.Call) and getattr(node.op, "name", "") == (
+            "relax.memory.alloc_storage"
+        ):
+            size = node.args[0]
+            if isinstance(size, relax.ShapeExpr) and all(
+                isinstance(extent, tvm.tirx.IntImm) for extent in size.values
+            ):
+                total += int(size.values[0])
+
+    relax.analysis.post_order_visit(function, visit)
+    return total
+
+
+def _dump(module: tvm.IRModule, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(module.script())
+
+
+def _source(module: tvm.runtime.Module) -> str:
+    try:
+        return str(module.inspect_source())
+    except (RuntimeError, AttributeError, tvm.TVMError):
+        return ""  # modules without a textual form

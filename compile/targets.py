@@ -1,0 +1,179 @@
+"""What can be compiled for: presets as data, resolved by name into one frozen `CompileTarget`.
+
+    cpu                 the best level that this machine has
+    cpu:<level>         one of CPU_LEVELS, also for another machine of this architecture
+    cuda, cuda:sm_XX    NVIDIA GPUs; needs nvcc to build
+    metal               Apple GPUs; the shaders are compiled when the artifact is loaded
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mxforge.errors import TargetError
+from mxforge.schedules.kernel import Target
+from mxforge.schedules.mxfp4 import Activations
+
+Numerics = Literal["exact", "fast"]
+NUMERICS: tuple[Numerics, ...] = ("exact", "fast")
+
+
+@dataclass(frozen=True)
+class CpuLevel:
+    """A set of instructions that schedules may count on, and how LLVM is told about them."""
+
+    name: str
+    machine: str  # platform.machine() of the CPUs that have it
+    mcpu: str
+    features: tuple[str, ...]  # beyond those of `mcpu`; all are checked when an artifact is loaded
+    implied: tuple[str, ...]  # of `mcpu`, checked too
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return tuple(sorted({*self.features, *self.implied}))
+
+
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+# Best first: `cpu` takes the first that this machine has.
+CPU_LEVELS: tuple[CpuLevel, ...] = (
+    CpuLevel("avx512vnni", "x86_64", "x86-64-v4", ("avx512vnni",), _AVX512),
+    CpuLevel("avx512", "x86_64", "x86-64-v4", (), _AVX512),
+    CpuLevel("avx2", "x86_64", "x86-64-v3", (), _AVX2),
+    CpuLevel("x86-64", "x86_64", "x86-64", (), ()),
+    CpuLevel("neon", "aarch64", "generic", ("neon",), ()),
+)
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+# The oldest architecture whose code still runs on the cards that gpt-oss fits.
+DEFAULT_CUDA_ARCH = "sm_80"
+CUDA_ARCHS = (
+    "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a",
+    "sm_103", "sm_103a", "sm_110", "sm_120", "sm_120a", "sm_121",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What numbers pass between kernels: the meaning of --numerics on one target."""
+
+    kv_dtype: Literal["float32", "float16"]
+    experts: Activations
+
+
+@dataclass(frozen=True)
+class CompileTarget:
+    """A resolved target: what the schedules see, what TVM sees, what the artifact requires."""
+
+    name: str
+    kernels: Target
+    tvm: dict[str, Any]
+    required_features: tuple[str, ...] = ()
+    fast: Precision = field(default_factory=lambda: Precision("float16", "f32"))
+
+    def precision(self, numerics: Numerics) -> Precision:
+        return self.fast if numerics == "fast" else Precision("float32", "f32")
+
+
+def resolve(name: str) -> CompileTarget:
+    """The target called `name`; TargetError where it is unknown or cannot be built here."""
+    kind, _, variant = name.partition(":")
+    if kind in _RESOLVERS:
+        return _RESOLVERS[kind](variant)
+    raise TargetError(f"Unknown target {name!r}; the known ones are {', '.join(known_targets())}.")
+
+
+def known_targets() -> list[str]:
+    """What `resolve` takes, for help texts and errors."""
+    levels = [f"cpu:{level.name}" for level in CPU_LEVELS]
+    return ["cpu", *levels, "cuda", "cuda:sm_XX", "metal"]
+
+
+def _machine() -> str:
+    machine = platform.machine().lower()
+    return _MACHINES.get(machine, machine)
+
+
+def _cpu(variant: str) -> CompileTarget:
+    machine = _machine()
+    levels = [level for level in CPU_LEVELS if level.machine == machine]
+    if variant:
+        levels = [level for level in levels if level.name == variant]
+    else:
+        levels = [level for level in levels if _host_has(level)]
+    if not levels:
+        here = ", ".join(f"cpu:{lv.name}" for lv in CPU_LEVELS if lv.machine == machine)
+        raise TargetError(
+            f"No CPU level {variant or 'for this machine'!r} on {machine}; "
+            f"this machine can compile for {here or 'none: its architecture is not supported'}."
+        )
+    level = levels[0]
+    features = frozenset(level.required)
+    fast = Precision("float16", "i8" if "avx512vnni" in features else "f32")
+    return CompileTarget(
+        name=f"cpu:{level.name}",
+        kernels=Target("cpu", features),
+        tvm=_llvm(level),
+        required_features=level.required,
+        fast=fast,
+    )
+
+
+def _llvm(level: CpuLevel) -> dict[str, Any]:
+    target: dict[str, Any] = {"kind": "llvm", "mcpu": level.mcpu, "mtriple": _triple(level.machine)}
+    attributes = [f"+{name}" for name in level.features]
+    if "avx512f" in level.required:
+        # x86-64-v4 is tuned for 256-bit registers; the schedules are written for 512.
+        attributes.append("-prefer-256-bit")
+    if attributes:
+        target["mattr"] = attributes
+    return target
+
+
+def _triple(machine: str) -> str:
+    if sys.platform == "darwin":
+        return f"{'arm64' if machine == 'aarch64' else machine}-apple-darwin"
+    return f"{machine}-unknown-linux-gnu"
+
+
+def _host_has(level: CpuLevel) -> bool:
+    from mxforge.artifact import missing_cpu_features
+
+    return not missing_cpu_features(level.required)
+
+
+def _host() -> dict[str, Any]:
+    """The CPU side of a GPU target: plain code, any machine of this architecture."""
+    baseline = [level for level in CPU_LEVELS if level.machine == _machine()][-1]
+    return _llvm(baseline)
+
+
+def _cuda(variant: str) -> CompileTarget:
+    arch = variant or DEFAULT_CUDA_ARCH
+    if arch not in CUDA_ARCHS:
+        raise TargetError(f"Unknown CUDA target {arch!r}; the known ones are {', '.join(CUDA_ARCHS)}.")
+    if shutil.which("nvcc") is None:
+        raise TargetError(
+            f"Compiling for cuda:{arch} needs NVIDIA's compiler nvcc, which is not on PATH; "
+            "install the CUDA toolkit (13.0 or later) and try again."
+        )
+    return CompileTarget(
+        name=f"cuda:{arch}",
+        kernels=Target("cuda"),
+        tvm={"kind": "cuda", "arch": arch, "host": _host()},
+    )
+
+
+def _metal(variant: str) -> CompileTarget:
+    if variant:
+        raise TargetError(f"The target metal has no variants, found 'metal:{variant}'; use metal.")
+    return CompileTarget(
+        name="metal", kernels=Target("metal"), tvm={"kind": "metal", "host": _host()}
+    )
+
+
+_RESOLVERS = {"cpu": _cpu, "cuda": _cuda, "metal": _metal}

@@ -1,0 +1,194 @@
+"""The packed weights: what each is made of, its shape for a target, and how it is streamed.
+
+The table of one model and target is a list in the order of the library's arguments. A weight is
+packed in pieces along its first axis, so that packing never holds more than a few tens of MB
+beyond the page cache, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mxforge.schedules import linear, mxfp4
+from mxforge.schedules.kernel import Target
+
+from .checkpoint import Checkpoint
+from .checkpoint.hf import check_scales
+from .config import ModelConfig
+from .targets import Precision
+
+PIECE_BYTES = 64 << 20
+
+Pieces = Callable[[Checkpoint], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One argument of the library.
+
+    `pieces(checkpoint)` yields arrays whose concatenation along axis 0 has `shape`. `fill` tells
+    the runtime what random content keeps activations near 1 (see `mxforge.random_weights`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: Pieces
+    fill: dict[str, Any]
+
+
+def packed_weights(
+    config: ModelConfig, target: Target, precision: Precision
+) -> list[PackedWeight]:
+    """Every weight of the model in argument order; names are the checkpoint's where one to one."""
+    hidden, inv_freq = config.hidden_size, config.rope_inv_freq()
+    weights = [
+        PackedWeight(
+            "rope.inv_freq",
+            inv_freq.shape,
+            "float32",
+            lambda _checkpoint: iter([inv_freq]),
+            {"values": [float(value) for value in inv_freq]},
+        ),
+        PackedWeight(
+            "model.embed_tokens.weight",
+            (config.vocab_size, hidden),
+            "bfloat16",
+            lambda checkpoint: _rows(checkpoint.tensor("model.embed_tokens.weight")),
+            {"normal": 1.0},
+        ),
+    ]
+    for layer in range(config.num_hidden_layers):
+        weights += _layer(config, target, precision, f"model.layers.{layer}")
+    weights += [
+        _vector("model.norm.weight", hidden, {"constant": 1.0}),
+        _dense(target, "lm_head.weight", ("lm_head.weight",), config.vocab_size, hidden),
+    ]
+    return weights
+
+
+def _layer(
+    config: ModelConfig, target: Target, precision: Precision, prefix: str
+) -> list[PackedWeight]:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    queries = heads * config.head_dim
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    qkv = tuple(f"{attention}.{name}_proj" for name in "qkv")
+    experts, units = config.num_local_experts, config.intermediate_size
+    return [
+        _vector(f"{prefix}.input_layernorm.weight", hidden, {"constant": 1.0}),
+        _dense(
+            target,
+            f"{attention}.qkv_proj.weight",
+            tuple(f"{name}.weight" for name in qkv),
+            config.qkv_rows,
+            hidden,
+        ),
+        _bias(
+            config,
+            f"{attention}.qkv_proj.bias",
+            tuple(f"{name}.bias" for name in qkv),
+            config.qkv_rows,
+        ),
+        _vector(f"{attention}.sinks", heads, {"normal": 1.0}),
+        _dense(
+            target, f"{attention}.o_proj.weight", (f"{attention}.o_proj.weight",), hidden, queries
+        ),
+        _bias(config, f"{attention}.o_proj.bias", (f"{attention}.o_proj.bias",), hidden),
+        _vector(f"{prefix}.post_attention_layernorm.weight", hidden, {"constant": 1.0}),
+        _dense(target, f"{mlp}.router.weight", (f"{mlp}.router.weight",), experts, hidden),
+        _vector(f"{mlp}.router.bias", experts, {"normal": 0.1}),
+        *_expert_half(target, precision, f"{mlp}.experts.gate_up_proj", experts, 2 * units, hidden),
+        *_expert_half(target, precision, f"{mlp}.experts.down_proj", experts, hidden, units),
+    ]
+
+
+def _vector(name: str, size: int, fill: dict[str, Any]) -> PackedWeight:
+    """A small vector, kept in float32."""
+    return PackedWeight(
+        name,
+        (size,),
+        "float32",
+        lambda checkpoint: iter([checkpoint.tensor(name).astype(np.float32)]),
+        fill,
+    )
+
+
+def _bias(
+    config: ModelConfig, name: str, sources: tuple[str, ...], size: int
+) -> PackedWeight:
+    """The bias of an attention layer; zeros where the config says there is none."""
+
+    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        if not config.attention_bias:
+            yield np.zeros(size, np.float32)
+            return
+        for source in sources:
+            yield checkpoint.tensor(source).astype(np.float32)
+
+    return PackedWeight(name, (size,), "float32", pieces, {"normal": 0.02})
+
+
+def _dense(
+    target: Target, name: str, sources: tuple[str, ...], rows: int, k: int
+) -> PackedWeight:
+    """bf16 [rows, k], the sources stacked, in linear.py's layout."""
+
+    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        tensors = [checkpoint.tensor(source) for source in sources]
+        stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+        step = linear.CPU_TILE.rows * max(1, PIECE_BYTES // (2 * k * linear.CPU_TILE.rows))
+        for start in range(0, rows, step):
+            piece = stacked[start : start + step].astype(ml_dtypes.bfloat16, copy=False)
+            yield linear.pack_weight(target, piece)
+
+    shape = linear.packed_shape(target, rows, k)
+    return PackedWeight(name, shape, "bfloat16", pieces, {"normal": k**-0.5})
+
+
+def _expert_half(
+    target: Target, precision: Precision, name: str, experts: int, rows: int, k: int
+) -> list[PackedWeight]:
+    """Blocks, scales and bias of all experts' gate_up_proj or down_proj."""
+    interleaved = name.endswith("gate_up_proj") and not target.is_gpu
+    order = mxfp4.gate_up_row_order(rows) if interleaved else None
+    stored = mxfp4.stored_shapes(experts, rows, k)
+    blocks_shape, scales_shape = (
+        stored if target.is_gpu else mxfp4.packed_shapes(experts, rows, k, precision.experts)
+    )
+
+    def blocks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        tensor = checkpoint.tensor(f"{name}_blocks")
+        for expert in range(experts):
+            piece = tensor[expert : expert + 1]
+            yield piece if target.is_gpu else mxfp4.pack_blocks(piece, precision.experts, order)
+
+    def scales(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        tensor = checkpoint.tensor(f"{name}_scales")
+        check_scales(f"{name}_scales", tensor)
+        yield tensor if target.is_gpu else mxfp4.pack_scales(tensor, order)
+
+    def bias(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        tensor = checkpoint.tensor(f"{name}_bias").astype(np.float32)
+        yield tensor if order is None else tensor[:, order]
+
+    # A random e2m1 nibble has a root mean square of 2.6.
+    scale = 127 - round(float(np.log2(2.6 * np.sqrt(k))))
+    return [
+        PackedWeight(f"{name}_blocks", blocks_shape, "uint8", blocks, {"bytes": [0, 255]}),
+        PackedWeight(f"{name}_scales", scales_shape, "uint8", scales, {"bytes": [scale, scale]}),
+        PackedWeight(f"{name}_bias", (experts, rows), "float32", bias, {"normal": 0.02}),
+    ]
+
+
+def _rows(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    step = max(1, PIECE_BYTES // (2 * tensor.shape[1]))
+    for start in range(0, len(tensor), step):
+        yield np.ascontiguousarray(
+            tensor[start : start + step].astype(ml_dtypes.bfloat16, copy=False)
+        )

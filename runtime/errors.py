@@ -1,0 +1,131 @@
+"""Every error that mxforge raises on purpose, each a class of its own under one base.
+
+A message says what was expected, what was found and what to do, in one or two sentences.
+
+    MxforgeError                    base; the commands print it and exit with `exit_code` (1)
+    ├── UsageError                  a command was called wrongly (exits with 2)
+    ├── ConfigError                 config.json lacks a number, or holds one that cannot be built
+    ├── CheckpointError             a checkpoint is missing, unreadable, truncated or contradictory
+    │   ├── UnknownArchitectureError    config.json names an architecture other than gpt-oss
+    │   ├── TensorMissingError          a tensor that the architecture needs is not there
+    │   ├── TensorShapeError            a tensor has another shape than the config implies
+    │   ├── TensorDtypeError            a tensor has another dtype than the format prescribes
+    │   └── NaNScaleError               an MXFP4 scale byte is 255
+    ├── SafetensorsError            one .safetensors file is malformed
+    ├── TokenizerError              a tokenizer is unreadable, or text came without one
+    ├── TargetError                 the target is unknown, or a tool it needs is absent
+    ├── UnscheduledError            a primitive function would reach code generation unscheduled
+    ├── OutputError                 the output exists already, the disk is full or unwritable
+    ├── ArtifactError               an artifact cannot be used
+    │   ├── ArtifactVersionError        it was written in another format or for another ABI
+    │   ├── ArtifactCorruptError        a file is missing, changed or unreadable
+    │   └── ArtifactTargetError         it was compiled for another CPU, GPU or system
+    ├── KVMemoryError               the KV pool does not fit, or its pages are used up
+    ├── ContextLengthError          a prompt is longer than the context
+    ├── TokenRangeError             a token id lies outside the vocabulary
+    ├── SamplingError               a sampling parameter is absurd
+    ├── CancelledError              the request was cancelled between two steps
+    └── NumericsError               `mxforge diff` found a tensor outside its bound
+"""
+
+from __future__ import annotations
+
+
+class MxforgeError(Exception):
+    """Base of all errors below; `exit_code` is what a command exits with after printing it."""
+
+    exit_code: int = 1
+
+
+class UsageError(MxforgeError):
+    """A command or function was called with arguments that cannot be meant together."""
+
+    exit_code = 2
+
+
+class ConfigError(MxforgeError):
+    """The model's config lacks a number or holds one that this architecture cannot have."""
+
+
+class CheckpointError(MxforgeError):
+    """A checkpoint is missing, unreadable, truncated or contradicts itself."""
+
+
+class UnknownArchitectureError(CheckpointError):
+    """The checkpoint's config names an architecture other than gpt-oss."""
+
+
+class TensorMissingError(CheckpointError):
+    """The checkpoint lacks a tensor that its config calls for."""
+
+
+class TensorShapeError(CheckpointError):
+    """A tensor's shape is not the one that the config implies."""
+
+
+class TensorDtypeError(CheckpointError):
+    """A tensor's dtype is not the one that the format prescribes."""
+
+
+class NaNScaleError(CheckpointError):
+    """An MXFP4 scale byte is 255, which means NaN."""
+
+
+class SafetensorsError(MxforgeError):
+    """A .safetensors file is malformed; the reader above wraps it in what the file was part of."""
+
+
+class TokenizerError(MxforgeError):
+    """A tokenizer is unreadable, or text was given where only token ids can be taken."""
+
+
+class TargetError(MxforgeError):
+    """The target is unknown, or something that compiling for it needs (nvcc) is absent."""
+
+
+class UnscheduledError(MxforgeError):
+    """A primitive function without a schedule would have reached code generation."""
+
+
+class OutputError(MxforgeError):
+    """The output cannot be written: it exists already, or the disk is full or read-only."""
+
+
+class ArtifactError(MxforgeError):
+    """An artifact cannot be used."""
+
+
+class ArtifactVersionError(ArtifactError):
+    """The artifact's format or ABI is another version than this runtime understands."""
+
+
+class ArtifactCorruptError(ArtifactError):
+    """A file of the artifact is missing, unreadable, or not the one that was written."""
+
+
+class ArtifactTargetError(ArtifactError):
+    """The artifact was compiled for a CPU, GPU or operating system that this machine is not."""
+
+
+class KVMemoryError(MxforgeError):
+    """The KV pool does not fit into memory, or all of its pages are in use."""
+
+
+class ContextLengthError(MxforgeError):
+    """A prompt is longer than the context that the engine was loaded with."""
+
+
+class TokenRangeError(MxforgeError):
+    """A token id lies outside the vocabulary."""
+
+
+class SamplingError(MxforgeError):
+    """A sampling parameter has a value that cannot be meant."""
+
+
+class CancelledError(MxforgeError):
+    """The request was cancelled between two steps."""
+
+
+class NumericsError(MxforgeError):
+    """A tensor differs from the reference by more than its bound."""

@@ -1,0 +1,556 @@
+"""Causal attention over the paged cache, with sinks and an optional sliding window.
+
+    q f32 [n, Hq·D], rotated   kv [pages, 2, Hkv, 16·D]   positions, token_seq i32 [n]
+    page_table i32 [b, p]   first_page i32 [b]   sinks f32 [Hq]   ->   out f32 [n, Hq·D]
+
+    A token at position i of sequence s sees the keys j ≤ i of s; with a window w, i − w < j ≤ i.
+    score_j = q·k_j / √D     m = max(sink, max_j score_j)
+    out = Σ_j exp(score_j − m)·v_j / (exp(sink − m) + Σ_j exp(score_j − m))
+
+The cache's layout is in `kv_append`. Page slots without a visible key may hold anything, NaN
+included: their scores are replaced, their values never read.
+
+The softmax is computed online, a block of pages at a time, in constant memory. A sliding layer
+begins at the page of the first key in the window.
+
+Roofline of decoding: 4·Hkv·D·keys bytes of float16 cache a token. Each 16 keys and head take
+2·D multiply-adds of 16 lanes, so a core that does one a cycle can follow 4·keys/G bytes of
+memory only for G ≤ 8 or so; prefill is bound by the arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import tvm
+
+from .kernel import Case, Kernel, T, Target, TileConfig, bind_items, scheduled
+from .kv_append import PAGE_TOKENS, kv_shape, paged_layout, physical_page
+from .math import exp_f32
+
+NAME = "f32_paged_attention"
+LANES = 16
+CACHE_LINE = 64
+AHEAD = 2
+LOWEST = -3e38  # stands for −inf where a difference is taken
+
+
+def paged_attention_ref(
+    q: np.ndarray,
+    kv: np.ndarray,
+    positions: np.ndarray,
+    token_seq: np.ndarray,
+    page_table: np.ndarray,
+    first_page: np.ndarray,
+    sinks: np.ndarray,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    kv_dtype: str,
+) -> tuple[np.ndarray]:
+    """out float64 [n, heads·head_dim]; window 0 means all keys."""
+    assert kv.dtype == kv_dtype
+    keys = kv[:, 0].reshape(-1, kv_heads, head_dim, PAGE_TOKENS)
+    values = kv[:, 1].reshape(-1, kv_heads, PAGE_TOKENS, head_dim)
+    out = np.empty((len(q), kv_heads, heads // kv_heads, head_dim))
+    queries = q.astype(np.float64).reshape(out.shape) / np.sqrt(head_dim)
+    sink = sinks.astype(np.float64).reshape(kv_heads, -1, 1)
+    for t, (position, sequence) in enumerate(zip(positions, token_seq, strict=True)):
+        j = np.arange(max(0, position - window + 1) if window else 0, position + 1)
+        page = page_table[sequence, j // PAGE_TOKENS - first_page[sequence]]
+        k = keys[page, :, :, j % PAGE_TOKENS].astype(np.float64)  # [keys, Hkv, D]
+        v = values[page, :, j % PAGE_TOKENS].astype(np.float64)
+        score = np.einsum("hgd,jhd->hgj", queries[t], k)
+        top = np.maximum(score.max(axis=-1, keepdims=True), sink)
+        weight = np.exp(score - top)
+        total = weight.sum(axis=-1, keepdims=True) + np.exp(sink - top)
+        out[t] = np.einsum("hgj,jhd->hgd", weight / total, v)
+    return (out.reshape(q.shape),)
+
+
+@dataclass(frozen=True)
+class AttentionTile(TileConfig):
+    heads: int  # query heads of one KV head that share one read of it: at most this many
+    pages: int  # pages between two corrections of the running maximum
+
+
+ITEM_KEYS = 128  # keys summed apart before they join the sum: bounds the rounding error
+CPU_TILE = AttentionTile(heads=8, pages=8)
+
+
+def _heads_of_item(group: int) -> int:
+    """The largest divisor of the group within the tile."""
+    return max(h for h in range(1, CPU_TILE.heads + 1) if group % h == 0)
+
+
+def paged_attention_items(
+    *, heads: int, kv_heads: int, head_dim: int, window: int, kv_dtype: str
+) -> tvm.tirx.PrimFunc:
+    """One item a (token, query head), unscheduled."""
+    group = heads // kv_heads
+    scale = head_dim**-0.5
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(
+        q_p: T.handle,
+        kv_p: T.handle,
+        positions_p: T.handle,
+        token_seq_p: T.handle,
+        page_table_p: T.handle,
+        first_page_p: T.handle,
+        sinks_p: T.handle,
+        out_p: T.handle,
+    ):
+        n, b, p, pages = T.int64(), T.int64(), T.int64(), T.int64()
+        q = T.match_buffer(q_p, (n, heads * head_dim), "float32")
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        positions = T.match_buffer(positions_p, (n,), "int32")
+        token_seq = T.match_buffer(token_seq_p, (n,), "int32")
+        page_table = T.match_buffer(page_table_p, (b, p), "int32")
+        first_page = T.match_buffer(first_page_p, (b,), "int32")
+        sinks = T.match_buffer(sinks_p, (heads,), "float32")
+        out = T.match_buffer(out_p, (n, heads * head_dim), "float32")
+        for token, head in T.grid(n, heads):
+            with T.sblock("item"):
+                t, h = T.axis.remap("SS", [token, head])
+                # Said here, since the bounds below depend on names bound inside the block.
+                T.reads(
+                    q[t, 0 : heads * head_dim],
+                    kv[0:pages, 0:2, 0:kv_heads, 0 : PAGE_TOKENS * head_dim],
+                    positions[t],
+                    token_seq[t],
+                    page_table[0:b, 0:p],
+                    first_page[0:b],
+                    sinks[0:heads],
+                )
+                T.writes(out[t, h * head_dim : (h + 1) * head_dim])
+                acc = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
+                partial = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
+                # score, running maximum, sum, sum of the block, correction, weight
+                state = T.sblock_alloc_buffer((6,), "float32", scope="local")
+                state[1] = T.max(sinks[h], T.float32(LOWEST))
+                state[2] = exp_f32(sinks[h] - state[1])
+                for d in T.serial(head_dim):
+                    acc[d] = T.float32(0)
+                low: T.let = _first_key(positions[t], window)
+                for block in T.serial(T.ceildiv(positions[t] + 1 - low, ITEM_KEYS)):
+                    begin: T.let = low + block * ITEM_KEYS
+                    state[3] = T.float32(0)
+                    for d in T.serial(head_dim):
+                        partial[d] = T.float32(0)
+                    for i in T.serial(T.min(positions[t] + 1 - begin, ITEM_KEYS)):
+                        page: T.let = physical_page(
+                            page_table, first_page, token_seq[t], (begin + i) // PAGE_TOKENS
+                        )
+                        slot: T.let = (begin + i) % PAGE_TOKENS
+                        state[0] = T.float32(0)
+                        for d in T.serial(head_dim):
+                            state[0] = state[0] + q[t, h * head_dim + d] * T.Cast(
+                                "float32", kv[page, 0, h // group, d * PAGE_TOKENS + slot]
+                            )
+                        state[0] = state[0] * T.float32(scale)
+                        if state[0] > state[1]:
+                            state[4] = exp_f32(state[1] - state[0])
+                            state[1] = state[0]
+                            state[2] = state[2] * state[4]
+                            state[3] = state[3] * state[4]
+                            for d in T.serial(head_dim):
+                                acc[d] = acc[d] * state[4]
+                                partial[d] = partial[d] * state[4]
+                        state[5] = exp_f32(state[0] - state[1])
+                        state[3] = state[3] + state[5]
+                        for d in T.serial(head_dim):
+                            partial[d] = partial[d] + state[5] * T.Cast(
+                                "float32", kv[page, 1, h // group, slot * head_dim + d]
+                            )
+                    state[2] = state[2] + state[3]
+                    for d in T.serial(head_dim):
+                        acc[d] = acc[d] + partial[d]
+                for d in T.serial(head_dim):
+                    out[t, h * head_dim + d] = acc[d] / state[2]
+
+    return main
+
+
+def _first_key(position, window: int):
+    """The first key position a query at `position` sees."""
+    return T.max(position - T.int32(window - 1), T.int32(0)) if window else T.int32(0)
+
+
+def _cpu(
+    heads: int, kv_heads: int, head_dim: int, window: int, kv_dtype: str
+) -> tvm.tirx.PrimFunc:
+    group = heads // kv_heads
+    g = _heads_of_item(group)
+    per_kv_head = group // g
+    block_keys = CPU_TILE.pages * PAGE_TOKENS
+    vectors, tail = divmod(head_dim, LANES)
+    scale = head_dim**-0.5
+    line_elements = CACHE_LINE // np.dtype(kv_dtype).itemsize
+    line_rows = line_elements // PAGE_TOKENS
+    lines = head_dim // line_rows
+
+    @T.inline
+    def prefetch(kv, page, part, kv_head, element):
+        T.evaluate(
+            T.call_llvm_intrin(
+                "void",
+                "llvm.prefetch",
+                T.address_of(kv[page, part, kv_head, element]),
+                T.int32(0),
+                T.int32(3),
+                T.int32(1),
+            )
+        )
+
+    @T.inline
+    def score_page(
+        kv, query, score, partial, page_of, kv_head, j, first, low, position, upcoming
+    ):
+        """Scores of the block's page j; -inf outside low ≤ key ≤ position.
+
+        Meanwhile this page's values and the keys of page `upcoming` come from memory.
+        """
+        for i in T.unroll(g):
+            for lane in T.vectorized(LANES):
+                partial[i * LANES + lane] = T.float32(0)
+        for line in T.serial(lines):
+            prefetch(kv, page_of[j], 1, kv_head, line * line_elements)
+            prefetch(kv, page_of[upcoming], 0, kv_head, line * line_elements)
+            for row in T.unroll(line_rows):
+                for i in T.unroll(g):
+                    for lane in T.vectorized(LANES):
+                        partial[i * LANES + lane] = partial[i * LANES + lane] + query[
+                            i * head_dim + line * line_rows + row
+                        ] * T.Cast(
+                            "float32",
+                            kv[
+                                page_of[j],
+                                0,
+                                kv_head,
+                                (line * line_rows + row) * PAGE_TOKENS + lane,
+                            ],
+                        )
+        for i in T.unroll(g):
+            for lane in T.vectorized(LANES):
+                score[i * block_keys + j * PAGE_TOKENS + lane] = T.Select(
+                    T.And(
+                        (first + j) * PAGE_TOKENS + lane >= low,
+                        (first + j) * PAGE_TOKENS + lane <= position,
+                    ),
+                    partial[i * LANES + lane],
+                    T.float32(0) - T.infinity("float32"),
+                )
+
+    @T.inline
+    def horizontal(vector, combine):
+        """vector[0] = its 16 elements combined."""
+        for lane in T.vectorized(8):
+            vector[lane] = combine(vector[lane], vector[8 + lane])
+        for lane in T.vectorized(4):
+            vector[lane] = combine(vector[lane], vector[4 + lane])
+        for lane in T.vectorized(2):
+            vector[lane] = combine(vector[lane], vector[2 + lane])
+        vector[0] = combine(vector[0], vector[1])
+
+    @T.inline
+    def softmax_block(score, top, total, correction, vector, i, count):
+        """Turn one head's scores of `count` pages into weights; say how to correct older sums."""
+        for lane in T.vectorized(LANES):
+            vector[lane] = score[i * block_keys + lane]
+        for j in T.serial(count - 1):
+            for lane in T.vectorized(LANES):
+                vector[lane] = T.max(
+                    vector[lane], score[i * block_keys + (j + 1) * PAGE_TOKENS + lane]
+                )
+        horizontal(vector, T.max)
+        correction[i] = exp_f32(T.min(top[i] - vector[0], T.float32(0)))
+        top[i] = T.max(top[i], vector[0])
+        for lane in T.vectorized(LANES):
+            vector[lane] = T.float32(0)
+        for j in T.serial(count):
+            for lane in T.vectorized(LANES):
+                score[i * block_keys + j * PAGE_TOKENS + lane] = exp_f32(
+                    score[i * block_keys + j * PAGE_TOKENS + lane] - top[i]
+                )
+            for lane in T.vectorized(LANES):
+                vector[lane] = vector[lane] + score[i * block_keys + j * PAGE_TOKENS + lane]
+        horizontal(vector, _add)
+        total[i] = total[i] * correction[i] + vector[0]
+
+    @T.inline
+    def add_values(
+        kv, score, acc, partial, correction, page_of, kv_head, first, count, low, position, d0, width
+    ):
+        """acc[:, d0 : d0 + width] = corrected acc + weights · values of the visible keys."""
+        for i in T.unroll(g):
+            for lane in T.vectorized(width):
+                partial[i * LANES + lane] = T.float32(0)
+        for j in T.serial(count):
+            key0: T.let = (first + j) * PAGE_TOKENS
+            slot0: T.let = T.max(low - key0, 0)
+            for s in T.serial(T.min(position + 1 - key0, PAGE_TOKENS) - slot0):
+                for i in T.unroll(g):
+                    for lane in T.vectorized(width):
+                        partial[i * LANES + lane] = partial[i * LANES + lane] + score[
+                            i * block_keys + j * PAGE_TOKENS + slot0 + s
+                        ] * T.Cast(
+                            "float32",
+                            kv[page_of[j], 1, kv_head, (slot0 + s) * head_dim + d0 + lane],
+                        )
+        for i in T.unroll(g):
+            for lane in T.vectorized(width):
+                acc[i * head_dim + d0 + lane] = (
+                    acc[i * head_dim + d0 + lane] * correction[i] + partial[i * LANES + lane]
+                )
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(
+        q_p: T.handle,
+        kv_p: T.handle,
+        positions_p: T.handle,
+        token_seq_p: T.handle,
+        page_table_p: T.handle,
+        first_page_p: T.handle,
+        sinks_p: T.handle,
+        out_p: T.handle,
+    ):
+        n, b, p, pages = T.int64(), T.int64(), T.int64(), T.int64()
+        q = T.match_buffer(q_p, (n, heads * head_dim), "float32")
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        positions = T.match_buffer(positions_p, (n,), "int32")
+        token_seq = T.match_buffer(token_seq_p, (n,), "int32")
+        page_table = T.match_buffer(page_table_p, (b, p), "int32")
+        first_page = T.match_buffer(first_page_p, (b,), "int32")
+        sinks = T.match_buffer(sinks_p, (heads,), "float32")
+        out = T.match_buffer(out_p, (n, heads * head_dim), "float32")
+        # Heads are the outer part: threads then get equal shares of long and short sequences,
+        # and neighbouring tokens of a chunk find their keys in the core's cache.
+        for item in T.parallel(n * (heads // g)):
+            with T.sblock("item"):
+                t = T.axis.spatial(n, item % n)
+                head_block = T.axis.spatial(heads // g, T.Cast("int32", item // n))
+                # Said here, since the bounds below depend on names bound inside the block.
+                T.reads(
+                    q[t, 0 : heads * head_dim],
+                    kv[0:pages, 0:2, 0:kv_heads, 0 : PAGE_TOKENS * head_dim],
+                    positions[t],
+                    token_seq[t],
+                    page_table[0:b, 0:p],
+                    first_page[0:b],
+                    sinks[0:heads],
+                )
+                T.writes(out[t, 0 : heads * head_dim])
+                query = T.sblock_alloc_buffer((g * head_dim,), "float32", scope="local")
+                acc = T.sblock_alloc_buffer((g * head_dim,), "float32", scope="local")
+                score = T.sblock_alloc_buffer((g * block_keys,), "float32", scope="local")
+                partial = T.sblock_alloc_buffer((g * LANES,), "float32", scope="local")
+                vector = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
+                top = T.sblock_alloc_buffer((g,), "float32", scope="local")
+                total = T.sblock_alloc_buffer((g,), "float32", scope="local")
+                correction = T.sblock_alloc_buffer((g,), "float32", scope="local")
+                page_of = T.sblock_alloc_buffer((CPU_TILE.pages,), "int64", scope="local")
+                h0: T.let = head_block * g
+                kv_head: T.let = head_block // per_kv_head
+                position: T.let = positions[t]
+                low: T.let = _first_key(position, window)
+                page0: T.let = low // PAGE_TOKENS
+                page_count: T.let = position // PAGE_TOKENS + 1 - page0
+                for i in T.serial(g):
+                    top[i] = T.max(sinks[h0 + i], T.float32(LOWEST))
+                    total[i] = exp_f32(sinks[h0 + i] - top[i])
+                for i in T.serial(g * head_dim):
+                    query[i] = q[t, h0 * head_dim + i] * T.float32(scale)
+                    acc[i] = T.float32(0)
+                for block in T.serial(T.ceildiv(page_count, CPU_TILE.pages)):
+                    first: T.let = page0 + block * CPU_TILE.pages
+                    count: T.let = T.min(page_count - block * CPU_TILE.pages, CPU_TILE.pages)
+                    for j in T.serial(count):
+                        page_of[j] = physical_page(page_table, first_page, token_seq[t], first + j)
+                    for j in T.serial(count):
+                        score_page(
+                            kv, query, score, partial, page_of, kv_head, j, first, low, position,
+                            T.min(j + AHEAD, count - 1),
+                        )  # fmt: skip
+                    for i in T.serial(g):
+                        softmax_block(score, top, total, correction, vector, i, count)
+                    for c in T.serial(vectors):
+                        add_values(
+                            kv, score, acc, partial, correction, page_of, kv_head,
+                            first, count, low, position, c * LANES, LANES,
+                        )  # fmt: skip
+                    if tail > 0:
+                        add_values(
+                            kv, score, acc, partial, correction, page_of, kv_head,
+                            first, count, low, position, vectors * LANES, tail,
+                        )  # fmt: skip
+                for i in T.serial(g):
+                    for d in T.serial(head_dim):
+                        out[t, (h0 + i) * head_dim + d] = acc[i * head_dim + d] / total[i]
+
+    return scheduled(main, NAME, "heads of tokens in parallel, online softmax", CPU_TILE)
+
+
+def _add(a, b):
+    return a + b
+
+
+@lru_cache(maxsize=None)
+def paged_attention(
+    target: Target, *, heads: int, kv_heads: int, head_dim: int, window: int, kv_dtype: str
+) -> tvm.tirx.PrimFunc:
+    """(q, kv, positions, token_seq, page_table, first_page, sinks, out) -> None.
+
+    heads is a multiple of kv_heads; window 0 means all keys; kv_dtype is "float32" or "float16".
+    """
+    if target.is_gpu:
+        items = paged_attention_items(
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=window, kv_dtype=kv_dtype
+        )
+        return bind_items(items, NAME)
+    return _cpu(heads, kv_heads, head_dim, window, kv_dtype)
+
+
+def _case(
+    name: str,
+    spans: list[tuple[int, int]],
+    *,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    window: int = 0,
+    kv_dtype: str = "float32",
+    tolerance: float = 1e-5,
+    spike: float = 1.0,
+    scores: float = 1.0,
+    sink: float = 0.0,
+    physical_pages: int = 0,
+) -> Case:
+    """A case whose queries stand at positions [begin, end) of every span, a sequence each.
+
+    The cache holds what the first of them sees up to the last; all other slots are NaN.
+    `scores` scales the queries, `spike` one channel of queries and keys against another,
+    `sink` shifts the sinks. `physical_pages` maps many logical pages onto so few.
+    """
+    n = sum(end - begin for begin, end in spans)
+    seen = [(max(0, begin - window + 1) if window else 0, end) for begin, end in spans]
+    keys_read = sum(end - begin for begin, end in seen)
+    pairs = sum(
+        min(position + 1, window or position + 1)
+        for begin, end in spans
+        for position in range(begin, end)
+    )
+
+    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        if physical_pages:
+            (_, end), pages = spans[0], physical_pages
+            logical = (end - 1) // PAGE_TOKENS + 1
+            table = rng.integers(0, pages, (1, logical)).astype(np.int32)
+            first_page = np.zeros(1, np.int32)
+        else:
+            table, first_page, pages = paged_layout(rng, seen)
+        keys = np.full((pages, kv_heads, head_dim, PAGE_TOKENS), np.nan, kv_dtype)
+        values = np.full((pages, kv_heads, PAGE_TOKENS, head_dim), np.nan, kv_dtype)
+        if physical_pages:
+            keys[:] = rng.standard_normal(keys.shape)
+            values[:] = rng.standard_normal(values.shape)
+        else:
+            for s, (begin, end) in enumerate(seen):
+                j = np.arange(begin, end)
+                page, slot = table[s, j // PAGE_TOKENS - first_page[s]], j % PAGE_TOKENS
+                keys[page, :, :, slot] = rng.standard_normal((len(j), kv_heads, head_dim))
+                values[page, :, slot] = rng.standard_normal((len(j), kv_heads, head_dim))
+        values[..., head_dim // 2] *= spike
+        q = rng.standard_normal((n, heads * head_dim), dtype=np.float32)
+        return {
+            "q": q * np.float32(scores),
+            "kv": np.stack(
+                [part.reshape(pages, kv_heads, PAGE_TOKENS * head_dim) for part in (keys, values)],
+                axis=1,
+            ),
+            "positions": np.concatenate([np.arange(*span, dtype=np.int32) for span in spans]),
+            "token_seq": np.repeat(
+                np.arange(len(spans), dtype=np.int32), [end - begin for begin, end in spans]
+            ),
+            "page_table": table,
+            "first_page": first_page,
+            "sinks": rng.standard_normal(heads, dtype=np.float32) + np.float32(sink),
+        }
+
+    return Case(
+        name,
+        {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "window": window,
+            "kv_dtype": kv_dtype,
+        },
+        inputs,
+        tolerance=tolerance,
+        flops=4 * pairs * heads * head_dim,
+        bytes=2 * keys_read * kv_heads * head_dim * np.dtype(kv_dtype).itemsize
+        + 8 * n * heads * head_dim,
+    )
+
+
+CASES = (
+    _case("first token", [(0, 1)]),
+    _case("15 keys, a page less one", [(14, 15)]),
+    _case("16 keys, a full page", [(15, 16)]),
+    _case("17 keys, a page and one", [(16, 17)]),
+    _case("block edge of the online softmax", [(126, 130)]),
+    _case("window edge", [(0, 40)], window=20),
+    _case("window a multiple of a page", [(30, 34), (63, 66)], window=32),
+    _case("window smaller than a page", [(0, 35)], window=5),
+    _case("window of one key", [(17, 19)], window=1),
+    _case("ragged batch", [(0, 7), (40, 41), (16, 33), (99, 100)], heads=6, kv_heads=3),
+    _case("chunk in the middle of a sequence", [(37, 70)], window=24),
+    _case("ungrouped heads", [(20, 23)], heads=3, kv_heads=3, head_dim=24),
+    _case("head of 40", [(45, 48)], heads=10, kv_heads=2, head_dim=40),
+    _case("head of 6, group of 12", [(45, 48)], heads=12, kv_heads=1, head_dim=6),
+    _case("group of 11", [(18, 20)], heads=11, kv_heads=1, head_dim=32),
+    _case("large scores", [(30, 36)], scores=1e4),
+    _case("sink above all scores", [(30, 36)], sink=60.0),
+    _case("no sink", [(30, 36)], sink=float("-inf")),
+    _case("one channel 1000 times the others", [(30, 36)], spike=1000.0),
+    _case("float16", [(5, 25), (300, 301)], head_dim=64, kv_dtype="float16"),
+    _case("float16, sliding, head of 40", [(5, 25)], head_dim=40, window=9, kv_dtype="float16"),
+    _case("position 131,071 of a sliding layer", [(131_071, 131_072)], window=128),
+    _case(
+        "position 131,071 of a full layer",
+        [(131_071, 131_072)],
+        kv_heads=1,
+        physical_pages=7,
+    ),
+    _case(
+        "20b full layer, one token",
+        [(4000, 4001)],
+        heads=64,
+        kv_heads=8,
+        head_dim=64,
+        kv_dtype="float16",
+    ),
+    _case(
+        "20b sliding layer, 32 tokens",
+        [(4000, 4032)],
+        heads=64,
+        kv_heads=8,
+        head_dim=64,
+        window=128,
+        kv_dtype="float16",
+    ),
+)
+
+PAGED_ATTENTION = Kernel(
+    NAME,
+    build=paged_attention,
+    items=paged_attention_items,
+    reference=paged_attention_ref,
+    outputs=lambda inputs, **_: [(inputs["q"].shape, "float32")],
+    cases=CASES,
+)

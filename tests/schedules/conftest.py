@@ -1,0 +1,108 @@
+"""Builds kernels and runs them on inputs in the reference's layout."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TVM_NUM_THREADS"] = "2"  # before TVM starts its pool; by default it takes half
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+import tvm_ffi
+
+from mxforge.compile.targets import CompileTarget, resolve
+from mxforge.schedules.kernel import Kernel, Target
+
+CUDA_ARCH = "sm_90a"
+_COMPILE_CUDA = "tvm_callback_cuda_compile"
+
+
+class Harness:
+    """One compiled function for each PrimFunc, and the conventions of `Kernel` around it."""
+
+    def __init__(self) -> None:
+        self.cpu: CompileTarget = resolve("cpu")
+        self._compiled: dict[tvm.tirx.PrimFunc, Any] = {}
+
+    def module(self, func: tvm.tirx.PrimFunc) -> tvm.IRModule:
+        return tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+
+    def compiled(self, func: tvm.tirx.PrimFunc) -> Any:
+        if func not in self._compiled:
+            self._compiled[func] = tvm.compile(self.module(func), self.cpu.tvm)["main"]
+        return self._compiled[func]
+
+    def run(
+        self, kernel: Kernel, inputs: Mapping[str, np.ndarray], static: Mapping[str, Any]
+    ) -> list[np.ndarray]:
+        """The CPU schedule: fresh outputs, then the new values of the inputs it updates."""
+        return self._call(kernel, self.cpu.kernels, kernel.build, inputs, static)
+
+    def run_items(
+        self, kernel: Kernel, inputs: Mapping[str, np.ndarray], static: Mapping[str, Any]
+    ) -> list[np.ndarray]:
+        """What one thread of the simple GPU schedules does, one item after the other."""
+        return self._call(
+            kernel, Target("cuda"), lambda _, **kw: kernel.items(**kw), inputs, static
+        )
+
+    def _call(self, kernel, target, build, inputs, static) -> list[np.ndarray]:
+        inputs = {name: value.copy() for name, value in inputs.items()}
+        packed = [tvm.runtime.tensor(a) for a in kernel.pack(target, inputs, **static)]
+        fresh = [
+            tvm.runtime.tensor(_filled(shape, dtype))
+            for shape, dtype in kernel.outputs(inputs, **static)
+        ]
+        self.compiled(build(target, **static))(*packed, *fresh)
+        names = list(inputs)
+        updated = [packed[names.index(name)] for name in kernel.inplace]
+        results = [tensor.numpy() for tensor in (*fresh, *updated)]
+        return kernel.unpack(target, results, **static) if kernel.unpack else results
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        """Run the body with so many threads."""
+        configure = tvm.get_global_func("runtime.config_threadpool")
+        configure(1, count)
+        try:
+            yield
+        finally:
+            configure(1, 2)
+
+    def cuda_source(self, module: tvm.IRModule) -> str:
+        """The CUDA text generated for a module; needs no nvcc."""
+        sources = []
+
+        def keep(code: str) -> bytes:
+            sources.append(code)
+            return b"not compiled"
+
+        compile_cuda = tvm.get_global_func(_COMPILE_CUDA)
+        tvm_ffi.register_global_func(_COMPILE_CUDA, keep, override=True)
+        try:
+            tvm.compile(module, {"kind": "cuda", "arch": CUDA_ARCH})
+        finally:
+            tvm_ffi.register_global_func(_COMPILE_CUDA, compile_cuda, override=True)
+        return "\n".join(sources)
+
+    def metal_source(self, module: tvm.IRModule) -> str:
+        """The Metal text generated for a module."""
+        built = tvm.compile(module, {"kind": "metal"})
+        return "\n".join(device.inspect_source() for device in built.mod.imports)
+
+
+def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """What an output holds before the call: nothing that could pass for a result."""
+    array = np.empty(shape, dtype)
+    array.view(np.uint8)[...] = 0xFF  # NaN, or -1
+    return array
+
+
+@pytest.fixture(scope="session")
+def harness() -> Harness:
+    return Harness()

@@ -1,0 +1,154 @@
+"""Every kernel of the registry: each case against the reference, and code for every target."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import tvm
+
+import mxforge.schedules
+from mxforge.schedules import KERNELS
+from mxforge.schedules.kernel import TARGET_KINDS, Case, Kernel, Target
+
+CASES = [
+    pytest.param(kernel, case, id=f"{name}: {case.name}")
+    for name, kernel in KERNELS.items()
+    for case in kernel.cases
+]
+EVERY = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
+GPUS = [kind for kind in TARGET_KINDS if Target(kind).is_gpu]
+AARCH64 = {"kind": "llvm", "mtriple": "aarch64-unknown-linux-gnu", "mattr": ["+neon"]}
+
+
+def made_inputs(case: Case) -> dict[str, np.ndarray]:
+    """The same inputs whichever test asks, and in whatever order."""
+    return case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
+
+
+def skip_unless_supported(kernel: Kernel, target: Target) -> None:
+    if not target.has(*kernel.needs):
+        pytest.skip(f"needs {', '.join(sorted(kernel.needs - target.features))}")
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    """‖ours - reference‖ / ‖reference‖ over what is finite in the reference; NaN and infinity
+    must stand in the same places."""
+    ours, reference = ours.astype(np.float64), reference.astype(np.float64)
+    finite = np.isfinite(reference)
+    np.testing.assert_array_equal(ours[~finite], reference[~finite])
+    error = np.linalg.norm(ours[finite] - reference[finite])
+    norm = np.linalg.norm(reference[finite])
+    return float(error / norm) if norm else float(error)
+
+
+def compare(kernel: Kernel, case: Case, inputs, results: list[np.ndarray]) -> None:
+    expected = kernel.reference(
+        **{name: value.copy() for name, value in inputs.items()}, **case.static
+    )
+    assert len(results) == len(expected)
+    for index, (ours, reference) in enumerate(zip(results, expected, strict=True)):
+        assert ours.shape == reference.shape, f"output {index}"
+        if np.issubdtype(ours.dtype, np.integer):
+            np.testing.assert_array_equal(ours, reference, err_msg=f"output {index}")
+        else:
+            assert relative_error(ours, reference) <= case.tolerance, f"output {index}"
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES)
+def test_cpu_schedule_agrees_with_reference(harness, kernel, case):
+    skip_unless_supported(kernel, harness.cpu.kernels)
+    inputs = made_inputs(case)
+    compare(kernel, case, inputs, harness.run(kernel, inputs, case.static))
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES)
+def test_items_of_simple_gpu_schedule_agree_with_reference(harness, kernel, case):
+    if not set(GPUS) & set(kernel.targets):
+        pytest.skip("has no GPU schedule")
+    inputs = made_inputs(case)
+    compare(kernel, case, inputs, harness.run_items(kernel, inputs, case.static))
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+def test_cpu_results_do_not_depend_on_thread_count(harness, kernel):
+    skip_unless_supported(kernel, harness.cpu.kernels)
+    case = max(kernel.cases, key=lambda case: case.bytes)
+    inputs = made_inputs(case)
+    two = harness.run(kernel, inputs, case.static)
+    with harness.threads(1):
+        one = harness.run(kernel, inputs, case.static)
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+def test_registered_completely(harness, kernel):
+    assert callable(kernel.reference)
+    assert len(kernel.cases) >= 3
+    assert len({case.name for case in kernel.cases}) == len(kernel.cases)
+    assert set(kernel.targets) <= set(TARGET_KINDS)
+    assert kernel.needs or set(kernel.targets) == set(TARGET_KINDS)
+    for kind in kernel.targets:
+        target = harness.cpu.kernels if kind == "cpu" else Target(kind)
+        if kind == "cpu" and not target.has(*kernel.needs):
+            continue
+        for case in kernel.cases:
+            attributes = kernel.build(target, **case.static).attrs
+            assert attributes["tirx.is_scheduled"], kind
+            assert attributes["mxforge.kernel"] == kernel.name
+            assert attributes["mxforge.schedule"]
+
+
+def test_registry_holds_every_kernel_once():
+    found = {}
+    for info in pkgutil.iter_modules(mxforge.schedules.__path__):
+        module = importlib.import_module(f"mxforge.schedules.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, Kernel):
+                assert found.setdefault(value.name, value) is value, "two kernels of one name"
+    assert found == KERNELS
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+def test_cpu_code_generates_for_aarch64(harness, kernel):
+    target = Target("cpu")
+    skip_unless_supported(kernel, target)
+    func = kernel.build(target, **kernel.cases[0].static)
+    tvm.compile(harness.module(func), AARCH64)
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+def test_cuda_code_generates(harness, kernel):
+    if "cuda" not in kernel.targets:
+        pytest.skip("has no CUDA schedule")
+    func = kernel.build(Target("cuda"), **kernel.cases[0].static)
+    assert "__global__" in harness.cuda_source(harness.module(func))
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+def test_metal_code_generates(harness, kernel):
+    if "metal" not in kernel.targets:
+        pytest.skip("has no Metal schedule")
+    func = kernel.build(Target("metal"), **kernel.cases[0].static)
+    source = harness.metal_source(harness.module(func))
+    assert "kernel void" in source
+    assert "double" not in source  # Metal has none
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_nvcc_compiles_every_kernel(harness):
+    """In one module: nvcc takes longer to start than to compile a kernel."""
+    from tvm.support.nvcc import compile_cuda
+
+    functions = {}
+    for kernel in KERNELS.values():
+        if "cuda" in kernel.targets:
+            func = kernel.build(Target("cuda"), **kernel.cases[0].static)
+            functions[kernel.name] = func.with_attr("global_symbol", kernel.name)
+    source = harness.cuda_source(tvm.IRModule(functions))
+    assert compile_cuda(source, target_format="cubin", arch="sm_90a", compiler="nvcc")
