@@ -1,1 +1,105 @@
-"""compiler"""
+"""The compiler: a gpt-oss checkpoint in, an artifact out. See `compile_model`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mxforge.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from .targets import Numerics
+
+DEFAULT_OUTPUT = Path("artifacts")
+MAX_BATCH = 1024
+MAX_PREFILL_CHUNK = 8192
+
+Announce = Callable[[str], None]
+
+
+def compile_model(
+    checkpoint: str | Path,
+    target: str = "cpu",
+    output: str | Path | None = None,
+    numerics: str = "fast",
+    *,
+    max_batch: int = 16,
+    prefill_chunk: int = 512,
+    random_weights: bool = False,
+    debug_dump: str | Path | None = None,
+    force: bool = False,
+    announce: Announce = lambda text: None,
+    progress: bool = False,
+) -> Path:
+    """Compile `checkpoint` for `target` into an artifact; returns its folder.
+
+    checkpoint      a folder in the Hugging Face layout, or with `random_weights` a config.json
+    target          cpu, cpu:LEVEL, cuda, cuda:sm_XX or metal
+    output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>
+    numerics        "exact" (f32 throughout) or "fast" (what the target does best)
+    max_batch       most sequences in one step
+    prefill_chunk   most prompt tokens in one step
+    random_weights  leave the weights out; the runtime makes random ones from a seed
+    debug_dump      a folder for the IR after every phase, and the generated code
+    force           replace an existing artifact
+    announce        is told what is being done; `progress` shows a bar on stderr while packing
+
+    Nothing is left behind where it fails. Raises CheckpointError and its subclasses, ConfigError,
+    TargetError, OutputError, TokenizerError, UsageError.
+    """
+    source = Path(checkpoint)
+    _check_arguments(source, numerics, max_batch, prefill_chunk, random_weights)
+
+    # Imported here so that usage errors come at once: TVM takes a second.
+    from .job import Job
+
+    folder = Path(output) if output is not None else DEFAULT_OUTPUT / f"{_name(source)}-{_slug(target)}"
+    job = Job(
+        name=_name(source),
+        source=source,
+        target_name=target,
+        numerics=cast("Numerics", numerics),
+        max_batch=max_batch,
+        prefill_chunk=prefill_chunk,
+        random_weights=random_weights,
+        dump=Path(debug_dump) if debug_dump is not None else None,
+        announce=announce,
+        progress=progress,
+    )
+    job.run(folder, force)
+    return folder
+
+
+def _check_arguments(
+    source: Path, numerics: str, max_batch: int, prefill_chunk: int, random_weights: bool
+) -> None:
+    if numerics not in ("exact", "fast"):
+        raise UsageError(f"numerics must be 'exact' or 'fast', found {numerics!r}.")
+    for name, value, most in (
+        ("max_batch", max_batch, MAX_BATCH),
+        ("prefill_chunk", prefill_chunk, MAX_PREFILL_CHUNK),
+    ):
+        if type(value) is not int or not 1 <= value <= most:
+            raise UsageError(f"{name} must be a whole number from 1 to {most}, found {value!r}.")
+    if not source.exists():
+        raise CheckpointError(
+            f"Expected a checkpoint folder or a config.json at {source}, found nothing there."
+        )
+    if source.is_file() and not random_weights:
+        raise UsageError(
+            f"{source} is a file, and only a folder holds weights; give the checkpoint's folder, "
+            "or add --random-weights to compile a bare config.json."
+        )
+
+
+def _name(source: Path) -> str:
+    resolved = source.resolve()
+    return resolved.name if resolved.is_dir() else resolved.parent.name or resolved.stem
+
+
+def _slug(target: str) -> str:
+    return target.replace(":", "-")
+
+
+__all__ = ["compile_model"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
 from mxforge.errors import ConfigError, UnknownArchitectureError
 
 LayerType = Literal["sliding_attention", "full_attention"]

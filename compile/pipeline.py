@@ -14,6 +14,7 @@ from pathlib import Path
 import tvm
 from tvm import relax
 
+from mxforge.artifact import KernelInfo
 from mxforge.errors import UnscheduledError
 
 from .targets import CompileTarget
@@ -60,16 +61,6 @@ PHASES: tuple[Phase, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class KernelInfo:
-    """How one primitive function of the library was scheduled."""
-
-    name: str
-    target: str
-    schedule: str
-    tile: str
-
-
 def lower(
     module: tvm.IRModule,
     target: CompileTarget,
@@ -106,10 +97,6 @@ def build(
     return executable
 
 
-# Loops that VM shape computations turn into are scalar: nothing there needs a schedule.
-_SHAPE_FUNCTION = "relax.is_shape_func"
-
-
 def check_scheduled(module: tvm.IRModule) -> None:
     """Raise UnscheduledError naming every primitive function without a schedule."""
     names = [
@@ -131,22 +118,17 @@ def _has_schedule(function: tvm.tirx.PrimFunc) -> bool:
     return bool(attributes.get("tirx.is_scheduled", False)) and "mxforge.kernel" in attributes
 
 
-def kernel_table(module: tvm.IRModule, target: CompileTarget) -> list[KernelInfo]:
-    """Which schedule and tile each primitive function got, by name in the library."""
-    return sorted(
-        (
-            KernelInfo(
-                name=var.name_hint,
-                target=target.name,
-                schedule=str(function.attrs["mxforge.schedule"]),
-                tile=str(function.attrs["mxforge.tile"]),
-            )
-            for var, function in module.functions.items()
-            if isinstance(function, tvm.tirx.PrimFunc)
-            and function.attrs is not None
-            and "mxforge.kernel" in function.attrs
-        ),
-        key=lambda kernel: kernel.name,
+def kernel_table(module: tvm.IRModule, target: CompileTarget) -> tuple[KernelInfo, ...]:
+    """How every kernel was scheduled, by kernel name, and which functions of the library it is."""
+    table: dict[tuple[str, str, str], list[str]] = {}
+    for var, function in module.functions.items():
+        attributes = function.attrs or {}
+        if "mxforge.kernel" in attributes:
+            entry = tuple(str(attributes[f"mxforge.{key}"]) for key in ("kernel", "schedule", "tile"))
+            table.setdefault(entry, []).append(var.name_hint)
+    return tuple(
+        KernelInfo(name, target.name, schedule, tile, tuple(sorted(functions)))
+        for (name, schedule, tile), functions in sorted(table.items())
     )
 
 

@@ -10,6 +10,7 @@ of the 20b shapes a matter of disk speed; the pool and one buffer are all the me
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -22,9 +23,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from tqdm import tqdm
+
 from mxforge.errors import MxforgeError, OutputError, UsageError
 from mxforge.safetensors import SafetensorsWriter
-from tqdm import tqdm
 
 from .checkpoint.hf import (
     HARMONY_STOP_IDS,
@@ -285,7 +287,8 @@ def hf_config(shape: str | Shape, overrides: Mapping[str, Any] | None = None) ->
         raw |= {"eos_token_id": 0, "pad_token_id": 0}
     if "layer_types" not in raw and type(raw["num_hidden_layers"]) is int:
         raw["layer_types"] = _alternating(raw["num_hidden_layers"])
-    return {key: value for key, value in raw.items() if value is not None}
+    # A copy: transformers writes into the nested objects that it is given.
+    return copy.deepcopy({key: value for key, value in raw.items() if value is not None})
 
 
 def named_shape(name: str) -> Shape:
@@ -413,23 +416,23 @@ class _Source:
     shape: Shape
     config: ModelConfig
     seed: int
-    _bits: np.random.PCG64 = field(init=False)
+    _offsets: dict[str, int] = field(init=False)  # where in its pool each tensor begins
     _unit: np.ndarray = field(init=False)  # f32, mean 0, variance 1, bell-shaped
     _bytes: np.ndarray = field(init=False)  # u8, uniform
     _pools: dict[Any, np.ndarray] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._bits = np.random.PCG64(self.seed)
+        bits = np.random.PCG64(self.seed)
         words = (_REAL_POOL * 4 + 7) // 8
         # Sum of four uniform bytes, variance 4·(256² - 1)/12: exact integers on every machine.
-        four = _raw_bytes(self._bits, words)[: _REAL_POOL * 4].reshape(-1, 4)
+        four = _raw_bytes(bits, words)[: _REAL_POOL * 4].reshape(-1, 4)
         total = four.sum(axis=1, dtype=np.int32) * 2 - 4 * 255
         self._unit = total.astype(np.float32) / np.float32(2 * math.sqrt((256**2 - 1) / 3))
-        self._bytes = _raw_bytes(self._bits, (_BYTE_POOL + 7) // 8)[:_BYTE_POOL]
+        self._bytes = _raw_bytes(bits, (_BYTE_POOL + 7) // 8)[:_BYTE_POOL]
+        self._offsets = {name: int(bits.random_raw()) for name in expected_tensors(self.config)}
 
     def pieces(self, name: str, spec: TensorSpec) -> Iterator[np.ndarray]:
-        """The tensor in flat pieces; called once per tensor, in the checkpoint's order."""
-        offset = int(self._bits.random_raw())
+        """The tensor in flat pieces."""
         if name.endswith("mlp.router.bias") and self.shape.idle_experts:
             bias = self._pool(name, spec)[: self.config.num_local_experts].copy()
             idle = [e for e in self.shape.idle_experts if e < len(bias)]
@@ -437,7 +440,7 @@ class _Source:
             yield bias
             return
         pool = self._pool(name, spec)
-        left, at = math.prod(spec.shape), offset % len(pool)
+        left, at = math.prod(spec.shape), self._offsets[name] % len(pool)
         while left:
             piece = pool[at : at + left]
             yield piece
@@ -476,12 +479,13 @@ class _Source:
 def random_tokens(vocab_size: int, count: int, seed: int = 0) -> np.ndarray:
     """Token ids i32 [count], the same for a seed on every machine."""
     drawn = np.asarray(np.random.PCG64(seed).random_raw(count), np.uint64)
-    return (drawn % np.uint64(vocab_size)).astype(np.int32)
+    tokens: np.ndarray = (drawn % np.uint64(vocab_size)).astype(np.int32)
+    return tokens
 
 
 def _raw_bytes(bits: np.random.PCG64, words: int) -> np.ndarray:
-    drawn: np.ndarray = np.asarray(bits.random_raw(words), "<u8")
-    return drawn.view(np.uint8)
+    drawn: np.ndarray = np.asarray(bits.random_raw(words), "<u8").view(np.uint8)
+    return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from mxforge.errors import TokenRangeError
 
-from .checkpoint.hf import HFCheckpoint, check_scales, layer_prefix
+from .checkpoint import Checkpoint, HFCheckpoint, check_scales, layer_prefix
 from .config import ModelConfig
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ _VOCABULARY_ROWS = 16384  # lm_head rows converted at a time
 
 
 def dequantize_mxfp4(blocks: np.ndarray, scales: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-    """value = e2m1 · 2^(scale - 127), exact in float32 and wider.
+    """value = e2m1 · 2^(scale - 127), exact within the range of `dtype`.
 
     blocks u8 [..., groups, 16], scales u8 [..., groups] → dtype [..., groups·32].
     """
-    values = _E2M1_PAIRS.astype(dtype)[blocks]  # [..., groups, 16, 2]
-    exponents = scales.astype(np.int32) - 127
-    values = np.ldexp(values, exponents[..., None, None])
-    flat: np.ndarray = values.reshape(*blocks.shape[:-2], blocks.shape[-2] * 32)
-    return flat
+    # One look-up a byte: a complex number is the pair of reals that the byte stands for.
+    pairs = _E2M1_PAIRS.astype(dtype).view(np.result_type(dtype, np.complex64))[:, 0]
+    values: np.ndarray = pairs.take(blocks).view(dtype)  # [..., groups, 32]
+    values *= np.ldexp(np.ones((), dtype), scales.astype(np.int32) - 127)[..., None]
+    return values.reshape(*blocks.shape[:-2], blocks.shape[-2] * 32)
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -114,8 +115,8 @@ class ReferenceModel:
     by definition: position · inv_freq rounded otherwise is another model.
     """
 
-    def __init__(self, checkpoint: HFCheckpoint | str | Path, dtype: Any = np.float32) -> None:
-        if not isinstance(checkpoint, HFCheckpoint):
+    def __init__(self, checkpoint: Checkpoint | str | Path, dtype: Any = np.float32) -> None:
+        if isinstance(checkpoint, str | Path):
             checkpoint = HFCheckpoint(checkpoint)
         self.checkpoint = checkpoint
         self.checkpoint.check()
@@ -301,8 +302,8 @@ def transformers_model(checkpoint: HFCheckpoint) -> transformers.GptOssForCausal
     config._experts_implementation = "eager"
     config.use_cache = False
     with torch.device("meta"):
-        model = GptOssForCausalLM(config)
-    model = model.to_empty(device="cpu").float().eval()
+        empty: Any = GptOssForCausalLM(config)
+    model: GptOssForCausalLM = empty.to_empty(device="cpu").float().eval()
     source = ReferenceModel(checkpoint, np.float32)
     state = {}
     for name in model.state_dict():
@@ -316,8 +317,7 @@ def transformers_model(checkpoint: HFCheckpoint) -> transformers.GptOssForCausal
         state[name] = torch.from_numpy(np.ascontiguousarray(array))
     model.load_state_dict(state, strict=True, assign=True)
     # The rotary buffers are not part of the state and were lost with the meta device.
-    rotary = type(model.model.rotary_emb)(config)
-    model.model.rotary_emb = rotary
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
 

@@ -7,9 +7,10 @@ beyond the page cache, whatever the model's size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,29 +18,50 @@ import numpy as np
 from mxforge.schedules import linear, mxfp4
 from mxforge.schedules.kernel import Target
 
-from .checkpoint import Checkpoint
-from .checkpoint.hf import check_scales
+from .checkpoint import HFCheckpoint, check_scales
 from .config import ModelConfig
 from .targets import Precision
 
 PIECE_BYTES = 64 << 20
 
-Pieces = Callable[[Checkpoint], Iterator[np.ndarray]]
+Pieces = Callable[[HFCheckpoint], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """One argument of the library.
 
-    `pieces(checkpoint)` yields arrays whose concatenation along axis 0 has `shape`. `fill` tells
-    the runtime what random content keeps activations near 1 (see `mxforge.random_weights`).
+    `sources` are the checkpoint's tensors that it is made of; `pieces(checkpoint)` yields arrays
+    whose concatenation along axis 0 has `shape`. `fill` tells the runtime what random content
+    keeps activations near 1 (see `mxforge.random_weights`).
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    sources: tuple[str, ...]
     pieces: Pieces
     fill: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype].bytes
+
+    @property
+    def safetensors_dtype(self) -> str:
+        return _DTYPES[self.dtype].safetensors
+
+
+class _Dtype(NamedTuple):
+    safetensors: str
+    bytes: int
+
+
+_DTYPES = {
+    "bfloat16": _Dtype("BF16", 2),
+    "float32": _Dtype("F32", 4),
+    "uint8": _Dtype("U8", 1),
+}
 
 
 def packed_weights(
@@ -52,6 +74,7 @@ def packed_weights(
             "rope.inv_freq",
             inv_freq.shape,
             "float32",
+            (),
             lambda _checkpoint: iter([inv_freq]),
             {"values": [float(value) for value in inv_freq]},
         ),
@@ -59,6 +82,7 @@ def packed_weights(
             "model.embed_tokens.weight",
             (config.vocab_size, hidden),
             "bfloat16",
+            ("model.embed_tokens.weight",),
             lambda checkpoint: _rows(checkpoint.tensor("model.embed_tokens.weight")),
             {"normal": 1.0},
         ),
@@ -114,6 +138,7 @@ def _vector(name: str, size: int, fill: dict[str, Any]) -> PackedWeight:
         name,
         (size,),
         "float32",
+        (name,),
         lambda checkpoint: iter([checkpoint.tensor(name).astype(np.float32)]),
         fill,
     )
@@ -124,14 +149,15 @@ def _bias(
 ) -> PackedWeight:
     """The bias of an attention layer; zeros where the config says there is none."""
 
-    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    def pieces(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
         if not config.attention_bias:
             yield np.zeros(size, np.float32)
             return
         for source in sources:
             yield checkpoint.tensor(source).astype(np.float32)
 
-    return PackedWeight(name, (size,), "float32", pieces, {"normal": 0.02})
+    sources = sources if config.attention_bias else ()
+    return PackedWeight(name, (size,), "float32", sources, pieces, {"normal": 0.02})
 
 
 def _dense(
@@ -139,7 +165,7 @@ def _dense(
 ) -> PackedWeight:
     """bf16 [rows, k], the sources stacked, in linear.py's layout."""
 
-    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    def pieces(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
         tensors = [checkpoint.tensor(source) for source in sources]
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
         step = linear.CPU_TILE.rows * max(1, PIECE_BYTES // (2 * k * linear.CPU_TILE.rows))
@@ -148,7 +174,7 @@ def _dense(
             yield linear.pack_weight(target, piece)
 
     shape = linear.packed_shape(target, rows, k)
-    return PackedWeight(name, shape, "bfloat16", pieces, {"normal": k**-0.5})
+    return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
 
 
 def _expert_half(
@@ -162,27 +188,31 @@ def _expert_half(
         stored if target.is_gpu else mxfp4.packed_shapes(experts, rows, k, precision.experts)
     )
 
-    def blocks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    def blocks(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
         tensor = checkpoint.tensor(f"{name}_blocks")
         for expert in range(experts):
             piece = tensor[expert : expert + 1]
             yield piece if target.is_gpu else mxfp4.pack_blocks(piece, precision.experts, order)
 
-    def scales(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    def scales(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
         tensor = checkpoint.tensor(f"{name}_scales")
         check_scales(f"{name}_scales", tensor)
         yield tensor if target.is_gpu else mxfp4.pack_scales(tensor, order)
 
-    def bias(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    def bias(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
         tensor = checkpoint.tensor(f"{name}_bias").astype(np.float32)
         yield tensor if order is None else tensor[:, order]
 
     # A random e2m1 nibble has a root mean square of 2.6.
     scale = 127 - round(float(np.log2(2.6 * np.sqrt(k))))
+    parts: list[tuple[str, tuple[int, ...], str, Pieces, dict[str, Any]]] = [
+        (f"{name}_blocks", blocks_shape, "uint8", blocks, {"bytes": [0, 255]}),
+        (f"{name}_scales", scales_shape, "uint8", scales, {"bytes": [scale, scale]}),
+        (f"{name}_bias", (experts, rows), "float32", bias, {"normal": 0.02}),
+    ]
     return [
-        PackedWeight(f"{name}_blocks", blocks_shape, "uint8", blocks, {"bytes": [0, 255]}),
-        PackedWeight(f"{name}_scales", scales_shape, "uint8", scales, {"bytes": [scale, scale]}),
-        PackedWeight(f"{name}_bias", (experts, rows), "float32", bias, {"normal": 0.02}),
+        PackedWeight(part, shape, dtype, (part,), pieces, fill)
+        for part, shape, dtype, pieces, fill in parts
     ]
 
 

@@ -296,7 +296,8 @@ class KVPages:
     def _share(self, source: SequencePages, length: int) -> SequencePages:
         """A sequence of the first `length` positions of `source`, on the same pages."""
         end = _pages(length)
-        first = first_visible_page(length, self.window)
+        # As after `commit`; a prefix inside `source` has at least what its next position sees.
+        first = max(source.sliding_first, first_visible_page(length - 1, self.window))
         shared = SequencePages(
             length,
             source.full[:end],

@@ -61,6 +61,7 @@ def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
     return main
 
 
+@cache
 def embed_items(*, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one element."""
 

@@ -54,6 +54,7 @@ def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
     return main
 
 
+@cache
 def gather_rows_items(*, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one element."""
 

@@ -4,12 +4,12 @@
     page_table i32 [b, p]   first_page i32 [b]   kv [pages, 2, Hkv, 16·D], updated in place
     -> q f32 [n, Hq·D], rotated
 
-    half-split pairs: (x1, x2) = (x[i], x[i + D/2]) -> (x1·cos − x2·sin, x2·cos + x1·sin)
+    half-split pairs: (x1, x2) = (x[i], x[i + D/2]) -> (x1·cos - x2·sin, x2·cos + x1·sin)
 
 The cache. A page holds 16 positions of one layer for every KV head: first the keys, transposed,
 element (d, slot) at d·16 + slot, so that attention takes 16 keys as one vector; then the values,
 element (slot, d) at slot·D + d. Position j of sequence s is slot j % 16 of page
-page_table[s, j // 16 − first_page[s]]; first_page is the logical number of the first page that
+page_table[s, j // 16 - first_page[s]]; first_page is the logical number of the first page that
 the table's row still holds. In float16, values beyond ±65504 are stored as ±65504: an infinity
 would poison every later query of the sequence.
 
@@ -18,7 +18,7 @@ Roofline: reads and writes 4·(Hq + 2·Hkv)·D bytes a token; below 1 µs a toke
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -223,7 +223,7 @@ def _cpu(heads: int, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.Pr
     return scheduled(main, NAME, "tokens in parallel, pairs in vectors")
 
 
-@lru_cache(maxsize=None)
+@cache
 def rope_kv_append(
     target: Target, *, heads: int, kv_heads: int, head_dim: int, kv_dtype: str
 ) -> tvm.tirx.PrimFunc:

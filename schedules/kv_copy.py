@@ -10,7 +10,7 @@ Roofline: reads and writes 2·16·Hkv·D elements a page (16 KiB each way at 20b
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import tvm
@@ -80,7 +80,7 @@ def _cpu(kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.PrimFunc:
     return scheduled(main, NAME, "heads of pages in parallel")
 
 
-@lru_cache(maxsize=None)
+@cache
 def kv_copy_pages(
     target: Target, *, kv_heads: int, head_dim: int, kv_dtype: str
 ) -> tvm.tirx.PrimFunc:

@@ -7,8 +7,8 @@ in T.vectorized loops alike. They use float32 and int32 arithmetic only: the sam
 every target, LLVM vectorizes it, and Metal and CUDA need no double precision. A product and a
 sum may be fused into one FMA without harm.
 
-The polynomials are minimax fits (Lawson's iteration in float64, coefficients rounded to float32);
-the comment beside each gives its largest error in units of 2⁻²⁴.
+The polynomials are minimax fits (Lawson's iteration in float64); the comment beside each gives
+the fit's largest error in units of 2⁻²⁴.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from .kernel import T
 
 Expr = Any  # a float32 or int32 PrimExpr
 
-LOG2_E = 1.4426950408889634
+LOG2_E = 1.442695
 # ln 2 in two parts; the first has 10 bits, so that its product with any exponent is exact.
 LN2_HIGH = 0.693359375
-LN2_LOW = -2.1219444005469058e-4
+LN2_LOW = -2.121944e-4
 
 # e^r = 1 + r + r²·P(r), |r| ≤ ln 2 / 2: 0.06
-EXP_P = (0.4999999403953552, 0.16666509211063385, 0.04166852682828903, 0.008370134979486465,
-         0.0013811662793159485)  # fmt: skip
-# ln(1+f) = f − f²/2 + s·(f²/2 + s²·R(s²)), s = f/(2+f), √½ ≤ 1+f < √2: 0.0002
-LOG_R = (0.6666666269302368, 0.4000033438205719, 0.28537309169769287, 0.23582153022289276)
-# sin r = r + r³·S(r²), |r| ≤ π/4: 0.07.  cos r = 1 − r²/2 + r⁴·C(r²): 0.002
-SIN_S = (-0.16666653752326965, 0.008332131430506706, -0.00019510838319547474)
-COS_C = (0.04166664555668831, -0.0013887305976822972, 2.4431205019936897e-05)
+EXP_P = (0.4999999, 0.1666651, 0.04166853, 0.008370135, 0.001381166)
+# ln(1+f) = f - f²/2 + s·(f²/2 + s²·R(s²)), s = f/(2+f), √½ ≤ 1+f < √2: 0.0002
+LOG_R = (0.6666666, 0.4000033, 0.2853731, 0.2358215)
+# sin r = r + r³·S(r²), |r| ≤ π/4: 0.07.  cos r = 1 - r²/2 + r⁴·C(r²): 0.002
+SIN_S = (-0.1666665, 0.008332131, -0.0001951084)
+COS_C = (0.04166665, -0.001388731, 2.443121e-05)
 
-# π/2 as a sum of parts of 7 significant bits: part · k is exact for |k| < 2¹⁷.
-HALF_PI_PARTS = (1.5625, 0.0081787109375, 0.00011730194091796875, 3.129243850708008e-07,
-                 9.89530235528946e-10, 2.5579538487363607e-12)  # fmt: skip
+# π/2 = 100·2⁻⁶ + 67·2⁻¹³ + 123·2⁻²⁰ + the rest. The first three have 7 bits: their product with
+# an integer below 2¹⁷ is exact. 2⁻²⁰ is kept apart because 123·2⁻²⁰ needs more than 7 digits.
+HALF_PI_1, HALF_PI_2, HALF_PI_3 = 100 * 2.0**-6, 67 * 2.0**-13, 123
+HALF_PI_3_UNIT = 2.0**-20
+HALF_PI_REST = 3.139165e-07
+TWO_OVER_PI = 0.6366198
 SINCOS_LIMIT = 1.5 * 2.0**17  # |x| for which k stays below 2¹⁷
 
 
@@ -48,15 +50,20 @@ def bind(value: Expr, body: Callable[[Any], Expr]) -> Expr:
     return tirx.Let(name, value, body(name))
 
 
-def _f32(value: float) -> Expr:
-    return T.float32(value)
+def f32(value: float) -> Expr:
+    """A constant that is the same float32 on every target: `value` to seven decimal digits.
+
+    TVM's Metal generator prints that many, which does not hold every float32. (Constants as
+    bits are no way out: the CUDA generator takes the address of the literal.)
+    """
+    return T.float32(float(f"{value:.6e}"))
 
 
 def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
     """Horner's rule; coefficients from the constant up."""
-    result = _f32(coefficients[-1])
+    result = f32(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
-        result = result * x + _f32(coefficient)
+        result = result * x + f32(coefficient)
     return result
 
 
@@ -66,39 +73,39 @@ def _power_of_two(exponent: Expr) -> Expr:
 
 
 def exp_f32(x: Expr) -> Expr:
-    """e^x within 2 ulp (subnormal results included); 0 from −104 down, +inf from 88.73 up."""
+    """e^x within 2 ulp (subnormal results included); 0 from -104 down, +inf from 88.73 up."""
 
     def scaled(r: Expr, k: Expr) -> Expr:
-        value = _f32(1) + (r + r * r * _polynomial(r, EXP_P))
+        value = f32(1) + (r + r * r * _polynomial(r, EXP_P))
         # Two factors, since 2^k alone leaves the normal range at both ends.
         half = T.shift_right(k, T.int32(1))
         return value * _power_of_two(half) * _power_of_two(k - half)
 
     def reduced(x: Expr) -> Expr:
         # Adding 256 makes the argument positive, where truncation is rounding down.
-        k = T.Cast("int32", x * _f32(LOG2_E) + _f32(256.5)) - T.int32(256)
+        k = T.Cast("int32", x * f32(LOG2_E) + f32(256.5)) - T.int32(256)
         return bind(
             k,
             lambda k: bind(
                 T.Cast("float32", k),
                 lambda kf: bind(
-                    (x - kf * _f32(LN2_HIGH)) - kf * _f32(LN2_LOW), lambda r: scaled(r, k)
+                    (x - kf * f32(LN2_HIGH)) - kf * f32(LN2_LOW), lambda r: scaled(r, k)
                 ),
             ),
         )
 
     # Clamped so that the comparisons let NaN through.
-    low = bind(x, lambda x: T.Select(x < _f32(-104), _f32(-104), x))
-    return bind(bind(low, lambda x: T.Select(x > _f32(89), _f32(89), x)), reduced)
+    low = bind(x, lambda x: T.Select(x < f32(-104), f32(-104), x))
+    return bind(bind(low, lambda x: T.Select(x > f32(89), f32(89), x)), reduced)
 
 
 def sigmoid_f32(x: Expr) -> Expr:
-    """1 / (1 + e^−x), within 4 ulp where the result is normal."""
-    return _f32(1) / (_f32(1) + exp_f32(_f32(0) - x))
+    """1 / (1 + e^-x), within 4 ulp where the result is normal."""
+    return f32(1) / (f32(1) + exp_f32(f32(0) - x))
 
 
 def log_f32(x: Expr) -> Expr:
-    """ln x within 2 ulp for finite x > 0, subnormals included; −inf for 0, +inf for +inf.
+    """ln x within 2 ulp for finite x > 0, subnormals included; -inf for 0, +inf for +inf.
 
     Negative arguments are outside its domain: the result has no meaning.
     """
@@ -106,13 +113,15 @@ def log_f32(x: Expr) -> Expr:
 
     def combined(f: Expr, e: Expr) -> Expr:
         return bind(
-            f / (f + _f32(2)),
+            f / (f + f32(2)),
             lambda s: bind(
                 s * s,
                 lambda z: bind(
-                    _f32(0.5) * f * f,
-                    lambda h: e * _f32(LN2_HIGH)
-                    + (f - (h - (s * (h + z * _polynomial(z, LOG_R)) + e * _f32(LN2_LOW)))),
+                    f32(0.5) * f * f,
+                    lambda h: (
+                        e * f32(LN2_HIGH)
+                        + (f - (h - (s * (h + z * _polynomial(z, LOG_R)) + e * f32(LN2_LOW))))
+                    ),
                 ),
             ),
         )
@@ -122,71 +131,57 @@ def log_f32(x: Expr) -> Expr:
         return bind(
             T.shift_right(bits - T.int32(sqrt_half_bits), T.int32(23)),
             lambda e: bind(
-                T.reinterpret("float32", bits - T.shift_left(e, T.int32(23))) - _f32(1),
+                T.reinterpret("float32", bits - T.shift_left(e, T.int32(23))) - f32(1),
                 lambda f: bind(T.Cast("float32", e) + bias, lambda e: combined(f, e)),
             ),
         )
 
     def normal(x: Expr) -> Expr:
-        tiny = x < _f32(2.0**-126)
+        # Scaled, so that subnormals become normal; where the scaling begins does not matter.
+        tiny = x < f32(2.0**-100)
         value = bind(
-            T.reinterpret("int32", T.Select(tiny, x * _f32(2.0**24), x)),
-            lambda bits: split(bits, T.Select(tiny, _f32(-24), _f32(0))),
+            T.reinterpret("int32", T.Select(tiny, x * f32(2.0**23), x)),
+            lambda bits: split(bits, T.Select(tiny, f32(-23), f32(0))),
         )
         finite = T.Select(x < T.infinity("float32"), value, x)
-        return T.Select(x == _f32(0), _f32(0) - T.infinity("float32"), finite)
+        return T.Select(x == f32(0), f32(0) - T.infinity("float32"), finite)
 
     return bind(x, normal)
 
 
-def _sincos(x: Expr, body: Callable[[Expr, Expr], Expr]) -> Expr:
-    """body(sin x, cos x).
+def _sine(x: Expr, quarters: int) -> Expr:
+    """sin(x + quarters * π/2).
 
-    Cody–Waite: x − k·π/2 with k·part exact for every part, so that neither the size of x nor
-    fused multiply-add changes the result.
+    Cody-Waite: x - k * π/2, part by part; every product but the last is exact, so that neither
+    the size of x nor fused multiply-add changes the result.
     """
-    a, b, c, d, e, f = HALF_PI_PARTS
 
     def quadrant(sine: Expr, cosine: Expr, k: Expr) -> Expr:
-        swap = T.bitwise_and(k, T.int32(1)) != T.int32(0)
-        sign_bit = T.int32(30)  # bit 1 of the quadrant, shifted to bit 31
-
-        def signed(value: Expr, quarter: Expr) -> Expr:
-            sign = T.shift_left(T.bitwise_and(quarter, T.int32(2)), sign_bit)
-            return T.reinterpret(
-                "float32", T.bitwise_xor(T.reinterpret("int32", value), sign)
-            )
-
-        return bind(
-            signed(T.Select(swap, cosine, sine), k),
-            lambda s: bind(
-                signed(T.Select(swap, sine, cosine), k + T.int32(1)), lambda c: body(s, c)
-            ),
-        )
+        value = T.Select(T.bitwise_and(k, T.int32(1)) != T.int32(0), cosine, sine)
+        sign = T.shift_left(T.bitwise_and(k, T.int32(2)), T.int32(30))
+        return T.reinterpret("float32", T.bitwise_xor(T.reinterpret("int32", value), sign))
 
     def polynomials(r: Expr, k: Expr) -> Expr:
         return bind(
             r * r,
-            lambda z: bind(
+            lambda z: quadrant(
                 r + r * (z * _polynomial(z, SIN_S)),
-                lambda sine: bind(
-                    _f32(1) - (_f32(0.5) * z - z * (z * _polynomial(z, COS_C))),
-                    lambda cosine: quadrant(sine, cosine, k),
-                ),
+                f32(1) - (f32(0.5) * z - z * (z * _polynomial(z, COS_C))),
+                k,
             ),
         )
 
     def reduced(x: Expr) -> Expr:
-        half = T.Select(x < _f32(0), _f32(-0.5), _f32(0.5))
+        half = T.Select(x < f32(0), f32(-0.5), f32(0.5))
         return bind(
-            T.Cast("int32", x * _f32(0.6366197723675814) + half),
+            T.Cast("int32", x * f32(TWO_OVER_PI) + half),
             lambda k: bind(
                 T.Cast("float32", k),
-                # The large parts cancel exactly; the small ones are summed first.
                 lambda kf: bind(
-                    (((x - kf * _f32(a)) - kf * _f32(b)) - kf * _f32(c))
-                    - (kf * _f32(d) + (kf * _f32(e) + kf * _f32(f))),
-                    lambda r: polynomials(r, k),
+                    (x - kf * f32(HALF_PI_1) - kf * f32(HALF_PI_2))
+                    - kf * f32(HALF_PI_3) * f32(HALF_PI_3_UNIT)
+                    - kf * f32(HALF_PI_REST),
+                    lambda r: bind(k + T.int32(quarters), lambda k: polynomials(r, k)),
                 ),
             ),
         )
@@ -196,9 +191,9 @@ def _sincos(x: Expr, body: Callable[[Expr, Expr], Expr]) -> Expr:
 
 def sin_f32(x: Expr) -> Expr:
     """sin x within 1e-7 absolute for |x| ≤ SINCOS_LIMIT; no meaning for an infinite x."""
-    return _sincos(x, lambda sine, _: sine)
+    return _sine(x, 0)
 
 
 def cos_f32(x: Expr) -> Expr:
     """cos x within 1e-7 absolute for |x| ≤ SINCOS_LIMIT; no meaning for an infinite x."""
-    return _sincos(x, lambda _, cosine: cosine)
+    return _sine(x, 1)

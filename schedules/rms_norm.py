@@ -39,6 +39,7 @@ def rms_norm(target: Target, *, hidden: int, eps: float) -> tvm.tirx.PrimFunc:
     return parallel_items(rms_norm_items(hidden=hidden, eps=eps, lanes=LANES), NAME)
 
 
+@cache
 def rms_norm_items(*, hidden: int, eps: float, lanes: int = 1) -> tvm.tirx.PrimFunc:
     """One item is one token; vectors are `lanes` wide."""
     vectors = BLOCK // lanes
@@ -55,11 +56,11 @@ def rms_norm_items(*, hidden: int, eps: float, lanes: int = 1) -> tvm.tirx.PrimF
                 partial = T.sblock_alloc_buffer((BLOCK,), "float32", scope="local")
                 total = T.sblock_alloc_buffer((1,), "float32", scope="local")
                 scale = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                for v in T.unroll(vectors):
+                for v in T.serial(vectors):
                     for lane in T.vectorized(lanes):
                         partial[v * lanes + lane] = T.float32(0)
                 for b in T.serial(hidden // BLOCK):
-                    for v in T.unroll(vectors):
+                    for v in T.serial(vectors):
                         for lane in T.vectorized(lanes):
                             partial[v * lanes + lane] = (
                                 partial[v * lanes + lane]

@@ -12,7 +12,7 @@ Roofline: 4·n·D bytes written; a few µs at 512 tokens, computed once for all 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import tvm
@@ -88,7 +88,7 @@ def _cpu(head_dim: int, attention_factor: float) -> tvm.tirx.PrimFunc:
     return scheduled(main, NAME, "tokens in parallel, 16 frequencies a vector")
 
 
-@lru_cache(maxsize=None)
+@cache
 def rope_table(target: Target, *, head_dim: int, attention_factor: float) -> tvm.tirx.PrimFunc:
     """(positions, inv_freq, cos_sin) -> None, scheduled for `target`; head_dim is even."""
     if target.is_gpu:

@@ -59,6 +59,7 @@ def router_topk(target: Target, *, experts: int, top_k: int) -> tvm.tirx.PrimFun
     return schedule(router_topk_items(experts=experts, top_k=top_k), TOPK_NAME)
 
 
+@cache
 def router_topk_items(*, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
     """One item is one token: `top_k` rounds of looking for the next in order."""
 
@@ -102,6 +103,7 @@ def moe_plan(target: Target, *, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
     return bind_items(items, PLAN_NAME) if target.is_gpu else scheduled(items, PLAN_NAME, "serial")
 
 
+@cache
 def moe_plan_items(*, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
     """The only item is the whole sort."""
 

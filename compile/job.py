@@ -1,0 +1,187 @@
+"""One compilation, step by step: read, lower, generate, link, pack, describe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mxforge.artifact import (
+    ArtifactWriter,
+    KernelInfo,
+    Manifest,
+    MemoryPlan,
+    PrecisionInfo,
+    SourceInfo,
+    TargetInfo,
+    TokenizerInfo,
+    WeightInfo,
+)
+from mxforge.artifact import Limits as ArtifactLimits
+from mxforge.tokenizer import HARMONY_VOCAB, tokenizer_files
+
+from . import library, pipeline, targets
+from .checkpoint import HFCheckpoint
+from .checkpoint.hf import HARMONY_STOP_IDS
+from .config import ModelConfig, read_json_object
+from .models.gpt_oss import GptOss, Limits, layer_kind
+from .targets import CompileTarget, Numerics, Precision
+from .weights import PackedWeight, packed_weights
+
+WEIGHT_FILE = "weights-00001.safetensors"
+LIBRARY_ROOM = 64 << 20  # what the library and the manifest may take on disk
+PAGE_TOKENS = 16
+
+
+@dataclass
+class Job:
+    """What was asked of `compile_model`; `run` does it. Reading the config already may raise."""
+
+    name: str
+    source: Path
+    target_name: str
+    numerics: Numerics
+    max_batch: int
+    prefill_chunk: int
+    random_weights: bool
+    dump: Path | None
+    announce: Callable[[str], None]
+    progress: bool
+    checkpoint: HFCheckpoint | None = field(init=False, default=None)
+    config: ModelConfig = field(init=False)
+    target: CompileTarget = field(init=False)
+    precision: Precision = field(init=False)
+    weights: list[PackedWeight] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.target = targets.resolve(self.target_name)
+        self.precision = self.target.precision(self.numerics)
+        if self.source.is_dir():
+            self.announce("checking the checkpoint")
+            self.checkpoint = HFCheckpoint(self.source)
+            self.config = self.checkpoint.config
+            if not self.random_weights:
+                self.checkpoint.check()
+        else:
+            self.config = ModelConfig.from_hf(read_json_object(self.source))
+        self.weights = packed_weights(self.config, self.target.kernels, self.precision)
+
+    def run(self, folder: Path, force: bool) -> None:
+        """Compile into `folder`, which appears complete or not at all."""
+        with ArtifactWriter(folder, force=force) as writer:
+            packed = 0 if self.random_weights else self._weights_bytes()
+            writer.reserve(packed + LIBRARY_ROOM)
+            kernels, workspace = self._compile(writer)
+            tokenizer = self._tokenizer(writer)
+            weights = self._pack(writer)
+            writer.finish(
+                Manifest(
+                    name=self.name,
+                    config=self.config.to_dict(),
+                    target=TargetInfo(
+                        self.target.kernels.kind, self.target.name, self.target.required_features
+                    ),
+                    numerics=self.numerics,
+                    precision=PrecisionInfo(
+                        "f32", self.precision.kv_dtype, self.precision.experts
+                    ),
+                    limits=ArtifactLimits(
+                        self.max_batch, self.prefill_chunk, self.config.max_position_embeddings
+                    ),
+                    stop_token_ids=self._stop_token_ids(),
+                    memory=self._memory(workspace),
+                    kernels=kernels,
+                    weights=weights,
+                    weights_order=tuple(weight.name for weight in self.weights),
+                    source=self._source(),
+                    tokenizer=tokenizer,
+                    random_seed=0 if self.random_weights else None,
+                )
+            )
+
+    def _compile(self, writer: ArtifactWriter) -> tuple[tuple[KernelInfo, ...], int]:
+        """The library; returns its kernel table and its planned workspace in bytes."""
+        started = time.perf_counter()
+        self.announce("building the model")
+        limits = Limits(self.max_batch, self.prefill_chunk)
+        model = GptOss(self.config, self.target.kernels, self.precision, limits, self.weights)
+        module = pipeline.lower(
+            model.module(), self.target, self.dump, lambda name: self.announce(f"phase {name}")
+        )
+        self.announce("generating code")
+        executable = pipeline.build(module, self.target, self.dump)
+        self.announce("linking")
+        name = f"model{library.SUFFIX}"
+        library.export(executable, writer.path(name))
+        writer.add(name)
+        self.announce(f"library compiled in {time.perf_counter() - started:.1f} s")
+        return pipeline.kernel_table(module, self.target), pipeline.workspace_bytes(module)
+
+    def _tokenizer(self, writer: ArtifactWriter) -> TokenizerInfo:
+        path = self.checkpoint.tokenizer_path if self.checkpoint is not None else None
+        kind, files = tokenizer_files(path, self.config.vocab_size)
+        for name, data in files.items():
+            writer.write(f"tokenizer/{name}", data)
+        if kind is None:
+            self.announce(
+                f"warning: there is no tokenizer.json, and a vocabulary of {self.config.vocab_size}"
+                f" is not o200k_harmony's {HARMONY_VOCAB}: the model will take token ids only"
+            )
+        return TokenizerInfo(kind)
+
+    def _pack(self, writer: ArtifactWriter) -> tuple[WeightInfo, ...]:
+        """Stream every weight into the artifact, or only describe them for --random-weights."""
+        file = None
+        if not self.random_weights:
+            assert self.checkpoint is not None
+            file = WEIGHT_FILE
+            self.announce("packing the weights")
+            tensors = [(w.name, w.safetensors_dtype, w.shape) for w in self.weights]
+            with (
+                tqdm(
+                    total=self._weights_bytes(),
+                    unit="B",
+                    unit_scale=True,
+                    disable=not self.progress,
+                ) as bar,
+                writer.weights(file, tensors) as out,
+            ):
+                for weight in self.weights:
+                    for piece in weight.pieces(self.checkpoint):
+                        out.write(weight.name, piece)
+                        bar.update(piece.nbytes)
+                    for source in weight.sources:
+                        self.checkpoint.drop(source)
+        return tuple(WeightInfo(w.name, w.shape, w.dtype, file, w.fill) for w in self.weights)
+
+    def _memory(self, workspace: int) -> MemoryPlan:
+        c = self.config
+        kinds = [layer_kind(c, layer) for layer in range(c.num_hidden_layers)]
+        item = {"float32": 4, "float16": 2}[self.precision.kv_dtype]
+        page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.head_dim * item
+        return MemoryPlan(
+            weights_bytes=self._weights_bytes(),
+            kv_bytes_per_page_full=page * kinds.count("full"),
+            kv_bytes_per_page_sliding=page * kinds.count("sliding"),
+            workspace_bytes=workspace,
+        )
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        if self.checkpoint is not None:
+            return self.checkpoint.generation_config.eos_token_ids
+        return HARMONY_STOP_IDS if self.config.vocab_size == HARMONY_VOCAB else ()
+
+    def _source(self) -> SourceInfo:
+        if self.random_weights or self.checkpoint is None:
+            text = json.dumps(self.config.to_dict(), sort_keys=True)
+            return SourceInfo("config", hashlib.sha256(text.encode()).hexdigest())
+        self.announce("hashing the checkpoint")
+        return SourceInfo("huggingface", self.checkpoint.sha256())
+
+    def _weights_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)

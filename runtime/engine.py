@@ -1,0 +1,299 @@
+"""The engine: requests in, tokens and text out.
+
+Any number of Python threads may submit requests; one worker thread (scheduler.py) owns the library
+and answers them together. A cancelled request ends before the next step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .artifact import Artifact, Manifest, open_artifact
+from .errors import CancelledError, ContextLengthError, TokenRangeError, UsageError
+from .kv import PageNeeds, available_memory, check_memory, page_needs
+from .library import default_threads
+from .results import Completion, Piece
+from .sampling import SamplingParams, TokenHistory, new_seed
+from .scheduler import Request, Worker
+from .text import TextStream
+from .tokenizer import Tokenizer
+
+# Beside weights and KV: Python, TVM and the logits of one step.
+OVERHEAD_BYTES = 512 << 20
+
+
+class Engine:
+    """A loaded artifact. Safe to use from several threads; close it, or use it in a `with` block."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        context_length: int = 8192,
+        max_batch: int | None = None,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        manifest = artifact.manifest
+        self.manifest: Manifest = manifest
+        self.threads = _checked_threads(threads)
+        self.vocab_size = int(manifest.config["vocab_size"])
+        self.context_length = _checked_limit(
+            "context_length", context_length, manifest.limits.context, clamp=True
+        )
+        self.prefill_chunk = _checked_limit(
+            "prefill_chunk",
+            manifest.limits.prefill_chunk if prefill_chunk is None else prefill_chunk,
+            manifest.limits.prefill_chunk,
+        )
+        self.max_batch, needs = _fit(manifest, self.context_length, max_batch, self.prefill_chunk)
+        self._artifact = artifact
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_lock = threading.Lock()
+        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        worker = Worker(
+            artifact,
+            self._requests,
+            needs,
+            threads=self.threads,
+            context_length=self.context_length,
+            max_batch=self.max_batch,
+            prefill_chunk=self.prefill_chunk,
+        )
+        self._thread = threading.Thread(
+            target=worker.run, args=(ready,), name="mxforge-engine", daemon=True
+        )
+        self._thread.start()
+        error = ready.get()
+        if error is not None:
+            self._thread.join()
+            raise error
+        # A forgotten engine must not keep its thread and its memory.
+        self._finalizer = weakref.finalize(self, self._requests.put, None)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        threads: int | None = None,
+        context_length: int = 8192,
+        max_batch: int | None = None,
+        prefill_chunk: int | None = None,
+    ) -> Engine:
+        """Load the artifact in the folder `path`.
+
+        threads         CPU threads for the kernels; None: every core this process may use
+        context_length  most tokens of one sequence, prompt and answer; at most the model's own
+        max_batch       sequences that run at once; None: as many as memory allows, up to the
+                        number that the artifact was compiled for
+        prefill_chunk   most prompt tokens in one step; None: what it was compiled for
+
+        Raises ArtifactError and its subclasses, KVMemoryError (before anything is allocated),
+        UsageError.
+        """
+        return cls(
+            open_artifact(path),
+            threads=threads,
+            context_length=context_length,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, loaded when it is first needed."""
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._artifact.load_tokenizer()
+            return self._tokenizer
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Completion:
+        """Answer `prompt`, plain text or token ids, and return when the answer is complete.
+
+        `cancel`, when set, ends the answer with finish_reason "cancelled" and what there is of it.
+        Raises ContextLengthError, TokenRangeError, SamplingError, TokenizerError.
+        """
+        pieces = list(self.stream(prompt, params, cancel=cancel))
+        last = pieces[-1]
+        assert last.finish_reason is not None and last.usage is not None
+        assert last.timings is not None
+        wants = params is not None and params.logprobs is not None
+        return Completion(
+            text="".join(piece.text for piece in pieces),
+            token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+            finish_reason=last.finish_reason,
+            usage=last.usage,
+            timings=last.timings,
+            logprobs=tuple(lp for piece in pieces for lp in piece.logprobs) if wants else None,
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Piece]:
+        """As `generate`, piece by piece as tokens arrive. Closing the iterator cancels the answer."""
+        params = params or SamplingParams()
+        params.check(self.vocab_size)
+        tokens = self.encode(prompt)
+        self._check_prompt(tokens)
+        tokenizer = self.tokenizer  # loaded here, so that the worker never waits for it
+        if len(tokens) >= self.context_length:
+            raise ContextLengthError(
+                f"A prompt must leave room for an answer: expected fewer than {self.context_length}"
+                f" tokens, found {len(tokens)}; load with a larger context_length or shorten it."
+            )
+        room = self.context_length - len(tokens)
+        request = Request(
+            tokens=tokens,
+            prompt_length=len(tokens),
+            params=params,
+            max_tokens=min(room, params.max_tokens or room),
+            history=TokenHistory(tokens if params.penalized else ()),
+            seed=new_seed() if params.seed is None else params.seed,
+            token_bytes=tokenizer.token_bytes,
+            text=TextStream(params.stop_strings),
+        )
+        if cancel is not None:
+            request.cancelled = cancel
+        self._submit(request)
+        return self._pieces(request)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits after every token: float32 [n, vocabulary]. Raises as `generate` does."""
+        tokens = self.encode(token_ids)
+        self._check_prompt(tokens)
+        if len(tokens) > self.context_length:
+            raise ContextLengthError(
+                f"Expected at most {self.context_length} tokens, found {len(tokens)}; "
+                "load with a larger context_length."
+            )
+        request = Request(tokens=tokens, prompt_length=len(tokens), params=None)
+        self._submit(request)
+        rows: list[np.ndarray] = []
+        while sum(map(len, rows)) < len(tokens):
+            item = self._receive(request)
+            assert isinstance(item, np.ndarray)
+            rows.append(item)
+        return np.concatenate(rows)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; text never becomes special tokens."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer.encode(prompt))
+        return [int(token) for token in prompt]
+
+    def close(self) -> None:
+        """Stop the worker and free the memory; running requests are cancelled. Twice is fine."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._finalizer()
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_prompt(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise UsageError("A prompt needs at least one token, found none.")
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise TokenRangeError(
+                f"Token ids must lie in 0 to {self.vocab_size - 1}, found {wrong}; "
+                "the prompt was made for another model or tokenizer."
+            )
+
+    def _submit(self, request: Request) -> None:
+        if self._closed.is_set():
+            raise UsageError("This engine was closed; load the artifact again.")
+        self._requests.put(request)
+
+    def _receive(self, request: Request) -> Piece | np.ndarray:
+        while True:
+            try:
+                item = request.inbox.get(timeout=1.0)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise CancelledError("The engine was closed while it answered.") from None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            return item
+
+    def _pieces(self, request: Request) -> Iterator[Piece]:
+        try:
+            while True:
+                piece = self._receive(request)
+                assert isinstance(piece, Piece)
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            request.cancelled.set()
+
+
+def _checked_threads(threads: int | None) -> int:
+    most = default_threads()
+    if threads is None:
+        return most
+    if type(threads) is not int or not 1 <= threads <= most:
+        raise UsageError(f"threads must be from 1 to {most}, this machine's cores; found {threads}.")
+    return threads
+
+
+def _checked_limit(name: str, value: int, most: int, clamp: bool = False) -> int:
+    if type(value) is not int or value < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
+    if value > most and not clamp:
+        raise UsageError(f"{name} must be at most {most}, as compiled; found {value}.")
+    return min(value, most)
+
+
+def _fit(
+    manifest: Manifest, context_length: int, max_batch: int | None, prefill_chunk: int
+) -> tuple[int, PageNeeds]:
+    """How many sequences run at once, and their page pools; KVMemoryError where they do not fit.
+
+    Without a wish, as many as fit beside the weights, and one even where the weights do not:
+    they are mapped, and can be read from disk again and again.
+    """
+    memory = manifest.memory
+    window = int(manifest.config["sliding_window"])
+    page_bytes = (memory.kv_bytes_per_page_full, memory.kv_bytes_per_page_sliding)
+    available = available_memory()
+    rest = memory.workspace_bytes + OVERHEAD_BYTES
+
+    def needs(batch: int) -> PageNeeds:
+        return page_needs(context_length, batch, prefill_chunk + batch, window, *page_bytes)
+
+    if max_batch is None:
+        room = None if available is None else available - rest - memory.weights_bytes
+        batch = manifest.limits.max_batch
+        while batch > 1 and room is not None and needs(batch).bytes > room:
+            batch -= 1
+    else:
+        batch = _checked_limit("max_batch", max_batch, manifest.limits.max_batch)
+    needed = check_memory(
+        context_length, batch, prefill_chunk + batch, window, *page_bytes, available, rest
+    )
+    return batch, needed

@@ -1,0 +1,186 @@
+"""The compiled library in this process: TVM's small runtime, one virtual machine, its tensors.
+
+Only `libtvm_runtime` is mapped (3 MB); the compiler never is, and `import tvm` never happens.
+A virtual machine is not thread-safe: one thread owns a `Library` after it was made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from .errors import ArtifactTargetError, MxforgeError
+
+ALIGNMENT = 64  # what the kernels' vector loads assume of every tensor
+
+_POOLED_ALLOCATOR = 2
+_CPU = 1
+
+
+class _DeviceKind:
+    """DLPack's device number and, for GPUs, the library that holds TVM's device API."""
+
+    def __init__(self, number: int, sidecar: str | None) -> None:
+        self.number = number
+        self.sidecar = sidecar
+
+
+_DEVICES = {
+    "cpu": _DeviceKind(_CPU, None),
+    "cuda": _DeviceKind(2, "libtvm_runtime_cuda"),
+    "metal": _DeviceKind(8, "libtvm_runtime_metal"),
+}
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+# TVM reads its thread count from the environment when a thread first runs a parallel loop.
+_threads_lock = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _load_runtime() -> Path:
+    """Map libtvm_runtime into the process once; returns the folder it lies in."""
+    # Pinned workers would share cores with whatever else the machine runs.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    found = importlib.util.find_spec("tvm")
+    if found is None or not found.origin:
+        raise MxforgeError("mxforge needs the package apache-tvm, which is not installed here.")
+    folder = Path(found.origin).parent / "lib"
+    _map(folder / f"libtvm_runtime{_SUFFIX}")
+    return folder
+
+
+def _map(path: Path) -> None:
+    try:
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise MxforgeError(
+            f"TVM's runtime {path.name} should load but does not ({error}); "
+            "reinstall apache-tvm, and for a GPU its driver."
+        ) from error
+
+
+def _load_device(kind: str) -> _DeviceKind:
+    folder = _load_runtime()
+    device = _DEVICES.get(kind)
+    if device is None:
+        raise ArtifactTargetError(
+            f"This runtime has the devices {', '.join(_DEVICES)}, but the artifact is for {kind}."
+        )
+    name = f"device_api.{kind}"
+    if device.sidecar and tvm_ffi.get_global_func(name, allow_missing=True) is None:
+        sidecar = folder / f"{device.sidecar}{_SUFFIX}"
+        if not sidecar.exists():
+            raise ArtifactTargetError(
+                f"The artifact is for {kind}, but this platform's apache-tvm has no "
+                f"{sidecar.name}; compile for another target."
+            )
+        _map(sidecar)
+        if tvm_ffi.get_global_func(name, allow_missing=True) is None:
+            raise ArtifactTargetError(
+                f"{sidecar.name} was loaded but brings no {kind} device; is its driver installed?"
+            )
+    return device
+
+
+def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An uninitialized array whose data begins on a 64-byte boundary."""
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def default_threads() -> int:
+    """As many threads as this process may use cores."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Library:
+    """A loaded `model.so` on one device."""
+
+    def __init__(self, path: Path, device_kind: str, device_index: int = 0) -> None:
+        kind = _load_device(device_kind)
+        self.on_cpu = kind.number == _CPU
+        self.device = tvm_ffi.device(device_kind, device_index)
+        try:
+            self._module = tvm_ffi.load_module(str(path))
+            self._machine = self._module["vm_load_executable"]()
+            where = (kind.number, device_index, _POOLED_ALLOCATOR)
+            self._machine["vm_initialization"](*where, _CPU, 0, _POOLED_ALLOCATOR)
+        except (RuntimeError, AttributeError, ValueError) as error:
+            raise ArtifactTargetError(
+                f"{path.name} should load on {device_kind} but does not: "
+                f"{str(error).strip().splitlines()[-1]}"
+            ) from error
+        self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        self._view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+        self._from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
+        self._to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
+        self._functions: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """A function of the library."""
+        if name not in self._functions:
+            self._functions[name] = self._machine[name]
+        return self._functions[name]
+
+    @staticmethod
+    def use_threads(threads: int) -> None:
+        """Let kernels called from this thread run on `threads` threads; call before the first."""
+        _load_runtime()
+        with _threads_lock:
+            os.environ["TVM_NUM_THREADS"] = str(threads)
+            configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+            configure(1, threads)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """A device tensor with the array's content; the array may be reused afterwards."""
+        if self.on_cpu:
+            copy = aligned_empty(array.shape, array.dtype)
+            copy[...] = array
+            return tvm_ffi.from_dlpack(copy, require_alignment=ALIGNMENT)
+        tensor = self.empty(array.shape, array.dtype.name)
+        self._fill(tensor, np.ascontiguousarray(array))
+        return tensor
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        """An uninitialized device tensor; on the CPU untouched pages take no memory."""
+        return self._allocate(tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(dtype), self.device, None)
+
+    def view(self, base: Any, shape: Sequence[int], dtype: str) -> Any:
+        """A tensor over the first bytes of `base`."""
+        return self._view(base, tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(dtype), 0)
+
+    def weight(self, content: np.ndarray, shape: Sequence[int], dtype: str) -> Any:
+        """A tensor of these bytes (u8, 64-byte aligned): the bytes themselves on the CPU, which
+        must stay mapped; a copy on a GPU."""
+        if self.on_cpu:
+            # Kernels take no byte offset: the tensor has to begin where the weight does.
+            return self.view(tvm_ffi.from_dlpack(content, require_alignment=ALIGNMENT), shape, dtype)
+        tensor = self.empty(shape, dtype)
+        self._fill(tensor, content)
+        return tensor
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        """A copy of the tensor's content; waits for the device."""
+        if self.on_cpu:
+            return np.array(np.from_dlpack(tensor))
+        array = np.empty(tuple(tensor.shape), str(tensor.dtype))
+        self._to_bytes(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+        return array
+
+    def _fill(self, tensor: Any, array: np.ndarray) -> None:
+        self._from_bytes(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)

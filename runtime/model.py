@@ -1,0 +1,164 @@
+"""The library's functions in Python: arrays in, arrays out, with weights and KV pages bound.
+
+The argument order of every function stands in the compiler's `models/gpt_oss.py` (ABI 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact, Manifest, WeightInfo
+from .kv import PageNeeds, PageTables
+from .library import Library, aligned_empty
+from .random_weights import random_weight
+from .results import TokenLogprob
+from .sampling import SampleArguments
+
+PAGE_TOKENS = 16
+
+
+class Model:
+    """One artifact on its device; for one thread."""
+
+    def __init__(self, artifact: Artifact, needs: PageNeeds) -> None:
+        manifest = artifact.manifest
+        self.library = Library(artifact.library, manifest.target.kind)
+        self.kinds = layer_kinds(manifest)
+        self.vocab_size = int(manifest.config["vocab_size"])
+        self.weights = load_weights(self.library, artifact)
+        self._ordered = [self.weights[name] for name in manifest.weights_order]
+        pages = {"full": needs.full_pages, "sliding": needs.sliding_pages}
+        self.kv = [
+            self.library.empty(kv_shape(manifest, pages[kind]), manifest.precision.kv_dtype)
+            for kind in self.kinds
+        ]
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        token_seq: Sequence[int],
+        rows: Sequence[int],
+        tables: PageTables,
+    ) -> Any:
+        """Logits f32 [len(rows), vocabulary], on the device."""
+        return self.library["forward"](
+            *self._i32(tokens, positions, token_seq, rows),
+            *self._tables(tables),
+            *self.kv,
+            *self._ordered,
+        )
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        token_seq: Sequence[int],
+        tables: PageTables,
+    ) -> Any:
+        """Logits f32 [sequences, vocabulary] of one token a sequence, on the device."""
+        return self.library["decode"](
+            *self._i32(tokens, positions, token_seq),
+            *self._tables(tables),
+            *self.kv,
+            *self._ordered,
+        )
+
+    def sample(
+        self, logits: Any, arguments: SampleArguments, logprobs: bool
+    ) -> tuple[list[int], list[TokenLogprob] | None]:
+        """Token ids of the first rows of `logits`, as many as `arguments` are for."""
+        count = len(arguments.step)
+        logits = self._first(logits, count)
+        ids = self.library["sample"](logits, *(self.library.tensor(a) for a in arguments))
+        chosen_ids = [int(token) for token in self.library.numpy(ids)]
+        if not logprobs:
+            return chosen_ids, None
+        values, top_ids, top_values = (
+            self.library.numpy(part) for part in self.library["logprobs"](logits, ids)
+        )
+        return chosen_ids, [
+            TokenLogprob(
+                chosen_ids[row],
+                float(values[row]),
+                tuple(
+                    (int(token), float(value))
+                    for token, value in zip(top_ids[row], top_values[row], strict=True)
+                    if token >= 0
+                ),
+            )
+            for row in range(count)
+        ]
+
+    def rows(self, logits: Any, start: int, count: int) -> np.ndarray:
+        """Rows of device logits as a host array: f32 [count, vocabulary]."""
+        return self.library.numpy(logits)[start : start + count]
+
+    def copy_pages(self, kind: str, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy KV pages (source, destination) in every layer of `kind`."""
+        tensors = [kv for kv, its in zip(self.kv, self.kinds, strict=True) if its == kind]
+        if copies and tensors:
+            source, destination = zip(*copies, strict=True)
+            self.library[f"kv_copy_pages_{kind}"](*self._i32(source, destination), *tensors)
+
+    def _first(self, logits: Any, count: int) -> Any:
+        if logits.shape[0] == count:
+            return logits
+        return self.library.view(logits, (count, self.vocab_size), "float32")
+
+    def _i32(self, *values: Sequence[int]) -> list[Any]:
+        return [self.library.tensor(np.asarray(value, np.int32)) for value in values]
+
+    def _tables(self, tables: PageTables) -> list[Any]:
+        order = (
+            tables.sliding_table,
+            tables.sliding_first,
+            tables.full_table,
+            tables.full_first,
+        )
+        return [self.library.tensor(table) for table in order]
+
+
+def layer_kinds(manifest: Manifest) -> list[str]:
+    """'sliding' or 'full' for every layer."""
+    return [
+        "sliding" if layer == "sliding_attention" else "full"
+        for layer in manifest.config["layer_types"]
+    ]
+
+
+def kv_shape(manifest: Manifest, pages: int) -> tuple[int, int, int, int]:
+    """Shape of one layer's KV tensor of `pages` pages."""
+    c = manifest.config
+    heads, head_dim = int(c["num_key_value_heads"]), int(c["head_dim"])
+    return (pages, 2, heads, PAGE_TOKENS * head_dim)
+
+
+def load_weights(library: Library, artifact: Artifact) -> dict[str, Any]:
+    """Every weight by name: views of the mapped files, or random ones made here."""
+    files = {
+        name: np.memmap(opened.path, np.uint8, mode="c")  # copy-on-write: TVM refuses read-only
+        for name, opened in artifact.weight_files.items()
+    }
+    weights = {}
+    for weight in artifact.manifest.weights:
+        if weight.file is None:
+            content = _made(weight, artifact.manifest)
+        else:
+            where = artifact.weight_files[weight.file].tensors[weight.name]
+            content = files[weight.file][where.begin : where.end]
+        weights[weight.name] = library.weight(content, weight.shape, weight.dtype)
+    return weights
+
+
+def _made(weight: WeightInfo, manifest: Manifest) -> np.ndarray:
+    assert weight.fill is not None and manifest.random_seed is not None  # the manifest checked it
+    content = random_weight(
+        weight.name, weight.shape, weight.dtype, weight.fill, manifest.random_seed
+    )
+    aligned = aligned_empty(content.shape, np.uint8)
+    aligned[...] = content
+    return aligned

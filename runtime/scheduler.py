@@ -1,0 +1,303 @@
+"""The worker: one thread that owns the library, the KV pages and all running requests.
+
+It repeats one step: admit waiting requests, put the next prompt chunks and one token of every
+running sequence into one call of the library, sample, and hand each request what is new.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact
+from .errors import CancelledError, NumericsError
+from .kv import KVPages, PageNeeds, PageTables, SequencePages
+from .library import Library
+from .model import Model
+from .results import Piece, Timings, TokenLogprob, Usage
+from .sampling import SampleRow, SamplingParams, TokenHistory, sample_arguments
+from .text import TextStream
+
+# Rows of logits in one step when all are wanted: 64 of a 201,088 vocabulary are 51 MB.
+LOGITS_CHUNK = 64
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way. After submission only the worker touches it, except `cancelled`."""
+
+    tokens: list[int]
+    prompt_length: int
+    params: SamplingParams | None  # None: the logits of every prompt position are wanted
+    max_tokens: int = 0
+    token_bytes: Callable[[int], bytes] = lambda token: b""
+    history: TokenHistory = field(default_factory=TokenHistory)
+    seed: int = 0
+    text: TextStream = field(default_factory=TextStream)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    inbox: queue.SimpleQueue[Piece | np.ndarray | BaseException] = field(
+        default_factory=queue.SimpleQueue
+    )
+    pages: SequencePages = field(default_factory=SequencePages)
+    cached: int = 0
+    submitted: float = field(default_factory=time.perf_counter)
+    admitted: float = 0.0
+    first_token: float = 0.0
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def waiting(self) -> int:
+        """Tokens whose keys and values are not computed yet."""
+        return len(self.tokens) - self.pages.length
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one request contributes to a step: its next `count` tokens, `rows` logits of them."""
+
+    request: Request
+    count: int
+    rows: int
+
+
+class Worker:
+    """Runs in its own thread until None arrives in `requests`."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        requests: queue.SimpleQueue[Request | None],
+        needs: PageNeeds,
+        *,
+        threads: int,
+        context_length: int,
+        max_batch: int,
+        prefill_chunk: int,
+    ) -> None:
+        self._artifact = artifact
+        self._requests = requests
+        self._needs = needs
+        self._threads = threads
+        self._context_length = context_length
+        self._max_batch = max_batch
+        self._prefill_chunk = prefill_chunk
+        manifest = artifact.manifest
+        self._vocab_size = int(manifest.config["vocab_size"])
+        self._stop_ids = frozenset(manifest.stop_token_ids)
+        self._kv = KVPages(
+            needs.full_pages, needs.sliding_pages, int(manifest.config["sliding_window"])
+        )
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._closing = False
+
+    def run(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
+        """Load, tell `ready`, then serve."""
+        try:
+            Library.use_threads(self._threads)
+            self._model = Model(self._artifact, self._needs)
+        except BaseException as error:  # the caller's thread raises it
+            ready.put(error)
+            return
+        ready.put(None)
+        while True:
+            self._receive()
+            if self._closing:
+                break
+            try:
+                self._step()
+            except Exception as error:  # every running request hears of it, none hangs
+                for request in self._running:
+                    self._kv.release(request.pages)
+                    request.inbox.put(error)
+                self._running.clear()
+        for request in (*self._running, *self._waiting):
+            request.inbox.put(CancelledError("The engine was closed while it answered."))
+
+    def _receive(self) -> None:
+        """Take what was submitted; wait only when there is nothing else to do."""
+        while True:
+            idle = not self._running and not self._waiting
+            try:
+                request = self._requests.get(block=idle)
+            except queue.Empty:
+                break
+            if request is None:
+                self._closing = True
+                return
+            self._waiting.append(request)
+        while self._waiting and len(self._running) < self._max_batch:
+            self._admit(self._waiting.popleft())
+
+    def _admit(self, request: Request) -> None:
+        request.admitted = time.perf_counter()
+        if request.params is not None:
+            request.pages = self._kv.start(request.tokens)
+            request.cached = request.pages.length
+        self._running.append(request)
+
+    def _step(self) -> None:
+        for request in [r for r in self._running if r.cancelled.is_set()]:
+            self._finish(request, "cancelled")
+        parts = self._plan()
+        if not parts:
+            return
+        for part in parts:
+            copies = self._kv.prepare(part.request.pages, part.count)
+            self._model.copy_pages("full", copies.full)
+            self._model.copy_pages("sliding", copies.sliding)
+        tables = self._kv.tables([part.request.pages for part in parts])
+        logits = self._forward(parts, tables)
+        for part in parts:
+            self._kv.commit(part.request.pages, part.count)
+        self._deliver(parts, logits)
+
+    def _plan(self) -> list[_Part]:
+        """One token of every generating sequence, then prompt chunks up to the step's bound.
+
+        Generating sequences come first, so that their logits are the first rows.
+        """
+        parts = [
+            _Part(request, 1, 1)
+            for request in self._running
+            if request.params is not None and request.waiting == 1
+        ]
+        budget, rows_wanted = self._prefill_chunk, []
+        for request in self._running:
+            if budget == 0:
+                break
+            if request.params is None:
+                count = min(budget, request.waiting, LOGITS_CHUNK)
+                rows_wanted.append(_Part(request, count, count))
+            elif request.waiting > 1:
+                count = min(budget, request.waiting)
+                parts.append(_Part(request, count, int(count == request.waiting)))
+            else:
+                continue
+            budget -= count
+        return parts + rows_wanted
+
+    def _forward(self, parts: Sequence[_Part], tables: PageTables) -> Any:
+        tokens, positions, token_seq, rows = [], [], [], []
+        for index, (request, count, wanted) in enumerate(
+            (part.request, part.count, part.rows) for part in parts
+        ):
+            start = request.pages.length
+            tokens += request.tokens[start : start + count]
+            positions += range(start, start + count)
+            token_seq += [index] * count
+            rows += range(len(tokens) - wanted, len(tokens))
+        if len(tokens) == len(parts) == len(rows):
+            return self._model.decode(tokens, positions, token_seq, tables)
+        return self._model.forward(tokens, positions, token_seq, rows, tables)
+
+    def _deliver(self, parts: Sequence[_Part], logits: Any) -> None:
+        sampled = [part.request for part in parts if part.rows and part.request.params is not None]
+        if sampled:
+            self._sample(sampled, logits)
+        row = len(sampled)
+        for part in parts:
+            if part.request.params is None:
+                block = self._model.rows(logits, row, part.rows)
+                row += part.rows
+                part.request.inbox.put(block)
+                if part.request.waiting == 0:
+                    self._drop(part.request)
+
+    def _sample(self, requests: list[Request], logits: Any) -> None:
+        rows = [
+            SampleRow(request.params, request.history, request.seed, request.generated)
+            for request in requests
+            if request.params is not None
+        ]
+        ids, logprobs = self._model.sample(
+            logits,
+            sample_arguments(rows, self._vocab_size),
+            logprobs=any(row.params.logprobs is not None for row in rows),
+        )
+        now = time.perf_counter()
+        for index, (request, token) in enumerate(zip(requests, ids, strict=True)):
+            if not request.first_token:
+                request.first_token = now
+                # A later prompt may begin as this one did and go on otherwise.
+                self._kv.keep(request.pages, request.tokens)
+            if token < 0:
+                self._fail(
+                    request,
+                    NumericsError(
+                        "The logits hold no number to choose by (all are NaN or forbidden); check "
+                        "the bitmask, and the checkpoint with `mxforge diff`."
+                    ),
+                )
+                continue
+            logprob = logprobs[index] if logprobs is not None else None
+            self._append(request, token, logprob)
+
+    def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
+        params = request.params
+        assert params is not None
+        request.tokens.append(token)
+        if params.penalized:
+            request.history.add(token)
+        stops = token in params.stop_token_ids or (
+            token in self._stop_ids and not params.ignore_eos
+        )
+        text = "" if stops else request.text.push(request.token_bytes(token))
+        reason = None
+        if stops or request.text.stopped:
+            reason = "stop"
+        elif request.generated >= request.max_tokens:
+            reason = "length"
+        listed = ()
+        if params.logprobs is not None and logprob is not None:
+            listed = (
+                TokenLogprob(logprob.token_id, logprob.logprob, logprob.top[: params.logprobs]),
+            )
+        if reason is None:
+            request.inbox.put(Piece(text, (token,), listed))
+        else:
+            self._finish(request, reason, text, (token,), listed)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: str,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> None:
+        if request.params is None:
+            self._fail(request, CancelledError("The request was cancelled."))
+            return
+        now = time.perf_counter()
+        first = request.first_token or now
+        usage = Usage(request.prompt_length, request.generated, request.cached)
+        decode = now - first
+        timings = Timings(
+            queue_s=request.admitted - request.submitted,
+            prefill_s=first - request.admitted,
+            decode_s=decode,
+            decode_tok_s=(request.generated - 1) / decode if request.generated > 1 else 0.0,
+        )
+        self._kv.keep(request.pages, request.tokens)
+        self._drop(request)
+        text += request.text.finish()
+        request.inbox.put(Piece(text, tokens, logprobs, reason, usage, timings))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._drop(request)
+        request.inbox.put(error)
+
+    def _drop(self, request: Request) -> None:
+        self._running.remove(request)
+        self._kv.release(request.pages)
