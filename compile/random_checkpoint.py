@@ -468,7 +468,8 @@ class _Source:
         # One scale in 256 is 0, as blocks of zeros have it; the rest spread over three octaves.
         table = center + np.array([-1, 0, 0, 1], np.int64)[np.arange(256) % 4]
         table[17] = 0
-        return table.astype(np.uint8)[self._bytes]
+        pool: np.ndarray = table.astype(np.uint8)[self._bytes]
+        return pool
 
     def _cached(self, key: Any, make: Any) -> np.ndarray:
         if key not in self._pools:

@@ -18,13 +18,13 @@ import numpy as np
 from mxforge.schedules import linear, mxfp4
 from mxforge.schedules.kernel import Target
 
-from .checkpoint import HFCheckpoint, check_scales
+from .checkpoint import Checkpoint, check_scales
 from .config import ModelConfig
 from .targets import Precision
 
 PIECE_BYTES = 64 << 20
 
-Pieces = Callable[[HFCheckpoint], Iterator[np.ndarray]]
+Pieces = Callable[[Checkpoint], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _bias(
 ) -> PackedWeight:
     """The bias of an attention layer; zeros where the config says there is none."""
 
-    def pieces(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
+    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         if not config.attention_bias:
             yield np.zeros(size, np.float32)
             return
@@ -165,7 +165,7 @@ def _dense(
 ) -> PackedWeight:
     """bf16 [rows, k], the sources stacked, in linear.py's layout."""
 
-    def pieces(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
+    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         tensors = [checkpoint.tensor(source) for source in sources]
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
         step = linear.CPU_TILE.rows * max(1, PIECE_BYTES // (2 * k * linear.CPU_TILE.rows))
@@ -188,18 +188,18 @@ def _expert_half(
         stored if target.is_gpu else mxfp4.packed_shapes(experts, rows, k, precision.experts)
     )
 
-    def blocks(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
+    def blocks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         tensor = checkpoint.tensor(f"{name}_blocks")
         for expert in range(experts):
             piece = tensor[expert : expert + 1]
             yield piece if target.is_gpu else mxfp4.pack_blocks(piece, precision.experts, order)
 
-    def scales(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
+    def scales(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         tensor = checkpoint.tensor(f"{name}_scales")
         check_scales(f"{name}_scales", tensor)
         yield tensor if target.is_gpu else mxfp4.pack_scales(tensor, order)
 
-    def bias(checkpoint: HFCheckpoint) -> Iterator[np.ndarray]:
+    def bias(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         tensor = checkpoint.tensor(f"{name}_bias").astype(np.float32)
         yield tensor if order is None else tensor[:, order]
 

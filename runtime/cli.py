@@ -1,11 +1,244 @@
+"""The command `mxforge`: run, measure, look at and check a compiled model."""
+
 from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
 import sys
-from collections.abc import Callable
-from .errors import MxforgeError
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import MxforgeError, UsageError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .results import Completion
+
+_DESCRIPTION = """\
+Run gpt-oss models that compile-model has compiled. An ARTIFACT is the folder it wrote."""
+
+
 def run_command(name: str, run: Callable[[], None]) -> int:
+    """Run a command's body; errors become one line on stderr and an exit code, never a traceback."""
     try:
         run()
+        sys.stdout.flush()
     except MxforgeError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        print(f"{name}: out of memory; free some, or lower --context-length.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{name}: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 1
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="mxforge", description=_DESCRIPTION)
+    top.add_argument("--version", action="version", version=f"mxforge {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    generate = commands.add_parser("generate", help="answer one prompt")
+    generate.add_argument("artifact", metavar="ARTIFACT")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer")
+    generate.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token"
+    )
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K")
+    generate.add_argument("--seed", type=int, metavar="S", help="the same seed, the same answer")
+    generate.add_argument(
+        "--raw", action="store_true", help="continue TEXT as it stands, instead of answering it"
+    )
+    _engine_options(generate)
+    _json_option(generate)
+    generate.set_defaults(run=_generate)
+
+    bench = commands.add_parser("bench", help="measure speed, memory and start-up")
+    bench.add_argument("artifact", metavar="ARTIFACT")
+    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    bench.add_argument("--new-tokens", type=int, default=32, metavar="N")
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once")
+    _engine_options(bench)
+    _json_option(bench)
+    bench.set_defaults(run=_bench)
+
+    inspect = commands.add_parser("inspect", help="show what an artifact or checkpoint is")
+    inspect.add_argument("path", metavar="PATH")
+    _json_option(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="hash every file of an artifact")
+    verify.add_argument("artifact", metavar="ARTIFACT")
+    verify.set_defaults(run=_verify)
+
+    diff = commands.add_parser(
+        "diff", help="compare an artifact with its checkpoint, layer by layer"
+    )
+    diff.add_argument("artifact", metavar="ARTIFACT")
+    diff.add_argument("checkpoint", metavar="CHECKPOINT")
+    diff.add_argument("--tokens", type=int, default=64, metavar="N", help="length of the input")
+    diff.add_argument("--seed", type=int, default=0, metavar="S", help="of the input's token ids")
+    _json_option(diff)
+    diff.set_defaults(run=_diff)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return run_command(f"mxforge {args.command}", lambda: args.run(args))
+
+
+def _engine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--context-length",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="most tokens of prompt and answer together (default: 8192)",
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+
+
+def _json_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _load(args: argparse.Namespace, max_batch: int | None = 1) -> Engine:
+    from .engine import Engine
+
+    return Engine.load(
+        args.artifact,
+        threads=args.threads,
+        context_length=args.context_length,
+        max_batch=max_batch,
+    )
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from .prompt import single_turn
+    from .sampling import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+    with _load(args) as engine:
+        prompt = args.prompt if args.raw else single_turn(engine.tokenizer, args.prompt)
+        if args.json:
+            _print_json(_completion(engine.generate(prompt, params), engine))
+            return
+        last = None
+        for last in engine.stream(prompt, params):
+            print(last.text, end="", flush=True)
+        print()
+        assert last is not None and last.usage is not None and last.timings is not None
+        print(
+            f"[{last.usage.prompt_tokens} prompt tokens in {last.timings.prefill_s:.2f} s, "
+            f"{last.usage.completion_tokens} new at {last.timings.decode_tok_s:.1f} tok/s, "
+            f"ended by {last.finish_reason}]",
+            file=sys.stderr,
+        )
+
+
+def _completion(completion: Completion, engine: Engine) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "usage": dataclasses.asdict(completion.usage),
+        "timings": dataclasses.asdict(completion.timings),
+        "model": engine.manifest.name,
+        "target": engine.manifest.target.name,
+    }
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .bench import measure
+
+    result = measure(
+        args.artifact,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        batch=args.batch,
+        context_length=args.context_length,
+        threads=args.threads,
+    )
+    if args.json:
+        _print_json(result)
+        return
+    print(f"prefill      {result['prefill_tok_s']:10.1f} tok/s  ({args.prompt_tokens} tokens)")
+    print(f"decode       {result['decode_tok_s']:10.1f} tok/s  (batch {args.batch})")
+    print(f"first token  {result['first_token_s']:10.2f} s      (from process start)")
+    print(f"load         {result['load_s']:10.2f} s")
+    print(f"memory       {result['peak_rss_bytes'] / 2**30:10.2f} GiB    (peak resident)")
+    print(f"on           {result['target']}, {result['threads']} threads")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .inspect import describe
+
+    description = describe(args.path)
+    if args.json:
+        _print_json(description)
+        return
+    for key, value in description.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, list))
+        if isinstance(value, list):
+            print(f"{key}:")
+            for entry in value:
+                print("  " + ("  ".join(str(v) for v in entry.values() if v != "")))
+        else:
+            print(f"{key:12} {value}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .artifact import verify
+
+    result = verify(args.artifact, progress=sys.stderr.isatty())
+    result.check()
+    print(f"{args.artifact}: {result.files} files, {result.bytes} bytes, all as written")
+
+
+def _diff(args: argparse.Namespace) -> None:
+    try:
+        from .compile.diff import compare
+    except ImportError as error:
+        raise UsageError(
+            f"mxforge diff needs the compiler's parts, which are not all here ({error}); "
+            "install them with: pip install 'mxforge[compile]'"
+        ) from error
+    report = compare(
+        args.artifact,
+        args.checkpoint,
+        tokens=args.tokens,
+        seed=args.seed,
+        announce=None if args.json else lambda line: print(line, flush=True),
+    )
+    if args.json:
+        _print_json(report.to_json())
+    report.check()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

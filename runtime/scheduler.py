@@ -227,10 +227,6 @@ class Worker:
         )
         now = time.perf_counter()
         for index, (request, token) in enumerate(zip(requests, ids, strict=True)):
-            if not request.first_token:
-                request.first_token = now
-                # A later prompt may begin as this one did and go on otherwise.
-                self._kv.keep(request.pages, request.tokens)
             if token < 0:
                 self._fail(
                     request,
@@ -240,6 +236,10 @@ class Worker:
                     ),
                 )
                 continue
+            if not request.first_token:
+                request.first_token = now
+                # A later prompt may begin as this one did and go on otherwise.
+                self._kv.keep(request.pages, request.tokens)
             logprob = logprobs[index] if logprobs is not None else None
             self._append(request, token, logprob)
 

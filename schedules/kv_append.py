@@ -13,7 +13,8 @@ page_table[s, j // 16 - first_page[s]]; first_page is the logical number of the 
 the table's row still holds. In float16, values beyond ±65504 are stored as ±65504: an infinity
 would poison every later query of the sequence.
 
-Roofline: reads and writes 4·(Hq + 2·Hkv)·D bytes a token; below 1 µs a token at 20b shapes.
+Roofline: reads and writes 4·(Hq + 2·Hkv)·D bytes a token. EPYC (Zen 4, 2 cores), 2026-11, at 20b
+shapes: 1.1 µs a token of 512, 14 µs for one alone.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 
 from .kernel import T
@@ -56,7 +57,7 @@ def f32(value: float) -> Expr:
     TVM's Metal generator prints that many, which does not hold every float32. (Constants as
     bits are no way out: the CUDA generator takes the address of the literal.)
     """
-    return T.float32(float(f"{value:.6e}"))
+    return T.float32(float(np.float32(f"{value:.6e}")))
 
 
 def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:

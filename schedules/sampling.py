@@ -311,9 +311,9 @@ def adjust_logits_items(*, vocab: int, lanes: int = 1) -> tvm.tirx.PrimFunc:
 class _Columns:
     """The columns of a row in chunks of CHUNK vectors; the last chunk has the left-over columns.
 
-    Called inside TVMScript, `columns(step, c)` runs step(first, width) over chunk c: over whole
-    vectors, then over single columns. `end(c)` is the column after it. Partial results have
-    `lanes` places; single columns use the first. So the order of additions is fixed.
+    Inside TVMScript, `run(step, c)` calls step(first, width) over chunk c: over whole vectors,
+    then over single columns. The chunk lies in [begin(c), end(c)). Partial results have `lanes`
+    places; single columns use the first. So the order of additions is fixed.
     """
 
     def __init__(self, vocab: int, lanes: int):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-
 from mxforge.schedules import math
 from mxforge.schedules.kernel import T, bind_items
 

@@ -1,0 +1,113 @@
+"""Speed of an artifact on this machine: prefill, decode, start-up, memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import Engine
+from .errors import UsageError
+from .sampling import SamplingParams
+
+
+def measure(
+    path: str | Path,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+    context_length: int = 8192,
+    threads: int | None = None,
+    repeats: int = 1,
+) -> dict[str, Any]:
+    """Time `batch` sequences of `prompt_tokens` random tokens, then `new_tokens` more of each.
+
+    Returns tokens a second of prefill and decode (all sequences together), seconds from process
+    start to the first token of a 16-token prompt, seconds of loading, peak resident bytes, and
+    the samples. Times of prefill and decode are taken after that first request warmed up.
+    """
+    for name, value in (
+        ("prompt_tokens", prompt_tokens),
+        ("new_tokens", new_tokens),
+        ("batch", batch),
+        ("repeats", repeats),
+    ):
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
+    if prompt_tokens + new_tokens > context_length:
+        raise UsageError(
+            f"prompt_tokens + new_tokens must fit the context of {context_length}, "
+            f"found {prompt_tokens + new_tokens}."
+        )
+    loading = time.perf_counter()
+    with Engine.load(path, threads=threads, context_length=context_length, max_batch=batch) as engine:
+        load_s = time.perf_counter() - loading
+        rng = np.random.default_rng(0)
+
+        def prompts(length: int) -> list[list[int]]:
+            # Always new ones: a prefix that was seen before costs nothing.
+            return rng.integers(0, engine.vocab_size, (batch, length)).tolist()
+
+        greedy = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        engine.generate(prompts(min(16, context_length - 1))[0], greedy)
+        first_token_s = _since_process_start()
+        samples = [
+            _sample(engine, prompts(prompt_tokens), new_tokens) for _ in range(repeats)
+        ]
+        return {
+            "prefill_tok_s": statistics.median(sample["prefill_tok_s"] for sample in samples),
+            "decode_tok_s": statistics.median(sample["decode_tok_s"] for sample in samples),
+            "first_token_s": first_token_s,
+            "load_s": load_s,
+            "peak_rss_bytes": _peak_rss(),
+            "threads": engine.threads,
+            "target": engine.manifest.target.name,
+            "numerics": engine.manifest.numerics,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "batch": batch,
+            "context_length": engine.context_length,
+            "samples": samples,
+        }
+
+
+def _sample(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
+    """One round: the first token of every prompt, then the rest of all of them together."""
+    params = SamplingParams(temperature=0, max_tokens=1 + new_tokens, ignore_eos=True)
+    started = time.perf_counter()
+    streams = [engine.stream(prompt, params) for prompt in prompts]
+    firsts, last = [], started
+    for stream in streams:
+        next(stream)
+        firsts.append(time.perf_counter())
+    prefilled = max(firsts)
+    counted = 0
+    for stream in streams:
+        for piece in stream:
+            counted += len(piece.token_ids)
+    last = time.perf_counter()
+    return {
+        "prefill_tok_s": sum(map(len, prompts)) / (prefilled - started),
+        "decode_tok_s": counted / (last - prefilled),
+    }
+
+
+def _since_process_start() -> float:
+    """Seconds since this process began, interpreter start included, where the system tells."""
+    if sys.platform == "linux":
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks
+    return time.process_time()
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

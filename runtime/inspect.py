@@ -1,0 +1,63 @@
+"""What a folder is: an artifact's manifest, or a checkpoint's config, in short."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .artifact import Manifest, read_manifest
+from .errors import UsageError
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """A JSON-able description of the artifact or checkpoint at `path`.
+
+    Raises ArtifactError, CheckpointError or ConfigError where it is neither.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+        return _checkpoint(path)
+    return _artifact(read_manifest(path))
+
+
+def _artifact(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "kind": "artifact",
+        "name": manifest.name,
+        "target": asdict(manifest.target),
+        "numerics": manifest.numerics,
+        "precision": asdict(manifest.precision),
+        "limits": asdict(manifest.limits),
+        "memory": asdict(manifest.memory),
+        "tokenizer": manifest.tokenizer.kind,
+        "random_weights": manifest.random_seed is not None,
+        "config": dict(manifest.config),
+        "versions": {
+            "mxforge": manifest.mxforge_version,
+            "format": manifest.format_version,
+            "abi": manifest.abi_version,
+        },
+        "kernels": [asdict(kernel) for kernel in manifest.kernels],
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        from .compile.checkpoint import HFCheckpoint
+    except ImportError as error:
+        raise UsageError(
+            f"Reading a checkpoint needs the compiler's parts ({error}); "
+            "install them with: pip install 'mxforge[compile]'"
+        ) from error
+    checkpoint = HFCheckpoint(path)
+    checkpoint.check()
+    config = checkpoint.config
+    return {
+        "kind": "checkpoint",
+        "name": path.resolve().name,
+        "format": "huggingface",
+        "files": [{"file": file.name, "bytes": file.stat().st_size} for file in checkpoint.files],
+        "tokenizer": checkpoint.tokenizer_path is not None,
+        "config": config.to_dict(),
+    }
