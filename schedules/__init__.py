@@ -1,1 +1,45 @@
-"""kernels"""
+"""The kernels that the compiler calls, one module each; `KERNELS` holds all of them by name."""
+
+from __future__ import annotations
+
+from .attention import PAGED_ATTENTION
+from .embedding import EMBED
+from .gather import GATHER_ROWS
+from .kernel import Case, Kernel, Target
+from .kv_append import ROPE_KV_APPEND
+from .kv_copy import KV_COPY_PAGES
+from .linear import LINEAR
+from .moe_down import DOWN, DOWN_I8
+from .moe_gate_up import GATE_UP, GATE_UP_I8
+from .quantize import QUANTIZE
+from .rms_norm import RMS_NORM
+from .rope import ROPE_TABLE
+from .router import MOE_PLAN, ROUTER_TOPK
+from .sampling import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
+
+# In the order in which a token meets them.
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        EMBED,
+        ROPE_TABLE,
+        RMS_NORM,
+        LINEAR,
+        ROPE_KV_APPEND,
+        PAGED_ATTENTION,
+        ROUTER_TOPK,
+        MOE_PLAN,
+        QUANTIZE,
+        GATE_UP,
+        GATE_UP_I8,
+        DOWN,
+        DOWN_I8,
+        GATHER_ROWS,
+        ADJUST_LOGITS,
+        SAMPLE_TOKEN,
+        TOKEN_LOGPROBS,
+        KV_COPY_PAGES,
+    )
+}
+
+__all__ = ["KERNELS", "Case", "Kernel", "Target"]
