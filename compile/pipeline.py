@@ -132,6 +132,9 @@ def kernel_table(module: tvm.IRModule, target: CompileTarget) -> tuple[KernelInf
     )
 
 
+_ALLOCATE = ("relax.memory.alloc_storage", "relax.vm.alloc_storage")
+
+
 def workspace_bytes(module: tvm.IRModule) -> int:
     """Largest planned storage of any one function, in bytes; dynamic outputs come on top."""
     largest = 0
@@ -142,21 +145,18 @@ def workspace_bytes(module: tvm.IRModule) -> int:
 
 
 def _planned(function: relax.Function) -> int:
-    total = 0
+    sizes = []
 
     def visit(node: relax.Expr) -> None:
-        nonlocal total
-        if isinstance(node, relax.Call) and getattr(node.op, "name", "") == (
-            "relax.memory.alloc_storage"
-        ):
+        if isinstance(node, relax.Call) and getattr(node.op, "name", "") in _ALLOCATE:
             size = node.args[0]
             if isinstance(size, relax.ShapeExpr) and all(
                 isinstance(extent, tvm.tirx.IntImm) for extent in size.values
             ):
-                total += int(size.values[0])
+                sizes.append(int(size.values[0]))
 
     relax.analysis.post_order_visit(function, visit)
-    return total
+    return sum(sizes)
 
 
 def _dump(module: tvm.IRModule, path: Path) -> None:

@@ -98,7 +98,8 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+    # Not a slice of raw: NumPy lets empty ones begin at its own, unaligned, beginning.
+    return np.ndarray(tuple(shape), dtype, raw, start)
 
 
 def default_threads() -> int:

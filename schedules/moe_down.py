@@ -122,12 +122,12 @@ def _cpu(
                 g = T.axis.spatial(groups, gi)
                 T.reads(x[0][0 : n * top_k, 0:units])  # detection gives up on vector loads
                 T.writes(y[0:n, g * GROUP : g * GROUP + GROUP])
-                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32", scope="local")
-                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part, scope="local")
+                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
+                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part)
                 value = T.sblock_alloc_buffer(
                     (registers.value_size,), registers.value, scope="local"
                 )
-                slot = T.sblock_alloc_buffer((tile.tokens,), "int32", scope="local")
+                slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
                 for t in T.serial(n):
                     for lane in T.vectorized(GROUP):
                         y[t, g * GROUP + lane] = residual[t, g * GROUP + lane]

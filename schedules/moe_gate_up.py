@@ -140,13 +140,13 @@ def _cpu(
                 g = T.axis.spatial(groups, gi)
                 T.reads(x[0][0:n, 0:hidden])  # detection gives up on vector loads
                 T.writes(h[0 : n * top_k, g * LANES : g * LANES + LANES])
-                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32", scope="local")
-                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part, scope="local")
+                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
+                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part)
                 value = T.sblock_alloc_buffer(
                     (registers.value_size,), registers.value, scope="local"
                 )
-                slot = T.sblock_alloc_buffer((tile.tokens,), "int32", scope="local")
-                row = T.sblock_alloc_buffer((tile.tokens,), "int32", scope="local")
+                slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
+                row = T.sblock_alloc_buffer((tile.tokens,), "int32")
                 for e in T.serial(experts):
                     for t in T.serial((offsets[e + 1] - offsets[e]) // tile.tokens):
                         tokens_tile(
