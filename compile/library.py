@@ -1,6 +1,9 @@
-"""From TVM's executable to a shared library on disk, the same bytes for the same input.
+"""From TVM's executable to files on disk, the same bytes for the same input.
 
 Linking uses the machine's C compiler, or the one inside the `ziglang` wheel where there is none.
+CUDA sources are compiled here by nvcc: TVM 0.27 puts their text into the library, and would have
+them compiled by whoever loads it. The runtime hands TVM the compiled code instead, found by the
+hash of the text.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import tvm
 from tvm import relax
 
+from mxforge.artifact import device_code_name
 from mxforge.errors import TargetError
+
+from .targets import CompileTarget
 
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _COMPILERS = ("cc", "gcc", "clang")
@@ -30,6 +37,49 @@ def export(executable: relax.VMExecutable, path: Path) -> None:
     """Write `executable` as a shared library; TargetError where nothing here can link."""
     with tempfile.TemporaryDirectory(prefix="mxforge-link-") as scratch:
         executable.export_library(str(path), fcompile=_link, workspace_dir=scratch)
+
+
+def device_code(executable: relax.VMExecutable, target: CompileTarget) -> dict[str, bytes]:
+    """Compiled device code by file name; empty for targets whose library needs no such file.
+
+    Raises TargetError where nvcc fails.
+    """
+    arch = target.tvm.get("arch")
+    if target.kernels.kind != "cuda" or arch is None:
+        return {}
+    sources = [str(module.inspect_source()) for module in _imports(executable.mod, "cuda")]
+    return {device_code_name(source): _nvcc(source, arch) for source in sources}
+
+
+def _imports(module: tvm.runtime.Module, kind: str) -> list[tvm.runtime.Module]:
+    found = [module] if module.kind == kind else []
+    for imported in module.imports:
+        found += _imports(imported, kind)
+    return found
+
+
+def _nvcc(source: str, arch: str) -> bytes:
+    """A fatbin of machine code for `arch` and, where that is portable, PTX for later ones."""
+    virtual = arch.replace("sm_", "compute_")
+    codes = arch if arch.endswith("a") else f"{arch},{virtual}"
+    with tempfile.TemporaryDirectory(prefix="mxforge-nvcc-") as scratch:
+        text, binary = Path(scratch, "device.cu"), Path(scratch, "device.fatbin")
+        text.write_text(source)
+        # No fast math: denormals, division and square roots stay exact.
+        command = ["nvcc", "--fatbin", "-O3", f"-gencode=arch={virtual},code=[{codes}]"]
+        command += ["-o", binary.name, text.name]
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise TargetError(
+                f"nvcc could not compile the kernels for {arch}: {_errors(result.stderr)}"
+            )
+        return binary.read_bytes()
+
+
+def _errors(log: str) -> str:
+    """The first lines of nvcc's output that speak of errors; warnings come by the dozen."""
+    lines = [line.strip() for line in log.splitlines() if "error" in line]
+    return "; ".join(lines[:2]) or log.strip()[-400:]
 
 
 def _link(output: str, objects: Sequence[str], **_options: object) -> None:

@@ -369,11 +369,25 @@ class Artifact:
         """The compiled library."""
         return self.path / _library(self.path, self.manifest)
 
+    @property
+    def device_code(self) -> dict[str, Path]:
+        """Files of compiled GPU code, by `device_code_name`."""
+        return {
+            name: self.path / name
+            for name in self.manifest.files
+            if name.startswith("device-") and "/" not in name
+        }
+
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokenizer; TokenizerError where it is unreadable."""
         from .tokenizer import load_tokenizer
 
         return load_tokenizer(self.path / TOKENIZER_FOLDER, self.manifest.tokenizer.kind)
+
+
+def device_code_name(source: str) -> str:
+    """The file in an artifact that holds the compiled form of this CUDA source."""
+    return f"device-{hashlib.sha256(source.encode()).hexdigest()[:16]}.fatbin"
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
+from .artifact import device_code_name
 from .errors import ArtifactTargetError, MxforgeError
 
 ALIGNMENT = 64  # what the kernels' vector loads assume of every tensor
@@ -42,8 +43,7 @@ _DEVICES = {
 }
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
-# TVM reads its thread count from the environment when a thread first runs a parallel loop.
-_threads_lock = threading.Lock()
+_SHARE_CORES = -3  # TVM's thread affinity mode "all threads on all of these cores"
 
 
 @lru_cache(maxsize=1)
@@ -92,6 +92,24 @@ def _load_device(kind: str) -> _DeviceKind:
     return device
 
 
+_device_code: dict[str, Path] = {}
+
+
+def _offer_device_code(files: Mapping[str, Path]) -> None:
+    """Answer TVM's request to compile CUDA source with what the artifact holds compiled."""
+    if not files:
+        return
+    _device_code.update(files)
+
+    def compiled(source: str) -> bytes:
+        name = device_code_name(source)
+        if name not in _device_code:
+            raise ArtifactTargetError(f"The artifact lacks {name}; compile it again.")
+        return _device_code[name].read_bytes()
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
+
+
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """An uninitialized array whose data begins on a 64-byte boundary."""
     dtype = np.dtype(dtype)
@@ -102,18 +120,36 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return np.ndarray(tuple(shape), dtype, raw, start)
 
 
-def default_threads() -> int:
-    """As many threads as this process may use cores."""
+def usable_cores() -> int:
+    """How many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
+def default_threads() -> int:
+    """A thread for each usable core, but no more than a container's share of CPU time pays for:
+    TVM's threads spin while they wait for each other, and would use it up."""
+    cores = usable_cores()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control group, or "max": unlimited
+        return cores
+
+
 class Library:
     """A loaded `model.so` on one device."""
 
-    def __init__(self, path: Path, device_kind: str, device_index: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device_kind: str,
+        device_index: int = 0,
+        device_code: Mapping[str, Path] | None = None,
+    ) -> None:
         kind = _load_device(device_kind)
+        _offer_device_code(device_code or {})
         self.on_cpu = kind.number == _CPU
         self.device = tvm_ffi.device(device_kind, device_index)
         try:
@@ -122,9 +158,9 @@ class Library:
             where = (kind.number, device_index, _POOLED_ALLOCATOR)
             self._machine["vm_initialization"](*where, _CPU, 0, _POOLED_ALLOCATOR)
         except (RuntimeError, AttributeError, ValueError) as error:
+            reason = str(error).strip() or type(error).__name__
             raise ArtifactTargetError(
-                f"{path.name} should load on {device_kind} but does not: "
-                f"{str(error).strip().splitlines()[-1]}"
+                f"{path.name} should load on {device_kind} but does not: {reason.splitlines()[-1]}"
             ) from error
         self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
         self._view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
@@ -140,12 +176,16 @@ class Library:
 
     @staticmethod
     def use_threads(threads: int) -> None:
-        """Let kernels called from this thread run on `threads` threads; call before the first."""
+        """Let kernels called from this thread run on `threads` threads; call before the first.
+
+        Of this thread only: TVM_NUM_THREADS would set it for all engines of the process at once.
+        """
         _load_runtime()
-        with _threads_lock:
-            os.environ["TVM_NUM_THREADS"] = str(threads)
-            configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-            configure(1, threads)
+        # TVM takes the number of threads from a list of cores, which pins nothing by itself.
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        listed = [*cores, *range(threads)][:threads]
+        configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        configure(_SHARE_CORES, threads, list(map(str, listed)))
 
     def tensor(self, array: np.ndarray) -> Any:
         """A device tensor with the array's content; the array may be reused afterwards."""

@@ -86,8 +86,9 @@ def router_topk_items(*, experts: int, top_k: int) -> tvm.tirx.PrimFunc:
                             best[0] = e
                     key[best[0]] = T.int32(KEY_NONE)
                     ids[vt, j] = best[0]
-                total[0] = T.float32(0)
-                for j in T.serial(top_k):
+                weights[vt, 0] = T.float32(1)  # exp(0)
+                total[0] = T.float32(1)
+                for j in T.serial(1, top_k):
                     weights[vt, j] = exp_f32(logits[vt, ids[vt, j]] - logits[vt, ids[vt, 0]])
                     total[0] = total[0] + weights[vt, j]
                 for j in T.serial(top_k):
