@@ -30,6 +30,28 @@ class Phase:
     passes: Callable[[], list[Pass]]
 
 
+@tvm.transform.module_pass(opt_level=0, name="SortShapeStores")
+def sort_shape_stores(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """Put the stores of VMShapeLower's shape functions in the order of their slots.
+
+    They come out of a hash table keyed by addresses, and would give other bytes at every run.
+    Each computes one slot from slots that hold sizes of arguments, so their order is free.
+    """
+    changed = {}
+    for var, function in module.functions.items():
+        if not _is_shape_function(function) or not isinstance(function.body, tvm.tirx.SeqStmt):
+            continue
+        stores = sorted(function.body.seq, key=lambda store: int(store.indices[0]))
+        changed[var] = function.with_body(tvm.tirx.SeqStmt(stores))
+    for var, function in changed.items():
+        module.update_func(var, function)
+    return module
+
+
+def _is_shape_function(function: tvm.ir.BaseFunc) -> bool:
+    return isinstance(function, tvm.tirx.PrimFunc) and "tirx.is_host_func" in (function.attrs or {})
+
+
 PHASES: tuple[Phase, ...] = (
     # The model as written: calls of scheduled kernels on tensors with symbolic shapes.
     Phase("model", lambda: []),
@@ -55,6 +77,7 @@ PHASES: tuple[Phase, ...] = (
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
+            sort_shape_stores,
             relax.transform.AttachGlobalSymbol(),
         ],
     ),
@@ -112,9 +135,9 @@ def check_scheduled(module: tvm.IRModule) -> None:
 
 
 def _has_schedule(function: tvm.tirx.PrimFunc) -> bool:
-    attributes = function.attrs or {}
-    if "tirx.is_host_func" in attributes:  # VMShapeLower's shape arithmetic
+    if _is_shape_function(function):  # scalar arithmetic, nothing to schedule
         return True
+    attributes = function.attrs or {}
     return bool(attributes.get("tirx.is_scheduled", False)) and "mxforge.kernel" in attributes
 
 
