@@ -21,12 +21,10 @@ import numpy as np
 import tvm
 
 from .kernel import Case, Kernel, T, Target, bind_items, scheduled
-from .moe_case import MoeTile, cpu_tile, expert_arrays, routing
+from .moe_experts import cpu_tile, expert_arrays, expert_walk, routing
 from .mxfp4 import (
     BLOCK,
-    DOT,
     GROUP,
-    REGISTERS,
     Activations,
     dequantize,
     nibble_value,
@@ -84,64 +82,38 @@ def down(
     shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units)
     if target.is_gpu:
         return bind_items(down_items(**shape), NAME)
-    tile = cpu_tile(activations)
-    return scheduled(_cpu(tile, activations, **shape), *NAMES[activations], tile)
+    return scheduled(_cpu(activations, **shape), *NAMES[activations], cpu_tile(activations))
 
 
 def _cpu(
-    tile: MoeTile,
-    activations: Activations,
-    *,
-    experts: int,
-    top_k: int,
-    hidden: int,
-    units: int,
+    activations: Activations, *, experts: int, top_k: int, hidden: int, units: int
 ) -> tvm.tirx.PrimFunc:
-    groups = hidden // GROUP
     blocks_shape, scales_shape = packed_shapes(experts, hidden, units, activations)
-    dot = DOT[activations](units)
-    registers = REGISTERS[activations]
 
     @T.inline
-    def tokens_tile(acc, part, value, slot, tokens, start, x, weights, order, w, s, bias, y, e, g):
-        for t in T.unroll(tokens):
-            slot[t] = order[start + t]
-        dot(acc, part, value, slot, tokens, x, w, s, e, g)
-        for t in T.unroll(tokens):
+    def begin(group, y, operands):
+        for t in T.serial(y.shape[0]):
             for lane in T.vectorized(GROUP):
-                y[slot[t] // top_k, g * GROUP + lane] = y[
-                    slot[t] // top_k, g * GROUP + lane
-                ] + weights[slot[t] // top_k, slot[t] % top_k] * (
-                    acc[t * GROUP + lane] + bias[e, g * GROUP + lane]
-                )
+                y[t, group * GROUP + lane] = operands[0][t, group * GROUP + lane]
 
     @T.inline
-    def body(n, x, weights, offsets, order, w, s, bias, residual, y):
-        for gi in T.parallel(groups):
-            with T.sblock("item"):
-                g = T.axis.spatial(groups, gi)
-                T.reads(x[0][0 : n * top_k, 0:units])  # detection gives up on vector loads
-                T.writes(y[0:n, g * GROUP : g * GROUP + GROUP])
-                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
-                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part)
-                value = T.sblock_alloc_buffer(
-                    (registers.value_size,), registers.value, scope="local"
-                )
-                slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
-                for t in T.serial(n):
-                    for lane in T.vectorized(GROUP):
-                        y[t, g * GROUP + lane] = residual[t, g * GROUP + lane]
-                for e in T.serial(experts):
-                    for t in T.serial((offsets[e + 1] - offsets[e]) // tile.tokens):
-                        tokens_tile(
-                            acc, part, value, slot, tile.tokens,
-                            offsets[e] + t * tile.tokens, x, weights, order, w, s, bias, y, e, g,
-                        )  # fmt: skip
-                    for t in T.serial((offsets[e + 1] - offsets[e]) % tile.tokens):
-                        tokens_tile(
-                            acc, part, value, slot, 1,
-                            offsets[e + 1] - 1 - t, x, weights, order, w, s, bias, y, e, g,
-                        )  # fmt: skip
+    def store(acc, t, slot, expert, group, y, operands):
+        for lane in T.vectorized(GROUP):
+            y[slot // top_k, group * GROUP + lane] = y[
+                slot // top_k, group * GROUP + lane
+            ] + operands[1][slot // top_k, slot % top_k] * (
+                acc[t * GROUP + lane] + operands[2][expert, group * GROUP + lane]
+            )
+
+    walk = expert_walk(
+        activations,
+        k=units,
+        experts=experts,
+        groups=hidden // GROUP,
+        row_of=lambda slot: slot,
+        begin=begin,
+        store=store,
+    )
 
     if activations == "f32":
 
@@ -169,7 +141,7 @@ def _cpu(
             bias = T.match_buffer(bp, (experts, hidden), "float32")
             residual = T.match_buffer(dp, (n, hidden), "float32")
             y = T.match_buffer(yp, (n, hidden), "float32")
-            body(n, (h,), weights, offsets, order, w, s, bias, residual, y)
+            walk((h,), offsets, order, w, s, y, (residual, weights, bias))
     else:
 
         @T.prim_func(s_tir=True, private=True)
@@ -200,7 +172,7 @@ def _cpu(
             bias = T.match_buffer(bp, (experts, hidden), "float32")
             residual = T.match_buffer(dp, (n, hidden), "float32")
             y = T.match_buffer(yp, (n, hidden), "float32")
-            body(n, (q, q_scale, q_offset), weights, offsets, order, w, s, bias, residual, y)
+            walk((q, q_scale, q_offset), offsets, order, w, s, y, (residual, weights, bias))
 
     return main
 

@@ -9,8 +9,7 @@ h f32 [n·top_k, units], in slot order: row t·top_k + j is token t's j-th exper
 
 With i8 activations x is replaced by q, x_scale, x_offset of quantize.py.
 
-The CPU gives each work item 32 rows of all experts and walks the tokens of each expert in tiles,
-so that every weight is read once however many tokens share it. Bias is packed like the rows.
+The CPU's schedule is moe_experts.py's walk; the bias is packed like the rows.
 
 Roofline of decoding: experts_hit · 2·units·hidden · 17/32 bytes.
 """
@@ -25,13 +24,11 @@ import tvm
 
 from .kernel import Case, Kernel, T, Target, bind_items, scheduled
 from .math import sigmoid_f32
-from .moe_case import MoeTile, cpu_tile, expert_arrays, routing
+from .moe_experts import cpu_tile, expert_arrays, expert_walk, routing
 from .mxfp4 import (
     BLOCK,
-    DOT,
     GROUP,
     LANES,
-    REGISTERS,
     Activations,
     dequantize,
     gate_up_row_order,
@@ -94,8 +91,7 @@ def gate_up(
     shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units, limit=limit)
     if target.is_gpu:
         return bind_items(gate_up_items(**shape), NAME)
-    tile = cpu_tile(activations)
-    return scheduled(_cpu(tile, activations, **shape), *NAMES[activations], tile)
+    return scheduled(_cpu(activations, **shape), *NAMES[activations], cpu_tile(activations))
 
 
 def _swiglu(gate: Any, up: Any, limit: float) -> Any:
@@ -105,7 +101,6 @@ def _swiglu(gate: Any, up: Any, limit: float) -> Any:
 
 
 def _cpu(
-    tile: MoeTile,
     activations: Activations,
     *,
     experts: int,
@@ -114,50 +109,30 @@ def _cpu(
     units: int,
     limit: float,
 ) -> tvm.tirx.PrimFunc:
-    groups = 2 * units // GROUP
     blocks_shape, scales_shape = packed_shapes(experts, 2 * units, hidden, activations)
-    dot = DOT[activations](hidden)
-    registers = REGISTERS[activations]
 
     @T.inline
-    def tokens_tile(acc, part, value, slot, row, tokens, start, x, order, w, s, bias, h, e, g):
-        for t in T.unroll(tokens):
-            slot[t] = order[start + t]
-            row[t] = slot[t] // top_k
-        dot(acc, part, value, row, tokens, x, w, s, e, g)
-        for t in T.unroll(tokens):
-            for lane in T.vectorized(LANES):
-                h[slot[t], g * LANES + lane] = _swiglu(
-                    acc[t * GROUP + lane] + bias[e, g * GROUP + lane],
-                    acc[t * GROUP + LANES + lane] + bias[e, g * GROUP + LANES + lane],
-                    limit,
-                )
+    def begin(_group, _out, _operands):
+        T.evaluate(0)
 
     @T.inline
-    def body(n, x, offsets, order, w, s, bias, h):
-        for gi in T.parallel(groups):
-            with T.sblock("item"):
-                g = T.axis.spatial(groups, gi)
-                T.reads(x[0][0:n, 0:hidden])  # detection gives up on vector loads
-                T.writes(h[0 : n * top_k, g * LANES : g * LANES + LANES])
-                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
-                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part)
-                value = T.sblock_alloc_buffer(
-                    (registers.value_size,), registers.value, scope="local"
-                )
-                slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
-                row = T.sblock_alloc_buffer((tile.tokens,), "int32")
-                for e in T.serial(experts):
-                    for t in T.serial((offsets[e + 1] - offsets[e]) // tile.tokens):
-                        tokens_tile(
-                            acc, part, value, slot, row, tile.tokens,
-                            offsets[e] + t * tile.tokens, x, order, w, s, bias, h, e, g,
-                        )  # fmt: skip
-                    for t in T.serial((offsets[e + 1] - offsets[e]) % tile.tokens):
-                        tokens_tile(
-                            acc, part, value, slot, row, 1,
-                            offsets[e + 1] - 1 - t, x, order, w, s, bias, h, e, g,
-                        )  # fmt: skip
+    def store(acc, t, slot, expert, group, h, bias):
+        for lane in T.vectorized(LANES):
+            h[slot, group * LANES + lane] = _swiglu(
+                acc[t * GROUP + lane] + bias[expert, group * GROUP + lane],
+                acc[t * GROUP + LANES + lane] + bias[expert, group * GROUP + LANES + lane],
+                limit,
+            )
+
+    walk = expert_walk(
+        activations,
+        k=hidden,
+        experts=experts,
+        groups=2 * units // GROUP,
+        row_of=lambda slot: slot // top_k,
+        begin=begin,
+        store=store,
+    )
 
     if activations == "f32":
 
@@ -181,7 +156,7 @@ def _cpu(
             s = T.match_buffer(sp, scales_shape, "uint8")
             bias = T.match_buffer(bp, (experts, 2 * units), "float32")
             h = T.match_buffer(hp, (n * top_k, units), "float32")
-            body(n, (x,), offsets, order, w, s, bias, h)
+            walk((x,), offsets, order, w, s, h, bias)
     else:
 
         @T.prim_func(s_tir=True, private=True)
@@ -208,7 +183,7 @@ def _cpu(
             s = T.match_buffer(sp, scales_shape, "uint8")
             bias = T.match_buffer(bp, (experts, 2 * units), "float32")
             h = T.match_buffer(hp, (n * top_k, units), "float32")
-            body(n, (q, q_scale, q_offset), offsets, order, w, s, bias, h)
+            walk((q, q_scale, q_offset), offsets, order, w, s, h, bias)
 
     return main
 

@@ -1,0 +1,117 @@
+"""What the two expert kernels share: the tile table, the CPU's walk over experts, case data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .kernel import T, TileConfig
+from .mxfp4 import BLOCK, DOT, GROUP, REGISTERS, Activations
+
+
+@dataclass(frozen=True)
+class MoeTile(TileConfig):
+    tokens: int  # tokens of one expert that share an unpacked weight
+
+
+# 32 vector registers: 2 sums and 2 partial sums a token, the rest unpacks.
+_CPU_TILES = {"f32": MoeTile(tokens=4), "i8": MoeTile(tokens=4)}
+
+
+def cpu_tile(activations: Activations) -> MoeTile:
+    return _CPU_TILES[activations]
+
+
+def expert_walk(
+    activations: Activations,
+    *,
+    k: int,
+    experts: int,
+    groups: int,
+    row_of: Callable[[Any], Any],
+    begin: Any,
+    store: Any,
+) -> Any:
+    """The CPU schedule of both halves: a work item owns 32 rows of all experts.
+
+    It walks the slots of each expert in tiles, so that a weight is read once however many tokens
+    share it. Returns the T.inline `walk(x, offsets, order, blocks, scales, out, operands)` with
+    x as `mxfp4.DOT` takes it. The kernel says what differs:
+
+      row_of(slot)                              the row of x that a slot multiplies
+      begin(group, out, operands)               T.inline, before the first expert
+      store(acc, t, slot, expert, group, out, operands)
+                                                T.inline: acc[32·t : 32·t + 32] is the product
+    """
+    tile = cpu_tile(activations)
+    dot = DOT[activations](k)
+    registers = REGISTERS[activations]
+
+    @T.inline
+    def tokens_tile(
+        acc, part, value, slot, row, tokens, start, x, order, w, s, expert, group, out, operands
+    ):
+        for t in T.unroll(tokens):
+            slot[t] = order[start + t]
+            row[t] = row_of(slot[t])
+        dot(acc, part, value, row, tokens, x, w, s, expert, group)
+        for t in T.unroll(tokens):
+            store(acc, t, slot[t], expert, group, out, operands)
+
+    @T.inline
+    def walk(x, offsets, order, w, s, out, operands):
+        for gi in T.parallel(groups):
+            with T.sblock("item"):
+                group = T.axis.spatial(groups, gi)
+                # Said here because detection gives up on vector loads; nothing schedules further.
+                T.reads(x[0][0 : x[0].shape[0], 0:k])
+                T.writes(out[0 : out.shape[0], 0 : out.shape[1]])
+                # In the default scope: LLVM keeps these in registers, `local` would be the heap.
+                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
+                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part)
+                value = T.sblock_alloc_buffer((registers.value_size,), registers.value)
+                slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
+                row = T.sblock_alloc_buffer((tile.tokens,), "int32")
+                begin(group, out, operands)
+                for expert in T.serial(experts):
+                    for t in T.serial((offsets[expert + 1] - offsets[expert]) // tile.tokens):
+                        tokens_tile(
+                            acc, part, value, slot, row, tile.tokens,
+                            offsets[expert] + t * tile.tokens,
+                            x, order, w, s, expert, group, out, operands,
+                        )  # fmt: skip
+                    for t in T.serial((offsets[expert + 1] - offsets[expert]) % tile.tokens):
+                        tokens_tile(
+                            acc, part, value, slot, row, 1, offsets[expert + 1] - 1 - t,
+                            x, order, w, s, expert, group, out, operands,
+                        )  # fmt: skip
+
+    return walk
+
+
+def routing(
+    rng: np.random.Generator, n: int, experts: int, top_k: int, choose: range | None
+) -> dict[str, np.ndarray]:
+    """Distinct random experts for each token, from `choose`, and the plan sorted by expert."""
+    pool = np.arange(experts) if choose is None else np.asarray(choose)
+    ids = np.stack([rng.permutation(pool)[:top_k] for _ in range(n)]).astype(np.int32)
+    order = np.argsort(ids.ravel(), kind="stable").astype(np.int32)
+    offsets = np.searchsorted(ids.ravel()[order], np.arange(experts + 1)).astype(np.int32)
+    return {"ids": ids, "offsets": offsets, "order": order}
+
+
+def expert_arrays(
+    rng: np.random.Generator, experts: int, rows: int, k: int
+) -> dict[str, np.ndarray]:
+    """Random MXFP4 experts whose outputs stay near 1, and their bias, as stored."""
+    center = 127 - round(np.log2(2.5 * np.sqrt(k)))
+    return {
+        "blocks": rng.integers(0, 256, (experts, rows, k // BLOCK, 16), dtype=np.uint8),
+        "scales": rng.integers(
+            center - 2, center + 2, (experts, rows, k // BLOCK), dtype=np.uint8
+        ),
+        "bias": rng.standard_normal((experts, rows), dtype=np.float32),
+    }
