@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -54,9 +55,10 @@ def compile_model(
     # Imported here so that usage errors come at once: TVM takes a second.
     from .job import Job
 
-    folder = Path(output) if output is not None else DEFAULT_OUTPUT / f"{_name(source)}-{_slug(target)}"
+    name = _name(source)
+    folder = Path(output) if output is not None else DEFAULT_OUTPUT / f"{name}-{_slug(target)}"
     job = Job(
-        name=_name(source),
+        name=name,
         source=source,
         target_name=target,
         numerics=cast("Numerics", numerics),
@@ -94,8 +96,9 @@ def _check_arguments(
 
 
 def _name(source: Path) -> str:
-    resolved = source.resolve()
-    return resolved.name if resolved.is_dir() else resolved.parent.name or resolved.stem
+    # Not resolved: who gives a link asks for the link's name.
+    path = Path(os.path.abspath(source))  # noqa: PTH100
+    return path.name if path.is_dir() else path.parent.name or path.stem
 
 
 def _slug(target: str) -> str:

@@ -80,8 +80,8 @@ class Job:
         with ArtifactWriter(folder, force=force) as writer:
             packed = 0 if self.random_weights else self._weights_bytes()
             writer.reserve(packed + LIBRARY_ROOM)
+            tokenizer = self._tokenizer(writer)  # first: what cannot be read shows at once
             kernels, workspace = self._compile(writer)
-            tokenizer = self._tokenizer(writer)
             weights = self._pack(writer)
             writer.finish(
                 Manifest(

@@ -1,5 +1,7 @@
 """What can be compiled for: presets as data, resolved by name into one frozen `CompileTarget`.
 
+The names:
+
     cpu                 the best level that this machine has
     cpu:<level>         one of CPU_LEVELS, also for another machine of this architecture
     cuda, cuda:sm_XX    NVIDIA GPUs; needs nvcc to build
@@ -155,7 +157,8 @@ def _host() -> dict[str, Any]:
 def _cuda(variant: str) -> CompileTarget:
     arch = variant or DEFAULT_CUDA_ARCH
     if arch not in CUDA_ARCHS:
-        raise TargetError(f"Unknown CUDA target {arch!r}; the known ones are {', '.join(CUDA_ARCHS)}.")
+        known = ", ".join(CUDA_ARCHS)
+        raise TargetError(f"Unknown CUDA target {arch!r}; the known ones are {known}.")
     if shutil.which("nvcc") is None:
         raise TargetError(
             f"Compiling for cuda:{arch} needs NVIDIA's compiler nvcc, which is not on PATH; "

@@ -64,9 +64,7 @@ _DTYPES = {
 }
 
 
-def packed_weights(
-    config: ModelConfig, target: Target, precision: Precision
-) -> list[PackedWeight]:
+def packed_weights(config: ModelConfig, target: Target, precision: Precision) -> list[PackedWeight]:
     """Every weight of the model in argument order; names are the checkpoint's where one to one."""
     hidden, inv_freq = config.hidden_size, config.rope_inv_freq()
     weights = [
@@ -144,9 +142,7 @@ def _vector(name: str, size: int, fill: dict[str, Any]) -> PackedWeight:
     )
 
 
-def _bias(
-    config: ModelConfig, name: str, sources: tuple[str, ...], size: int
-) -> PackedWeight:
+def _bias(config: ModelConfig, name: str, sources: tuple[str, ...], size: int) -> PackedWeight:
     """The bias of an attention layer; zeros where the config says there is none."""
 
     def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
@@ -160,9 +156,7 @@ def _bias(
     return PackedWeight(name, (size,), "float32", sources, pieces, {"normal": 0.02})
 
 
-def _dense(
-    target: Target, name: str, sources: tuple[str, ...], rows: int, k: int
-) -> PackedWeight:
+def _dense(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int) -> PackedWeight:
     """bf16 [rows, k], the sources stacked, in linear.py's layout."""
 
     def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:

@@ -315,7 +315,7 @@ _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole numb
 def _expect(kind: type, value: Any, where: str) -> None:
     if type(value) is not kind:  # True is no number here
         raise _FieldError(f"{where} should be {_KINDS[kind]}, but is {_short(value)}")
-    if kind is str and not value.isprintable():  # it may be shown
+    if isinstance(value, str) and not value.isprintable():  # it may be shown
         raise _FieldError(f"{where} should be printable, but is {_short(value)}")
 
 
@@ -539,7 +539,7 @@ def verify(path: str | Path, progress: bool = True) -> Verification:
     `progress` shows a bar on stderr. Raises as `read_manifest`; what the files are like is in the
     result.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     path = Path(path)
     manifest = read_manifest(path)

@@ -41,26 +41,27 @@ def measure(
     ):
         if type(value) is not int or value < 1:
             raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
-    if prompt_tokens + new_tokens > context_length:
-        raise UsageError(
-            f"prompt_tokens + new_tokens must fit the context of {context_length}, "
-            f"found {prompt_tokens + new_tokens}."
-        )
     loading = time.perf_counter()
-    with Engine.load(path, threads=threads, context_length=context_length, max_batch=batch) as engine:
+    with Engine.load(
+        path, threads=threads, context_length=context_length, max_batch=batch
+    ) as engine:
         load_s = time.perf_counter() - loading
+        if prompt_tokens + new_tokens >= engine.context_length:
+            raise UsageError(
+                "prompt_tokens + new_tokens must be less than the context of "
+                f"{engine.context_length}, found {prompt_tokens + new_tokens}."
+            )
         rng = np.random.default_rng(0)
 
         def prompts(length: int) -> list[list[int]]:
             # Always new ones: a prefix that was seen before costs nothing.
-            return rng.integers(0, engine.vocab_size, (batch, length)).tolist()
+            drawn: list[list[int]] = rng.integers(0, engine.vocab_size, (batch, length)).tolist()
+            return drawn
 
         greedy = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-        engine.generate(prompts(min(16, context_length - 1))[0], greedy)
+        engine.generate(prompts(min(16, engine.context_length - 1))[0], greedy)
         first_token_s = _since_process_start()
-        samples = [
-            _sample(engine, prompts(prompt_tokens), new_tokens) for _ in range(repeats)
-        ]
+        samples = [_sample(engine, prompts(prompt_tokens), new_tokens) for _ in range(repeats)]
         return {
             "prefill_tok_s": statistics.median(sample["prefill_tok_s"] for sample in samples),
             "decode_tok_s": statistics.median(sample["decode_tok_s"] for sample in samples),
@@ -79,23 +80,25 @@ def measure(
 
 
 def _sample(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
-    """One round: the first token of every prompt, then the rest of all of them together."""
-    params = SamplingParams(temperature=0, max_tokens=1 + new_tokens, ignore_eos=True)
-    started = time.perf_counter()
-    streams = [engine.stream(prompt, params) for prompt in prompts]
-    firsts, last = [], started
-    for stream in streams:
-        next(stream)
-        firsts.append(time.perf_counter())
-    prefilled = max(firsts)
-    counted = 0
-    for stream in streams:
-        for piece in stream:
-            counted += len(piece.token_ids)
-    last = time.perf_counter()
+    """One round: the first token of every prompt, then the rest of all of them together.
+
+    The second half asks again with that token appended: all else is in the KV pages by then, so
+    every step decodes, and none mixes in a prompt.
+    """
+
+    def answer(prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        started = time.perf_counter()
+        streams = [engine.stream(prompt, params) for prompt in prompts]
+        answers = [[token for piece in stream for token in piece.token_ids] for stream in streams]
+        return answers, time.perf_counter() - started
+
+    firsts, prefill_s = answer(prompts, 1)
+    longer = [prompt + first for prompt, first in zip(prompts, firsts, strict=True)]
+    rest, decode_s = answer(longer, new_tokens)
     return {
-        "prefill_tok_s": sum(map(len, prompts)) / (prefilled - started),
-        "decode_tok_s": counted / (last - prefilled),
+        "prefill_tok_s": sum(map(len, prompts)) / prefill_s,
+        "decode_tok_s": sum(map(len, rest)) / decode_s,
     }
 
 

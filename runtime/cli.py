@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
+import io
 import json
 import os
 import sys
@@ -11,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .errors import MxforgeError, UsageError
+from .errors import MxforgeError, SamplingError, UsageError
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -22,26 +25,48 @@ Run gpt-oss models that compile-model has compiled. An ARTIFACT is the folder it
 
 
 def run_command(name: str, run: Callable[[], None]) -> int:
-    """Run a command's body; errors become one line on stderr and an exit code, never a traceback."""
+    """Run a command's body; errors become one line on stderr and an exit code, never a traceback.
+
+    (With MXFORGE_TRACEBACK set, those that are nobody's fault but ours bring one.)
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a terminal's encoding lacks is no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code, message = 0, ""
     try:
         run()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except MxforgeError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return error.exit_code
+        code, message = error.exit_code, str(error)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted"
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _discard_output()
     except MemoryError:
-        print(f"{name}: out of memory; free some, or lower --context-length.", file=sys.stderr)
-        return 1
+        code, message = 1, "out of memory; free some, or lower --context-length."
     except OSError as error:
-        print(f"{name}: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 1
-    return 0
+        where = f": {error.filename}" if error.filename is not None else ""
+        code, message = 1, f"{error.strerror or error}{where}"
+        if error.errno == errno.ENOSPC:  # perhaps of our output, which would fail again
+            _discard_output()
+    except Exception as error:
+        if os.environ.get("MXFORGE_TRACEBACK"):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        code = 1
+        message = (
+            f"this should not happen: {type(error).__name__}: {first}; set MXFORGE_TRACEBACK=1 "
+            "to see where, and report it."
+        )
+    if message:
+        print(f"{name}: {message}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Let what is still to be written to stdout vanish, instead of failing at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file, or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,13 +160,16 @@ def _generate(args: argparse.Namespace) -> None:
     from .prompt import single_turn
     from .sampling import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-    )
+    try:
+        params = SamplingParams(
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            seed=args.seed,
+        )
+    except SamplingError as error:  # the options are at fault
+        raise UsageError(str(error)) from error
     with _load(args) as engine:
         prompt = args.prompt if args.raw else single_turn(engine.tokenizer, args.prompt)
         if args.json:

@@ -6,6 +6,8 @@ and answers them together. A cancelled request ends before the next step.
 
 from __future__ import annotations
 
+import atexit
+import operator
 import queue
 import threading
 import weakref
@@ -17,7 +19,7 @@ import numpy as np
 from .artifact import Artifact, Manifest, open_artifact
 from .errors import CancelledError, ContextLengthError, TokenRangeError, UsageError
 from .kv import PageNeeds, available_memory, check_memory, page_needs
-from .library import default_threads
+from .library import default_threads, usable_cores
 from .results import Completion, Piece
 from .sampling import SamplingParams, TokenHistory, new_seed
 from .scheduler import Request, Worker
@@ -27,9 +29,21 @@ from .tokenizer import Tokenizer
 # Beside weights and KV: Python, TVM and the logits of one step.
 OVERHEAD_BYTES = 512 << 20
 
+_workers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Request | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@atexit.register
+def _stop_workers() -> None:
+    """Let every engine end its step: an interpreter that ends under a running kernel crashes."""
+    for thread, requests in list(_workers.items()):
+        requests.put(None)
+        thread.join()
+
 
 class Engine:
-    """A loaded artifact. Safe to use from several threads; close it, or use it in a `with` block."""
+    """A loaded artifact, for any number of threads; close it, or use it in a `with` block."""
 
     def __init__(
         self,
@@ -72,12 +86,14 @@ class Engine:
             target=worker.run, args=(ready,), name="mxforge-engine", daemon=True
         )
         self._thread.start()
+        _workers[self._thread] = self._requests
+        # A forgotten engine, or one whose loading was interrupted, must not keep its thread and
+        # its memory.
+        self._finalizer = weakref.finalize(self, self._requests.put, None)
         error = ready.get()
         if error is not None:
             self._thread.join()
             raise error
-        # A forgotten engine must not keep its thread and its memory.
-        self._finalizer = weakref.finalize(self, self._requests.put, None)
 
     @classmethod
     def load(
@@ -147,9 +163,9 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         cancel: threading.Event | None = None,
-    ) -> Iterator[Piece]:
-        """As `generate`, piece by piece as tokens arrive. Closing the iterator cancels the answer."""
-        params = params or SamplingParams()
+    ) -> Stream:
+        """As `generate`, piece by piece as tokens arrive; closing the iterator cancels the rest."""
+        params = SamplingParams() if params is None else params
         params.check(self.vocab_size)
         tokens = self.encode(prompt)
         self._check_prompt(tokens)
@@ -169,11 +185,10 @@ class Engine:
             seed=new_seed() if params.seed is None else params.seed,
             token_bytes=tokenizer.token_bytes,
             text=TextStream(params.stop_strings),
+            cancel=cancel,
         )
-        if cancel is not None:
-            request.cancelled = cancel
         self._submit(request)
-        return self._pieces(request)
+        return Stream(self, request)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: float32 [n, vocabulary]. Raises as `generate` does."""
@@ -184,27 +199,50 @@ class Engine:
                 f"Expected at most {self.context_length} tokens, found {len(tokens)}; "
                 "load with a larger context_length."
             )
+        logits = np.empty((len(tokens), self.vocab_size), np.float32)
         request = Request(tokens=tokens, prompt_length=len(tokens), params=None)
         self._submit(request)
-        rows: list[np.ndarray] = []
-        while sum(map(len, rows)) < len(tokens):
-            item = self._receive(request)
-            assert isinstance(item, np.ndarray)
-            rows.append(item)
-        return np.concatenate(rows)
+        try:
+            known = 0
+            while known < len(tokens):
+                rows = self._receive(request)
+                assert isinstance(rows, np.ndarray)
+                logits[known : known + len(rows)] = rows
+                known += len(rows)
+        finally:
+            request.abandoned.set()
+        return logits
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt; text never becomes special tokens."""
+        """Token ids of a prompt; text never becomes special tokens.
+
+        Raises TokenizerError for text without a tokenizer, UsageError for what is neither text
+        nor whole numbers.
+        """
         if isinstance(prompt, str):
             return list(self.tokenizer.encode(prompt))
-        return [int(token) for token in prompt]
+        found: object = prompt
+        try:
+            if isinstance(prompt, (bytes, bytearray)):
+                raise TypeError
+            ids = []
+            for found in prompt:
+                if isinstance(found, bool):
+                    raise TypeError
+                ids.append(operator.index(found))
+            return ids
+        except TypeError:
+            text = repr(found)
+            raise UsageError(
+                "A prompt must be text or a sequence of whole numbers, its token ids; found "
+                f"{text if len(text) <= 60 else text[:57] + '...'}."
+            ) from None
 
     def close(self) -> None:
         """Stop the worker and free the memory; running requests are cancelled. Twice is fine."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._finalizer()
-            self._thread.join()
+        self._closed.set()
+        self._finalizer()
+        self._thread.join()
 
     def __enter__(self) -> Engine:
         return self
@@ -240,24 +278,53 @@ class Engine:
                 raise item
             return item
 
-    def _pieces(self, request: Request) -> Iterator[Piece]:
+
+class Stream(Iterator[Piece]):
+    """An answer's pieces as they arrive; the last one has a finish reason.
+
+    Closing it, or forgetting it, cancels what is left of the answer.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine = engine  # lives as long as its answers
+        self._request = request
+        self._ended = False
+
+    def __next__(self) -> Piece:
+        if self._ended:
+            raise StopIteration
         try:
-            while True:
-                piece = self._receive(request)
-                assert isinstance(piece, Piece)
-                yield piece
-                if piece.finish_reason is not None:
-                    return
-        finally:
-            request.cancelled.set()
+            piece = self._engine._receive(self._request)
+        except BaseException:
+            self.close()
+            raise
+        assert isinstance(piece, Piece)
+        self._ended = piece.finish_reason is not None
+        return piece
+
+    def close(self) -> None:
+        """Cancel what is left of the answer; no further pieces come."""
+        self._ended = True
+        self._request.abandoned.set()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _checked_threads(threads: int | None) -> int:
-    most = default_threads()
     if threads is None:
-        return most
+        return default_threads()
+    most = usable_cores()
     if type(threads) is not int or not 1 <= threads <= most:
-        raise UsageError(f"threads must be from 1 to {most}, this machine's cores; found {threads}.")
+        raise UsageError(
+            f"threads must be from 1 to {most}, the cores usable here; found {threads!r}."
+        )
     return threads
 
 
@@ -275,24 +342,27 @@ def _fit(
     """How many sequences run at once, and their page pools; KVMemoryError where they do not fit.
 
     Without a wish, as many as fit beside the weights, and one even where the weights do not:
-    they are mapped, and can be read from disk again and again.
+    they are mapped, and can be read from disk again and again. Random ones are made in memory.
     """
     memory = manifest.memory
     window = int(manifest.config["sliding_window"])
     page_bytes = (memory.kv_bytes_per_page_full, memory.kv_bytes_per_page_sliding)
     available = available_memory()
     rest = memory.workspace_bytes + OVERHEAD_BYTES
+    weights = memory.weights_bytes
 
     def needs(batch: int) -> PageNeeds:
         return page_needs(context_length, batch, prefill_chunk + batch, window, *page_bytes)
 
     if max_batch is None:
-        room = None if available is None else available - rest - memory.weights_bytes
+        room = None if available is None else available - rest - weights
         batch = manifest.limits.max_batch
         while batch > 1 and room is not None and needs(batch).bytes > room:
             batch -= 1
     else:
         batch = _checked_limit("max_batch", max_batch, manifest.limits.max_batch)
+    if manifest.random_seed is not None:
+        rest += weights
     needed = check_memory(
         context_length, batch, prefill_chunk + batch, window, *page_bytes, available, rest
     )

@@ -6,21 +6,39 @@ A virtual machine is not thread-safe: one thread owns a `Library` after it was m
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 
 from .artifact import device_code_name
 from .errors import ArtifactTargetError, MxforgeError
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tvm_ffi imports torch wherever it is installed: seconds, for nothing that is used here."""
+    modules: dict[str, Any] = sys.modules
+    hidden = "torch" not in modules
+    if hidden:
+        modules["torch"] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules["torch"]
+
+
+with _without_torch():
+    import tvm_ffi
 
 ALIGNMENT = 64  # what the kernels' vector loads assume of every tensor
 
@@ -42,7 +60,6 @@ _DEVICES = {
     "metal": _DeviceKind(8, "libtvm_runtime_metal"),
 }
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-
 _SHARE_CORES = -3  # TVM's thread affinity mode "all threads on all of these cores"
 
 
@@ -210,7 +227,8 @@ class Library:
         must stay mapped; a copy on a GPU."""
         if self.on_cpu:
             # Kernels take no byte offset: the tensor has to begin where the weight does.
-            return self.view(tvm_ffi.from_dlpack(content, require_alignment=ALIGNMENT), shape, dtype)
+            base = tvm_ffi.from_dlpack(content, require_alignment=ALIGNMENT)
+            return self.view(base, shape, dtype)
         tensor = self.empty(shape, dtype)
         self._fill(tensor, content)
         return tensor

@@ -5,15 +5,17 @@ The argument order of every function stands in the compiler's `models/gpt_oss.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .artifact import Artifact, Manifest, WeightInfo
+from .errors import ArtifactCorruptError
 from .kv import PageNeeds, PageTables
 from .library import Library, aligned_empty
-from .random_weights import random_weight
+from .random_weights import fill_random
 from .results import TokenLogprob
 from .sampling import SampleArguments
 
@@ -157,10 +159,12 @@ def load_weights(library: Library, artifact: Artifact) -> dict[str, Any]:
 
 
 def _made(weight: WeightInfo, manifest: Manifest) -> np.ndarray:
-    assert weight.fill is not None and manifest.random_seed is not None  # the manifest checked it
-    content = random_weight(
-        weight.name, weight.shape, weight.dtype, weight.fill, manifest.random_seed
-    )
-    aligned = aligned_empty(content.shape, np.uint8)
-    aligned[...] = content
-    return aligned
+    if weight.fill is None or manifest.random_seed is None:
+        raise ArtifactCorruptError(
+            f"The weight {weight.name} should say what to fill it with, and does not; "
+            "compile the model again."
+        )
+    itemsize = {"bfloat16": 2}.get(weight.dtype) or np.dtype(weight.dtype).itemsize
+    content = aligned_empty([math.prod(weight.shape) * itemsize], np.uint8)
+    fill_random(content, weight.name, weight.dtype, weight.fill, manifest.random_seed)
+    return content

@@ -19,6 +19,7 @@ def single_turn(tokenizer: Tokenizer, text: str) -> list[int]:
 
     Raises TokenizerError where the tokenizer has no harmony format.
     """
+    content = tokenizer.encode(text)  # first: without a tokenizer, that is the error
     special = tokenizer.special_tokens
     needed = ("<|start|>", "<|message|>", "<|end|>")
     if any(name not in special for name in needed):
@@ -28,6 +29,6 @@ def single_turn(tokenizer: Tokenizer, text: str) -> list[int]:
         )
     start, message, end = (special[name] for name in needed)
     ids: list[int] = []
-    for role, content in (("system", _SYSTEM), ("user", text)):
-        ids += [start, *tokenizer.encode(role), message, *tokenizer.encode(content), end]
+    for role, body in (("system", tokenizer.encode(_SYSTEM)), ("user", content)):
+        ids += [start, *tokenizer.encode(role), message, *body, end]
     return [*ids, start, *tokenizer.encode("assistant")]

@@ -223,9 +223,9 @@ def _bitmask(mask: Any) -> np.ndarray | None:
     if not isinstance(mask, np.ndarray) or mask.dtype != np.uint32 or mask.ndim != 1:
         found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask)
         raise SamplingError(f"bitmask must be a uint32 array of one dimension, but is {found}.")
-    mask = mask.copy()
-    mask.setflags(write=False)
-    return mask
+    copy: np.ndarray = mask.copy()
+    copy.setflags(write=False)
+    return copy
 
 
 def _stop(stop: Any) -> tuple[str, ...]:

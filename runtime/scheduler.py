@@ -25,13 +25,15 @@ from .results import Piece, Timings, TokenLogprob, Usage
 from .sampling import SampleRow, SamplingParams, TokenHistory, sample_arguments
 from .text import TextStream
 
-# Rows of logits in one step when all are wanted: 64 of a 201,088 vocabulary are 51 MB.
+# Rows of logits in one step when all are wanted, of all requests together: 64 of a 201,088
+# vocabulary are 51 MB.
 LOGITS_CHUNK = 64
+MIN_PREFIXES = 32  # prompt beginnings kept for reuse; at least one for each running sequence
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way. After submission only the worker touches it, except `cancelled`."""
+    """One prompt on its way. After submission only the worker touches it, except the events."""
 
     tokens: list[int]
     prompt_length: int
@@ -41,7 +43,8 @@ class Request:
     history: TokenHistory = field(default_factory=TokenHistory)
     seed: int = 0
     text: TextStream = field(default_factory=TextStream)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    abandoned: threading.Event = field(default_factory=threading.Event)  # nobody reads on
+    cancel: threading.Event | None = None  # the caller's, perhaps of many requests
     inbox: queue.SimpleQueue[Piece | np.ndarray | BaseException] = field(
         default_factory=queue.SimpleQueue
     )
@@ -50,6 +53,10 @@ class Request:
     submitted: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
     first_token: float = 0.0
+
+    @property
+    def cancelled(self) -> bool:
+        return self.abandoned.is_set() or (self.cancel is not None and self.cancel.is_set())
 
     @property
     def generated(self) -> int:
@@ -95,7 +102,10 @@ class Worker:
         self._vocab_size = int(manifest.config["vocab_size"])
         self._stop_ids = frozenset(manifest.stop_token_ids)
         self._kv = KVPages(
-            needs.full_pages, needs.sliding_pages, int(manifest.config["sliding_window"])
+            needs.full_pages,
+            needs.sliding_pages,
+            int(manifest.config["sliding_window"]),
+            prefixes=max(MIN_PREFIXES, max_batch),
         )
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -110,12 +120,11 @@ class Worker:
             ready.put(error)
             return
         ready.put(None)
-        while True:
-            self._receive()
-            if self._closing:
-                break
+        while not self._closing:
             try:
-                self._step()
+                self._receive()
+                if not self._closing:
+                    self._step()
             except Exception as error:  # every running request hears of it, none hangs
                 for request in self._running:
                     self._kv.release(request.pages)
@@ -136,19 +145,24 @@ class Worker:
                 self._closing = True
                 return
             self._waiting.append(request)
-        while self._waiting and len(self._running) < self._max_batch:
-            self._admit(self._waiting.popleft())
 
-    def _admit(self, request: Request) -> None:
-        request.admitted = time.perf_counter()
-        if request.params is not None:
-            request.pages = self._kv.start(request.tokens)
-            request.cached = request.pages.length
-        self._running.append(request)
+    def _admit(self) -> None:
+        """Let waiting requests run where there is room; those that were cancelled end here."""
+        for request in [r for r in self._waiting if r.cancelled]:
+            self._waiting.remove(request)
+            self._running.append(request)  # for a moment: where every request ends
+        for request in [r for r in self._running if r.cancelled]:
+            self._finish(request, "cancelled")
+        while self._waiting and len(self._running) < self._max_batch:
+            request = self._waiting.popleft()
+            self._running.append(request)
+            request.admitted = time.perf_counter()
+            if request.params is not None:
+                request.pages = self._kv.start(request.tokens)
+                request.cached = request.pages.length
 
     def _step(self) -> None:
-        for request in [r for r in self._running if r.cancelled.is_set()]:
-            self._finish(request, "cancelled")
+        self._admit()
         parts = self._plan()
         if not parts:
             return
@@ -172,16 +186,15 @@ class Worker:
             for request in self._running
             if request.params is not None and request.waiting == 1
         ]
-        budget, rows_wanted = self._prefill_chunk, []
+        budget, rows_budget, rows_wanted = self._prefill_chunk, LOGITS_CHUNK, []
         for request in self._running:
-            if budget == 0:
-                break
             if request.params is None:
-                count = min(budget, request.waiting, LOGITS_CHUNK)
-                rows_wanted.append(_Part(request, count, count))
+                if count := min(budget, request.waiting, rows_budget):
+                    rows_wanted.append(_Part(request, count, count))
+                    rows_budget -= count
             elif request.waiting > 1:
-                count = min(budget, request.waiting)
-                parts.append(_Part(request, count, int(count == request.waiting)))
+                if count := min(budget, request.waiting):
+                    parts.append(_Part(request, count, int(count == request.waiting)))
             else:
                 continue
             budget -= count
@@ -280,14 +293,15 @@ class Worker:
             self._fail(request, CancelledError("The request was cancelled."))
             return
         now = time.perf_counter()
+        admitted = request.admitted or now
         first = request.first_token or now
         usage = Usage(request.prompt_length, request.generated, request.cached)
         decode = now - first
         timings = Timings(
-            queue_s=request.admitted - request.submitted,
-            prefill_s=first - request.admitted,
+            queue_s=admitted - request.submitted,
+            prefill_s=first - admitted,
             decode_s=decode,
-            decode_tok_s=(request.generated - 1) / decode if request.generated > 1 else 0.0,
+            decode_tok_s=(request.generated - 1) / decode if decode > 0 else 0.0,
         )
         self._kv.keep(request.pages, request.tokens)
         self._drop(request)

@@ -21,7 +21,7 @@ from binascii import a2b_base64
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import TokenizerError
 
@@ -210,7 +210,7 @@ class HFTokenizer(_Decoding):
         return all(self.token_bytes(i) == rank for i, rank in enumerate(_o200k()[0]))
 
     def _decode(self, tokens: list[int]) -> str:
-        return cast(str, self._tokenizer.decode(tokens, skip_special_tokens=False))
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes:
         if token in self._added:

@@ -8,7 +8,7 @@ Rounding is to nearest, half away from zero; a block whose peak is below 1e-30 c
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def quantize_ref(x: np.ndarray, **_static: Any) -> tuple[np.ndarray, np.ndarray,
     return q.reshape(x.shape), peak / np.float32(254), offset
 
 
-@lru_cache(maxsize=None)
+@cache
 def quantize(target: Target, *, k: int) -> tvm.tirx.PrimFunc:
     """(x, q, scale, offset) -> None, scheduled for `target`."""
     schedule = bind_items if target.is_gpu else parallel_items

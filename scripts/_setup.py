@@ -32,13 +32,9 @@ def say(text: str) -> None:
     print(f"== {text}", file=sys.stderr, flush=True)
 
 
-def run(*command: str | Path, check: bool = True, **options) -> int:
-    """Run a command from the checkout's root; where it fails, end with its exit code."""
-    code = subprocess.run([str(part) for part in command], cwd=ROOT, **options).returncode
-    if check and code != 0:
-        say(f"failed with exit code {code}: {shlex.join(map(str, command))}")
-        sys.exit(code if code > 0 else 1)
-    return code
+def run(*command: str | Path) -> int:
+    """Run a command from the checkout's root; returns its exit code."""
+    return subprocess.run([str(part) for part in command], cwd=ROOT).returncode
 
 
 def environment(*groups: str) -> Path:
@@ -98,13 +94,15 @@ def _create() -> None:
     base = _base_python()
     version = ".".join(map(str, _version_of(base) or ()))
     say(f"creating .venv with Python {version} ({base})")
-    if run(base, "-m", "venv", "--clear", VENV, check=False, capture_output=True) == 0:
+    if _quietly(base, "-m", "venv", "--clear", VENV) is None:
         return
     # Some systems split `ensurepip` off from Python; then the system's own pip can fill in.
-    run(base, "-m", "venv", "--clear", "--without-pip", VENV)
-    if run(base, "-m", "pip", "--python", PYTHON, "install", "--quiet", "pip", check=False) != 0:
+    problem = _quietly(base, "-m", "venv", "--clear", "--without-pip", VENV) or _quietly(
+        base, "-m", "pip", "--python", PYTHON, "install", "pip"
+    )
+    if problem:
         sys.exit(
-            f"{base} can make no environment with pip in it; install its venv module "
+            f"{problem}\n{base} can make no environment with pip in it; install its venv module "
             "(on Debian and Ubuntu the package python3-venv) and try again."
         )
 
@@ -112,11 +110,28 @@ def _create() -> None:
 def _install(groups: list[str]) -> None:
     pip = (PYTHON, "-m", "pip", "install", "--disable-pip-version-check")
     if (_pip_version() or (0,)) < OLDEST_PIP:
-        run(*pip, "--quiet", "--upgrade", "pip>=" + ".".join(map(str, OLDEST_PIP)))
+        _must(*pip, "--upgrade", "pip>=" + ".".join(map(str, OLDEST_PIP)))
     what = " and ".join(["mxforge[compile]", *(f"the group {group}" for group in groups)])
     say(f"installing {what} into .venv (the first time takes minutes)")
     options = [option for group in groups for option in ("--group", group)]
-    run(*pip, "--quiet", "--editable", f"{ROOT}[compile]", *options)
+    _must(*pip, "--editable", f"{ROOT}[compile]", *options)
+
+
+def _must(*command: str | Path) -> None:
+    """Run a command; where it fails, show what it said and end."""
+    if problem := _quietly(*command):
+        sys.exit(problem)
+
+
+def _quietly(*command: str | Path) -> str | None:
+    """Run a command without its chatter; what it said, where it fails."""
+    words = [str(part) for part in command]
+    result = subprocess.run(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode == 0:
+        return None
+    return f"{result.stdout}\n{shlex.join(words)}\nfailed with exit code {result.returncode}"
 
 
 def _base_python() -> str:

@@ -1,4 +1,4 @@
-"""Random checkpoints of odd shapes, and what transformers said about them (see make_golden)."""
+"""What transformers said about the random checkpoints of odd shapes (see make_golden)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from mxforge.compile.random_checkpoint import write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,15 +43,3 @@ def load_golden(name: str) -> Golden:
 def golden() -> Callable[[str], Golden]:
     """golden(shape) -> Golden"""
     return load_golden
-
-
-@pytest.fixture(scope="session")
-def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """odd_checkpoint(shape) -> folder of the checkpoint that its golden file is about."""
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    @cache
-    def make(name: str) -> Path:
-        return write_checkpoint(root / name, name, seed=int(load_golden(name).about["seed"]))
-
-    return make

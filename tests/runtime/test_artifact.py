@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from mxforge import artifact as module
 from mxforge.artifact import (
     MANIFEST,

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from mxforge.errors import KVMemoryError
 from mxforge.kv import (
     PAGE_TOKENS,

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from mxforge.errors import SamplingError
 from mxforge.sampling import (
     SampleRow,

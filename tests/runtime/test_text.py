@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+
 from mxforge.text import IncrementalDecoder, StopMatcher, TextStream
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from mxforge.errors import TokenizerError
 from mxforge.tokenizer import (
     HARMONY_SPECIAL_TOKENS,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+
 from mxforge.compile.targets import CompileTarget, resolve
 from mxforge.schedules.kernel import Kernel, Target
 

@@ -7,10 +7,11 @@ import pkgutil
 import shutil
 import zlib
 
-import mxforge.schedules
 import numpy as np
 import pytest
 import tvm
+
+import mxforge.schedules
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import TARGET_KINDS, Case, Kernel, Target
 

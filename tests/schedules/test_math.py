@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+
 from mxforge.schedules import math
 from mxforge.schedules.kernel import T, bind_items
 

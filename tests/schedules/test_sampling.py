@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from mxforge.schedules.sampling import (
     ADJUST_LOGITS,
     SAMPLE_TOKEN,

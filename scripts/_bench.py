@@ -1,0 +1,180 @@
+"""What scripts/bench and scripts/bench_kernels share: this machine, its bandwidth, tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "bench"
+NOT_MEASURED = "not measured"
+
+_PACKAGES = ("mxforge", "apache-tvm", "apache-tvm-ffi", "numpy", "llama-cpp-python")
+_SOURCES = ("compile", "runtime", "schedules")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """What a number depends on, and nothing that names one machine."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def slug(about: dict[str, Any]) -> str:
+    """A file name for results of this kind of machine."""
+    words = re.sub(
+        r"\((r|tm)\)|@.*| CPU| Processor|\d+-Core", "", about["cpu"], flags=re.IGNORECASE
+    )
+    return re.sub(r"[^a-z0-9]+", "-", f"{words} {about['cores']} cores".lower()).strip("-")
+
+
+def provenance() -> dict[str, Any]:
+    """When, with what, and of which source a section was measured."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": _commit(),
+        "versions": {name: version for name in _PACKAGES if (version := installed(name))},
+    }
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a distribution; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where the measured sources differ from it."""
+
+    def git(*words: str) -> str:
+        result = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--", *_SOURCES)
+    return (commit + (" with changes" if changed else "")) if commit else "unknown"
+
+
+class Probe:
+    """How fast all cores together read memory, now: GB/s (10⁹ bytes a second).
+
+    Every core sums its share of 512 MB, far beyond the caches. What a measurement can use swings
+    widely on shared machines, so that each gets a probe of its own.
+    """
+
+    BYTES = 512 << 20
+
+    def __init__(self) -> None:
+        count = cores()
+        self._pool = ThreadPoolExecutor(count)
+        self._parts = np.array_split(np.ones(self.BYTES // 8, np.int64), count)
+        self._read()  # starts the threads
+
+    def _read(self) -> float:
+        started = time.perf_counter()
+        for total in self._pool.map(np.add.reduce, self._parts):
+            assert total > 0
+        return time.perf_counter() - started
+
+    def read_gb_s(self, passes: int = 9) -> float:
+        """The median of some passes, about a quarter of a second in all."""
+        return self.BYTES / statistics.median(self._read() for _ in range(passes)) / 1e9
+
+    def flush_caches(self) -> None:
+        """Read enough other memory that nothing useful is left in any cache."""
+        self._read()
+
+
+def matrix_gflop_s(size: int = 2048, repeats: int = 5) -> float:
+    """The f32 matrix product of NumPy, GFLOP/s: what plain arithmetic reaches here."""
+    a = np.ones((size, size), np.float32)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds) / 1e9
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_results(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Every tracked result of a kind ("model" or "kernels"), by file name."""
+    values = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
+    ]
+    return [value for value in values if value.get("kind") == kind]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table; the first column is text, the others are numbers."""
+    align = ["---"] + ["---:"] * (len(header) - 1)
+    lines = [header, align, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, unit: str = "", digits: int = 3) -> str:
+    """A value with its unit, to so many significant digits; None was not measured."""
+    if value is None:
+        return NOT_MEASURED
+    places = 0 if not value else digits - 1 - int(np.floor(np.log10(abs(value))))
+    text = f"{value:.{max(0, places)}f}"
+    return f"{text} {unit}".rstrip()
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Median (least … greatest) of some samples."""
+    if not values:
+        return NOT_MEASURED
+    text = number(statistics.median(values))
+    if len(values) > 1:
+        text += f" ({number(min(values))} … {number(max(values))})"
+    return f"{text} {unit}".rstrip()
+
+
+def described(result: dict[str, Any]) -> str:
+    """One line on the machine of a result."""
+    m = result["machine"]
+    return f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['system']}"
+
+
+def measured_when(section: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in section["versions"].items())
+    return f"{section['date']}, commit {section['commit']}; {versions}"

@@ -1,0 +1,388 @@
+"""The compiled model as a whole: the same numbers as transformers, however the work is cut."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mxforge import Engine, SamplingParams
+from mxforge.artifact import open_artifact
+from mxforge.compile import compile_model
+from mxforge.compile.checkpoint import HFCheckpoint
+from mxforge.compile.diff import compare
+from mxforge.compile.random_checkpoint import ODD_SHAPES, random_tokens, write_checkpoint
+from mxforge.compile.reference import ReferenceModel, transformers_logits, transformers_model
+from mxforge.kv import KVPages, SequencePages, page_needs
+from mxforge.library import Library, usable_cores
+from mxforge.model import Model
+
+EXACT = 1e-4  # against the reference
+AGREE = 1e-5  # of two ways through the same artifact
+CONTEXT = 512
+
+Compiled = Callable[..., Path]
+Checkpoints = Callable[[str], Path]
+
+
+def relative_error(ours: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+
+
+class Steps:
+    """An artifact's forward and decode, called directly: any tokens of any sequences in a call."""
+
+    def __init__(self, artifact: Path, batch: int = 4) -> None:
+        opened = open_artifact(artifact)
+        manifest = opened.manifest
+        window = int(manifest.config["sliding_window"])
+        chunk = manifest.limits.prefill_chunk
+        self.needs = page_needs(CONTEXT, batch, chunk + batch, window, 1, 1)
+        self.window = window
+        Library.use_threads(usable_cores())
+        self.model = Model(opened, self.needs)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with empty pools; what was in the pages stays in them."""
+        self.kv = KVPages(self.needs.full_pages, self.needs.sliding_pages, self.window)
+
+    def forward(self, parts: Sequence[tuple[SequencePages, np.ndarray]]) -> list[np.ndarray]:
+        """Logits [n, V] of the next tokens of each sequence, all in one call."""
+        tokens, positions, token_seq = self._prepare(parts)
+        logits = self.model.forward(
+            tokens, positions, token_seq, range(len(tokens)), self.kv.tables([s for s, _ in parts])
+        )
+        return self._finish(parts, self.model.rows(logits, 0, len(tokens)))
+
+    def decode(self, parts: Sequence[tuple[SequencePages, np.ndarray]]) -> list[np.ndarray]:
+        """As `forward`, one token a sequence."""
+        tokens, positions, token_seq = self._prepare(parts)
+        tables = self.kv.tables([s for s, _ in parts])
+        logits = self.model.decode(tokens, positions, token_seq, tables)
+        return self._finish(parts, self.model.rows(logits, 0, len(tokens)))
+
+    def prefill(self, tokens: np.ndarray, chunk: int) -> np.ndarray:
+        """Logits [n, V] of one sequence, `chunk` tokens a call."""
+        sequence = SequencePages()
+        parts = [
+            self.forward([(sequence, tokens[start : start + chunk])])[0]
+            for start in range(0, len(tokens), chunk)
+        ]
+        self.kv.release(sequence)
+        return np.concatenate(parts)
+
+    def _prepare(self, parts: Sequence[tuple[SequencePages, np.ndarray]]) -> tuple[list[int], ...]:
+        tokens: list[int] = []
+        positions: list[int] = []
+        token_seq: list[int] = []
+        for index, (sequence, new) in enumerate(parts):
+            copies = self.kv.prepare(sequence, len(new))
+            self.model.copy_pages("full", copies.full)
+            self.model.copy_pages("sliding", copies.sliding)
+            tokens += new.tolist()
+            positions += range(sequence.length, sequence.length + len(new))
+            token_seq += [index] * len(new)
+        return tokens, positions, token_seq
+
+    def _finish(
+        self, parts: Sequence[tuple[SequencePages, np.ndarray]], logits: np.ndarray
+    ) -> list[np.ndarray]:
+        for sequence, new in parts:
+            self.kv.commit(sequence, len(new))
+        ends = np.cumsum([len(new) for _, new in parts])
+        return np.split(logits, ends[:-1])
+
+
+@pytest.fixture(scope="module")
+def steps(compiled: Compiled) -> Callable[[str], Steps]:
+    @cache
+    def load(name: str, numerics: str = "exact") -> Steps:
+        return Steps(compiled(name, numerics))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def engine(compiled: Compiled) -> Iterator[Callable[..., Engine]]:
+    """engine(shape, numerics="exact") -> one that is shared and closed at the end."""
+    loaded: list[Engine] = []
+
+    @cache
+    def load(name: str, numerics: str = "exact") -> Engine:
+        loaded.append(Engine.load(compiled(name, numerics), context_length=CONTEXT))
+        return loaded[-1]
+
+    yield load
+    for one in loaded:
+        one.close()
+
+
+def tokens_of(engine: Engine, count: int, seed: int) -> list[int]:
+    return random_tokens(engine.vocab_size, count, seed).tolist()
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+
+# -- against transformers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ODD_SHAPES)
+def test_exact_logits_equal_the_golden_ones(name, engine, golden):
+    truth = golden(name)
+    logits = engine(name).logits(truth.tokens)
+    assert logits.dtype == np.float32
+    assert relative_error(logits[truth.rows], truth.logits) <= EXACT
+    # Every position, the others by their norm and their largest logit.
+    assert relative_error(np.linalg.norm(logits, axis=1), truth.norms) <= EXACT
+    largest = logits.max(axis=1)
+    behind = largest - logits[np.arange(len(logits)), truth.argmax]
+    assert (behind <= EXACT * truth.norms).all()
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("name", ODD_SHAPES)
+def test_exact_logits_equal_those_of_transformers(name, engine, odd_checkpoint: Checkpoints):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    checkpoint = HFCheckpoint(odd_checkpoint(name))
+    tokens = random_tokens(checkpoint.config.vocab_size, 333, seed=7)
+    truth, _ = transformers_logits(transformers_model(checkpoint), tokens)
+    assert relative_error(engine(name).logits(tokens), truth) <= EXACT
+
+
+# -- the same numbers, however the work is cut -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_shot(steps) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+    """one_shot(shape) -> 320 tokens and their logits, computed in one call."""
+
+    @cache
+    def run(name: str) -> tuple[np.ndarray, np.ndarray]:
+        steps_ = steps(name)
+        tokens = random_tokens(steps_.model.vocab_size, 320, seed=3)
+        return tokens, steps_.prefill(tokens, len(tokens))
+
+    return run
+
+
+# Below, at and past a page; across the windows of 1, 5, 17, 20 and 128; an uneven rest.
+@pytest.mark.parametrize("chunk", [3, 16, 17, 100, 319])
+@pytest.mark.parametrize("name", ODD_SHAPES)
+def test_chunked_prefill_agrees_with_one_shot(name, chunk, steps, one_shot):
+    tokens, whole = one_shot(name)
+    assert relative_error(steps(name).prefill(tokens, chunk), whole) <= AGREE
+
+
+@pytest.mark.parametrize("call", ["forward", "decode"])
+@pytest.mark.parametrize("name", ODD_SHAPES)
+def test_token_by_token_agrees_with_one_shot(name, call, steps, one_shot):
+    tokens, whole = one_shot(name)
+    one, sequence = steps(name), SequencePages()
+    step = getattr(one, call)
+    logits = np.concatenate([step([(sequence, token)])[0] for token in tokens[:, None]])
+    one.kv.release(sequence)
+    assert relative_error(logits, whole) <= AGREE
+
+
+@pytest.mark.parametrize("name", ["odd-1", "odd-3"])
+def test_a_ragged_batch_agrees_with_each_sequence_alone(name, steps):
+    """Sequences that prefill, others that decode, at different positions, in one call."""
+    one = steps(name)
+    lengths = (150, 33, 16, 90)
+    texts = [random_tokens(one.model.vocab_size, n, seed=n) for n in lengths]
+    alone = [one.prefill(text, len(text)) for text in texts]
+    # Tokens of each sequence in each call: none, one (as decoding does), or a chunk.
+    plan = [(40, 1, 0, 17), (1, 15, 16, 1), (0, 1, 0, 50), (109, 16, 0, 22)]
+    sequences = [SequencePages() for _ in texts]
+    got: list[list[np.ndarray]] = [[] for _ in texts]
+    for counts in plan:
+        taken = [i for i, count in enumerate(counts) if count]
+        parts = [
+            (sequences[i], texts[i][sequences[i].length : sequences[i].length + counts[i]])
+            for i in taken
+        ]
+        for i, logits in zip(taken, one.forward(parts), strict=True):
+            got[i].append(logits)
+    one.forget()
+    for rows, truth in zip(got, alone, strict=True):
+        assert relative_error(np.concatenate(rows), truth) <= AGREE
+
+
+def test_decoding_a_batch_agrees_with_each_sequence_alone(steps):
+    one = steps("odd-1")
+    texts = [random_tokens(one.model.vocab_size, 60, seed=n) for n in range(4)]
+    starts = (3, 16, 31, 48)  # positions of the last prompt tokens, differing in page and slot
+    alone = [one.prefill(text, 60) for text in texts]
+    sequences = [SequencePages() for _ in texts]
+    for sequence, text, start in zip(sequences, texts, starts, strict=True):
+        one.forward([(sequence, text[:start])])
+    for step in range(12):
+        parts = [
+            (sequence, text[start + step : start + step + 1])
+            for sequence, text, start in zip(sequences, texts, starts, strict=True)
+        ]
+        for row, truth, start in zip(one.decode(parts), alone, starts, strict=True):
+            assert relative_error(row[0], truth[start + step]) <= AGREE
+    one.forget()
+
+
+def test_several_threads_get_the_logits_of_their_own_tokens(engine):
+    one = engine("odd-1")
+    texts = [tokens_of(one, n, seed=n) for n in (200, 7, 90, 64, 1)]
+    alone = [one.logits(text) for text in texts]
+    together: list[np.ndarray] = [np.empty(0)] * len(texts)
+
+    def ask(index: int) -> None:
+        together[index] = one.logits(texts[index])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, truth in zip(together, alone, strict=True):
+        assert relative_error(ours, truth) <= AGREE
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["odd-1", "odd-4"])
+def test_greedy_generation_takes_the_largest_logit(name, engine):
+    one = engine(name)
+    prompt = tokens_of(one, 37, seed=11)
+    answer = one.generate(prompt, greedy(40))
+    assert answer.finish_reason == "length"
+    assert len(answer.token_ids) == 40
+    logits = one.logits([*prompt, *answer.token_ids])[len(prompt) - 1 : -1]
+    chosen = logits[np.arange(40), list(answer.token_ids)]
+    assert (logits.max(axis=1) - chosen <= AGREE * np.linalg.norm(logits, axis=1)).all()
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_tokens_and_logits_are_the_same_every_run_and_for_every_thread_count(
+    numerics, compiled: Compiled
+):
+    artifact = compiled("odd-1", numerics)
+    params = SamplingParams(max_tokens=50, temperature=1.0, top_p=0.95, seed=5, ignore_eos=True)
+    answers, logits = set(), set()
+    for threads in {1, usable_cores()}:
+        for _run in range(2):
+            with Engine.load(artifact, threads=threads, context_length=CONTEXT) as one:
+                assert one.threads == threads
+                prompt = tokens_of(one, 100, seed=2)
+                answers.add(one.generate(prompt, params).token_ids)
+                answers.add(one.generate(prompt, params).token_ids)  # its prefix is known now
+                logits.add(one.logits(prompt).tobytes())
+    assert len(answers) == 1
+    assert len(logits) == 1
+
+
+def test_another_seed_gives_other_tokens(engine):
+    one = engine("odd-1")
+    prompt = tokens_of(one, 20, seed=2)
+    answers = {
+        one.generate(prompt, SamplingParams(max_tokens=20, seed=seed, ignore_eos=True)).token_ids
+        for seed in range(4)
+    }
+    assert len(answers) == 4
+
+
+def test_sampled_tokens_do_not_depend_on_what_else_is_in_the_batch(compiled: Compiled):
+    def ask(one: Engine, index: int) -> tuple[int, ...]:
+        prompt = tokens_of(one, 10 + 23 * index, seed=index)
+        params = SamplingParams(max_tokens=30, temperature=0.8, seed=index, ignore_eos=True)
+        return one.generate(prompt, params).token_ids
+
+    with Engine.load(compiled("odd-1"), context_length=CONTEXT) as one:
+        alone = [ask(one, index) for index in range(5)]
+    with Engine.load(compiled("odd-1"), context_length=CONTEXT) as one:
+        together: dict[int, tuple[int, ...]] = {}
+        threads = [
+            threading.Thread(target=lambda i=index: together.update({i: ask(one, i)}))
+            for index in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [together[index] for index in range(5)] == alone
+
+
+@pytest.mark.parametrize("common", [1, 15, 16, 17, 40, 63])
+def test_a_known_prefix_changes_nothing(common, compiled: Compiled):
+    """odd-2 has full layers and a window of 20: a prefix may end inside a page and a window."""
+    with Engine.load(compiled("odd-2"), context_length=CONTEXT, max_batch=2) as one:
+        first = tokens_of(one, 64, seed=1)
+        second = first[:common] + tokens_of(one, 64 - common, seed=2)
+        fresh = one.generate(second, greedy(20))
+        assert fresh.usage.cached_tokens == 0
+    with Engine.load(compiled("odd-2"), context_length=CONTEXT, max_batch=2) as one:
+        one.generate(first, greedy(5))
+        branched = one.generate(second, greedy(20))
+        repeated = one.generate(second, greedy(20))
+        untouched = one.generate(first, greedy(5))
+    assert branched.token_ids == repeated.token_ids == fresh.token_ids
+    assert repeated.usage.cached_tokens == 63
+    assert untouched.usage.cached_tokens == 63
+
+
+def test_a_prefix_is_used_where_the_window_still_covers_it(engine):
+    one = engine("odd-4")  # window 128: nothing of 64 positions was dropped
+    first = tokens_of(one, 64, seed=21)
+    one.generate(first, greedy(2))
+    second = first[:50] + tokens_of(one, 10, seed=22)
+    assert one.generate(second, greedy(2)).usage.cached_tokens == 50
+
+
+# -- 120b shapes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_120b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """128 experts, four a token, two layers; narrow, so that it fits an everyday run."""
+    narrow = {
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1003,
+    }
+    folder = tmp_path_factory.mktemp("120b") / "small-120b"
+    return write_checkpoint(folder, "120b-2layers", seed=1, overrides=narrow)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_128_experts_agree(numerics, small_120b: Path, tmp_path: Path):
+    artifact = compile_model(small_120b, output=tmp_path / "artifact", numerics=numerics)
+    report = compare(artifact, small_120b, tokens=200)
+    report.check()
+    assert report.routed == 400
+    with Engine.load(artifact, context_length=CONTEXT) as one:
+        tokens = random_tokens(one.vocab_size, 300, seed=4)
+        logits = one.logits(tokens)
+    if numerics == "exact":
+        assert relative_error(logits, ReferenceModel(small_120b).logits(tokens)) <= EXACT
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_120b_shapes_agree(numerics, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.getbasetemp() / "120b-2layers"
+    if not folder.exists():
+        write_checkpoint(folder, "120b-2layers", seed=1)
+    artifact = compile_model(folder, output=tmp_path / "artifact", numerics=numerics)
+    report = compare(artifact, folder, tokens=40)
+    report.check()
+    assert report.routed == 80
+    for weights in artifact.glob("*.safetensors"):  # 5.7 GB that nothing needs any more
+        weights.unlink()

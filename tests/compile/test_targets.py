@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mxforge import Engine
+from mxforge.artifact import missing_cpu_features, open_artifact, read_manifest
+from mxforge.compile import compile_model, targets
+from mxforge.compile.diff import compare
+from mxforge.compile.targets import CPU_LEVELS, CUDA_ARCHS, known_targets, resolve
+from mxforge.errors import TargetError
+
+Compiled = Callable[..., Path]
+Checkpoints = Callable[[str], Path]
+
+HERE = platform.machine().lower()
+LEVELS = [level for level in CPU_LEVELS if level.machine == targets._MACHINES.get(HERE, HERE)]
+
+
+def relative_error(ours: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", "cpu ", "vulkan:1", "cudasm_80", ":cpu"])
+def test_an_unknown_target_names_the_known_ones(name):
+    with pytest.raises(TargetError, match="Unknown target") as caught:
+        resolve(name)
+    assert all(known in str(caught.value) for known in known_targets())
+
+
+@pytest.mark.parametrize("name", ["cpu:avx1024", "cpu:sm_80", "cpu:AVX2"])
+def test_an_unknown_cpu_level_names_those_of_this_machine(name):
+    with pytest.raises(TargetError, match=name.partition(":")[2]) as caught:
+        resolve(name)
+    assert all(f"cpu:{level.name}" in str(caught.value) for level in LEVELS)
+
+
+def test_a_cpu_level_of_another_architecture_is_refused():
+    foreign = next(level for level in CPU_LEVELS if level not in LEVELS)
+    with pytest.raises(TargetError, match=foreign.name):
+        resolve(f"cpu:{foreign.name}")
+
+
+def test_an_unknown_cuda_architecture_names_the_known_ones():
+    with pytest.raises(TargetError, match="sm_42") as caught:
+        resolve("cuda:sm_42")
+    assert all(arch in str(caught.value) for arch in CUDA_ARCHS)
+
+
+def test_metal_has_no_variants():
+    with pytest.raises(TargetError, match="metal:m3"):
+        resolve("metal:m3")
+
+
+def test_cuda_without_nvcc_says_what_to_install(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(TargetError, match="nvcc"):
+        resolve("cuda")
+
+
+def test_compiling_for_cuda_without_nvcc_leaves_nothing(odd_checkpoint: Checkpoints, tmp_path: Path):
+    result = subprocess.run(
+        [sys.executable, "-m", "mxforge.compile.cli", str(odd_checkpoint("odd-5")),
+         "--target", "cuda", "--output", str(tmp_path / "artifact")],
+        env={"PATH": ""}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "nvcc" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- CPU levels ------------------------------------------------------------------------------------
+
+
+def test_cpu_is_the_best_level_that_this_machine_has():
+    best = next(level for level in LEVELS if not missing_cpu_features(level.required))
+    assert resolve("cpu") == resolve(f"cpu:{best.name}")
+    assert resolve("cpu").name == f"cpu:{best.name}"
+
+
+def test_cpu_falls_back_level_by_level(monkeypatch):
+    lacking: set[str] = set()
+    monkeypatch.setattr(
+        targets, "_host_has", lambda level: not lacking.intersection(level.required)
+    )
+    for level, lower in zip(LEVELS, [*LEVELS[1:], None], strict=True):
+        assert resolve("cpu").name == f"cpu:{level.name}"
+        lacking.update(set(level.required) - set(lower.required if lower else ()))
+
+
+def test_8_bit_experts_need_vnni():
+    for level in LEVELS:
+        fast = resolve(f"cpu:{level.name}").precision("fast")
+        assert fast.experts == ("i8" if "avx512vnni" in level.required else "f32")
+        assert fast.kv_dtype == "float16"
+        exact = resolve(f"cpu:{level.name}").precision("exact")
+        assert (exact.experts, exact.kv_dtype) == ("f32", "float32")
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
+def test_a_cpu_level_compiles_and_is_exact(level, compiled: Compiled, golden):
+    artifact = compiled("odd-1", "exact", target=f"cpu:{level.name}")
+    manifest = read_manifest(artifact)
+    assert manifest.target.name == f"cpu:{level.name}"
+    assert manifest.target.features == level.required
+    if missing := missing_cpu_features(level.required):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}: compiled, but not run")
+    truth = golden("odd-1")
+    with Engine.load(artifact, context_length=512) as engine:
+        logits = engine.logits(truth.tokens)
+    assert relative_error(logits[truth.rows], truth.logits) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "level", [lv for lv in LEVELS if lv.name in ("x86-64", "avx2", "neon")], ids=lambda lv: lv.name
+)
+def test_a_cpu_level_without_vnni_is_fast_within_its_bound(
+    level, compiled: Compiled, odd_checkpoint: Checkpoints
+):
+    """16-bit KV pages, on x86-64 without an instruction that converts them."""
+    artifact = compiled("odd-1", "fast", target=f"cpu:{level.name}")
+    manifest = read_manifest(artifact)
+    assert manifest.precision.kv_dtype == "float16"
+    assert manifest.precision.experts == "f32"
+    if missing := missing_cpu_features(level.required):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}: compiled, but not run")
+    report = compare(artifact, odd_checkpoint("odd-1"), tokens=100)
+    report.check()
+    # Nothing but the pages is rounded, so fast is better here than it has to be.
+    assert max(c.error for c in report.comparisons if c.tensor == "output") <= 1e-3
+
+
+def test_another_level_than_the_best_gets_its_own_code(compiled: Compiled):
+    libraries = {
+        open_artifact(compiled("odd-1", "exact", target=f"cpu:{level.name}")).library.read_bytes()
+        for level in LEVELS
+        if not missing_cpu_features(level.required) and "vnni" not in level.name
+    }
+    assert len(libraries) == len(
+        [lv for lv in LEVELS if not missing_cpu_features(lv.required) and "vnni" not in lv.name]
+    )
+
+
+# -- GPUs, without one -----------------------------------------------------------------------------
+
+
+def check_gpu_artifact(artifact: Path, kind: str, numerics: str) -> None:
+    manifest = open_artifact(artifact).manifest
+    assert manifest.target.kind == kind
+    assert manifest.numerics == numerics
+    assert manifest.target.features == ()  # the CPU's part is plain
+    assert all(kernel.target == manifest.target.name for kernel in manifest.kernels)
+    assert all(kernel.schedule for kernel in manifest.kernels)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_metal(numerics, odd_checkpoint: Checkpoints, tmp_path: Path):
+    artifact = tmp_path / "artifact"
+    compile_model(
+        odd_checkpoint("odd-1"), "metal", artifact, numerics, debug_dump=tmp_path / "dump"
+    )
+    check_gpu_artifact(artifact, "metal", numerics)
+    shaders = [f.read_text() for f in (tmp_path / "dump").iterdir() if "metal" in f.name]
+    assert any("kernel void" in shader for shader in shaders)
+    # Metal has no 64-bit floats.
+    assert not any("double" in shader for shader in shaders)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_cuda(odd_checkpoint: Checkpoints, tmp_path: Path):
+    artifact = tmp_path / "artifact"
+    compile_model(odd_checkpoint("odd-1"), "cuda:sm_90a", artifact, "fast")
+    check_gpu_artifact(artifact, "cuda", "fast")
+    assert read_manifest(artifact).target.name == "cuda:sm_90a"

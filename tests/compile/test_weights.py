@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mxforge.compile import targets, weights
+from mxforge.compile.checkpoint import HFCheckpoint, expected_tensors
+from mxforge.compile.config import ModelConfig
+from mxforge.compile.random_checkpoint import ODD_SHAPES, hf_config, write_checkpoint
+from mxforge.compile.targets import Precision
+from mxforge.compile.weights import PackedWeight, packed_weights
+from mxforge.errors import NaNScaleError
+from mxforge.safetensors import SafetensorsWriter
+from mxforge.schedules import linear
+from mxforge.schedules.kernel import Target
+
+Checkpoints = Callable[[str], Path]
+
+CPU, GPU = Target("cpu"), Target("cuda")
+F32, I8 = Precision("float32", "f32"), Precision("float16", "i8")
+LAYOUTS = {"cpu f32": (CPU, F32), "cpu i8": (CPU, I8), "gpu": (GPU, F32)}
+
+
+def content(weight: PackedWeight, checkpoint: HFCheckpoint) -> np.ndarray:
+    return np.concatenate(list(weight.pieces(checkpoint)))
+
+
+def named(config: ModelConfig, target: Target, precision: Precision) -> dict[str, PackedWeight]:
+    return {weight.name: weight for weight in packed_weights(config, target, precision)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ODD_SHAPES)
+def test_every_weight_has_the_shape_and_size_that_it_declares(
+    name, layout, odd_checkpoint: Checkpoints
+):
+    checkpoint = HFCheckpoint(odd_checkpoint(name))
+    for weight in packed_weights(checkpoint.config, *LAYOUTS[layout]):
+        packed = content(weight, checkpoint)
+        assert packed.shape == weight.shape, weight.name
+        assert packed.dtype.name == weight.dtype, weight.name
+        assert packed.nbytes == weight.nbytes, weight.name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["20b", "120b-2layers", *ODD_SHAPES])
+def test_every_tensor_of_the_checkpoint_is_used_once(name, layout):
+    config = ModelConfig.from_hf(hf_config(name))
+    listed = packed_weights(config, *LAYOUTS[layout])
+    sources = [source for weight in listed for source in weight.sources]
+    assert sorted(sources) == sorted(expected_tensors(config))
+    assert len({weight.name for weight in listed}) == len(listed)
+
+
+def test_the_published_20b_takes_the_bytes_of_the_published_20b():
+    """3.609 GB of BF16 and 10.152 GB of MXFP4; small vectors grow to f32, dense rows to tiles."""
+    config = ModelConfig.from_hf(hf_config("20b"))
+    for precision in (F32, I8):
+        total = sum(weight.nbytes for weight in packed_weights(config, CPU, precision))
+        assert 13.761e9 < total < 13.761e9 * 1.002
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_pieces_make_the_same_weights(layout, odd_checkpoint: Checkpoints, monkeypatch):
+    checkpoint = HFCheckpoint(odd_checkpoint("odd-4"))
+    whole = packed_weights(checkpoint.config, *LAYOUTS[layout])
+    expected = [content(weight, checkpoint) for weight in whole]
+    monkeypatch.setattr(weights, "PIECE_BYTES", 1)
+    cut = 0
+    for weight, truth in zip(
+        packed_weights(checkpoint.config, *LAYOUTS[layout]), expected, strict=True
+    ):
+        pieces = list(weight.pieces(checkpoint))
+        cut += len(pieces) > 1
+        assert np.concatenate(pieces).tobytes() == truth.tobytes(), weight.name
+    assert cut > 10
+
+
+# -- layouts ---------------------------------------------------------------------------------------
+
+
+def unpack_dense(packed: np.ndarray, rows: int) -> np.ndarray:
+    groups, k, tile = packed.shape
+    return packed.transpose(0, 2, 1).reshape(groups * tile, k)[:rows]
+
+
+def test_queries_keys_and_values_are_stacked_in_this_order(odd_checkpoint: Checkpoints):
+    checkpoint = HFCheckpoint(odd_checkpoint("odd-1"))
+    config, prefix = checkpoint.config, "model.layers.1.self_attn."
+    parts = [checkpoint.tensor(f"{prefix}{name}_proj.weight") for name in "qkv"]
+    stacked = np.concatenate(parts)
+    packed = named(config, CPU, F32)[f"{prefix}qkv_proj.weight"]
+    rows = unpack_dense(content(packed, checkpoint), config.qkv_rows)
+    assert (rows == stacked).all()
+    assert (content(named(config, GPU, F32)[packed.name], checkpoint) == stacked).all()
+    bias = content(named(config, CPU, F32)[f"{prefix}qkv_proj.bias"], checkpoint)
+    biases = [checkpoint.tensor(f"{prefix}{name}_proj.bias") for name in "qkv"]
+    assert (bias == np.concatenate(biases).astype(np.float32)).all()
+
+
+def test_rows_beyond_the_last_tile_are_zeros(odd_checkpoint: Checkpoints):
+    checkpoint = HFCheckpoint(odd_checkpoint("odd-1"))
+    packed = content(named(checkpoint.config, CPU, F32)["lm_head.weight"], checkpoint)
+    rest = checkpoint.config.vocab_size % linear.CPU_TILE.rows
+    assert rest
+    assert (packed[-1, :, rest:] == 0).all()
+    assert (packed[-1, :, :rest] == checkpoint.tensor("lm_head.weight")[-rest:].T).all()
+
+
+def test_gpus_keep_experts_as_stored(odd_checkpoint: Checkpoints):
+    checkpoint = HFCheckpoint(odd_checkpoint("odd-3"))
+    listed = named(checkpoint.config, GPU, F32)
+    for part in ("gate_up_proj_blocks", "gate_up_proj_scales", "gate_up_proj_bias", "down_proj_bias"):
+        name = f"model.layers.2.mlp.experts.{part}"
+        assert (content(listed[name], checkpoint) == checkpoint.tensor(name)).all()
+
+
+def test_gate_and_up_change_order_together(odd_checkpoint: Checkpoints):
+    """On the CPU the rows of blocks, scales and bias of gate_up_proj are permuted alike."""
+    checkpoint = HFCheckpoint(odd_checkpoint("odd-1"))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    listed = named(checkpoint.config, CPU, F32)
+    stored = checkpoint.tensor(f"{name}_bias").astype(np.float32)
+    bias = content(listed[f"{name}_bias"], checkpoint)
+    order = np.array([int(np.flatnonzero(stored[0] == value)[0]) for value in bias[0]])
+    unique = [i for i, value in enumerate(bias[0]) if (stored[0] == value).sum() == 1]
+    scales = content(listed[f"{name}_scales"], checkpoint)  # [experts, groups, k/32, 32 rows]
+    rows = scales.transpose(0, 1, 3, 2).reshape(checkpoint.tensor(f"{name}_scales").shape)
+    assert len(unique) > 100
+    assert (rows[0, unique] == checkpoint.tensor(f"{name}_scales")[0, order[unique]]).all()
+
+
+# -- other checkpoints than the published ----------------------------------------------------------
+
+
+def rewritten(folder: Path, out: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> Path:
+    """A copy of a checkpoint with every tensor changed."""
+    checkpoint = HFCheckpoint(folder)
+    out.mkdir()
+    dtypes = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
+    arrays = {name: change(name, checkpoint.tensor(name)) for name in checkpoint.tensors}
+    infos = [(name, dtypes[array.dtype.name], array.shape) for name, array in arrays.items()]
+    with SafetensorsWriter(out / "model.safetensors", infos) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+    (out / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_other_dense_dtypes_are_rounded_to_bfloat16(
+    dtype, odd_checkpoint: Checkpoints, tmp_path: Path
+):
+    def change(_name: str, array: np.ndarray) -> np.ndarray:
+        return array if array.dtype == np.uint8 else array.astype(dtype) * dtype(1.001)
+
+    other = HFCheckpoint(rewritten(odd_checkpoint("odd-5"), tmp_path / "other", change))
+    other.check()
+    for weight in packed_weights(other.config, CPU, F32):
+        packed = content(weight, other)
+        assert packed.shape == weight.shape
+        assert packed.dtype.name == weight.dtype
+    embedding = content(named(other.config, CPU, F32)["model.embed_tokens.weight"], other)
+    nearest = other.tensor("model.embed_tokens.weight").astype(ml_dtypes.bfloat16)
+    assert (embedding == nearest).all()
+
+
+def test_without_attention_bias_the_library_gets_zeros(odd_checkpoint: Checkpoints):
+    checkpoint = HFCheckpoint(odd_checkpoint("odd-5"))
+    config = dataclasses.replace(checkpoint.config, attention_bias=False)
+    listed = named(config, CPU, F32)
+    for part in ("qkv_proj", "o_proj"):
+        bias = listed[f"model.layers.0.self_attn.{part}.bias"]
+        assert bias.sources == ()
+        assert not content(bias, checkpoint).any()
+    sources = [source for weight in listed.values() for source in weight.sources]
+    assert sorted(sources) == sorted(expected_tensors(config))
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_scale_that_is_no_number_is_found_while_packing(
+    part, layout, odd_checkpoint: Checkpoints, tmp_path: Path
+):
+    name = f"model.layers.0.mlp.experts.{part}_scales"
+
+    def change(tensor: str, array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        if tensor == name:
+            array[0, 3, 0] = 255
+        return array
+
+    other = HFCheckpoint(rewritten(odd_checkpoint("odd-5"), tmp_path / "other", change))
+    other.check()
+    with pytest.raises(NaNScaleError, match=rf"{part}_scales .*\[0, 3, 0\]"):
+        content(named(other.config, *LAYOUTS[layout])[name], other)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> HFCheckpoint:
+    """40 MB: a vocabulary of 20,000, and 64 experts of 130 KB each."""
+    changes = {"hidden_size": 256, "intermediate_size": 320, "vocab_size": 20000}
+    changes |= {"num_local_experts": 64, "num_hidden_layers": 1}
+    folder = tmp_path_factory.mktemp("wide") / "checkpoint"
+    return HFCheckpoint(write_checkpoint(folder, "odd-1", overrides=changes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packing_holds_a_piece_at_a_time(layout, wide: HFCheckpoint, monkeypatch):
+    monkeypatch.setattr(weights, "PIECE_BYTES", 1 << 20)
+    listed = packed_weights(wide.config, *LAYOUTS[layout])
+    assert sum(weight.nbytes for weight in listed) > 28 << 20
+    tracemalloc.start()
+    try:
+        for weight in listed:
+            for piece in weight.pieces(wide):
+                del piece
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_fills_keep_random_weights_in_range():
+    """What the runtime makes where there is no checkpoint: no NaN scales, no idle kinds."""
+    config = ModelConfig.from_hf(hf_config("20b"))
+    for weight in packed_weights(config, CPU, I8):
+        json.dumps(weight.fill)
+        ((kind, value),) = weight.fill.items()
+        assert kind in ("values", "constant", "normal", "bytes")
+        if weight.name.endswith("_scales"):
+            low, high = value
+            assert kind == "bytes"
+            assert 0 < low <= high < 255
+
+
+def test_targets_with_the_same_kernels_share_a_layout():
+    config = ModelConfig.from_hf(hf_config("odd-1"))
+
+    def shapes(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for weight in packed_weights(config, targets.resolve(name).kernels, F32):
+            yield weight.name, weight.shape
+
+    assert list(shapes("cpu:avx2")) == list(shapes("cpu:x86-64"))

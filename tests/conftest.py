@@ -1,0 +1,54 @@
+"""What tests of several folders share: random checkpoints, and artifacts compiled from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "compile" / "golden"
+
+
+@pytest.fixture(scope="session")
+def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """odd_checkpoint(shape) -> folder of the checkpoint that its golden file is about."""
+    from mxforge.compile.random_checkpoint import write_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def make(name: str) -> Path:
+        with np.load(GOLDEN / f"{name}.npz") as stored:
+            seed = int(json.loads(str(stored["about"]))["seed"])
+        return write_checkpoint(root / name, name, seed=seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory, odd_checkpoint: Callable[[str], Path]
+) -> Callable[..., Path]:
+    """compiled(shape, numerics="exact", **options of compile_model) -> artifact.
+
+    Each combination is compiled once a session, which takes some seconds.
+    """
+    from mxforge.compile import compile_model
+
+    root = tmp_path_factory.mktemp("artifacts")
+
+    @cache
+    def once(name: str, numerics: str, **options: Any) -> Path:
+        words = [name, numerics, *(f"{key}-{value}" for key, value in options.items())]
+        output = root / "-".join(words).replace(":", "-")
+        return compile_model(odd_checkpoint(name), output=output, numerics=numerics, **options)
+
+    def make(name: str, numerics: str = "exact", **options: Any) -> Path:
+        return once(name, numerics, **options)  # a cache takes a default for another argument
+
+    return make

@@ -1,0 +1,125 @@
+"""Compiled artifacts that the runtime's tests share, and a look into the engine's worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import mxforge.engine
+from mxforge import Engine
+from mxforge.scheduler import Worker
+
+MAX_BATCH, PREFILL_CHUNK = 4, 32
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "sliding_window": 20,
+}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|start|>", "<|message|>", "<|end|>")
+MERGES = (("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("a", "b"))
+TEXT_VOCAB = 256 + len(MERGES) + len(SPECIAL_TOKENS) + 3  # padded beyond the tokenizer
+
+
+def write_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer.json: 256 bytes, `MERGES`, `SPECIAL_TOKENS`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in MERGES)]
+    vocab = {word: token for token, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(MERGES)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
+    tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="session")
+def odd_artifact(compiled: Callable[..., Path]) -> Path:
+    """Shape odd-1 (window 5, odd sizes, vocabulary of 1003, no tokenizer), exact numerics."""
+    return compiled("odd-1", max_batch=MAX_BATCH, prefill_chunk=PREFILL_CHUNK)
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small checkpoint with a byte-level tokenizer.json; token 0 stops."""
+    from mxforge.compile.random_checkpoint import write_checkpoint
+
+    overrides = {**SMALL, "vocab_size": TEXT_VOCAB}
+    folder = tmp_path_factory.mktemp("text") / "small"
+    checkpoint = write_checkpoint(folder, "tiny", overrides=overrides)
+    write_tokenizer(checkpoint / "tokenizer.json")
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def text_artifact(text_checkpoint: Path) -> Path:
+    """`text_checkpoint`, compiled with fast numerics."""
+    from mxforge import compile_model
+
+    return compile_model(
+        text_checkpoint,
+        output=text_checkpoint.parent / "artifact",
+        max_batch=MAX_BATCH,
+        prefill_chunk=PREFILL_CHUNK,
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for a condition that another thread brings about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    return wait_until
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
+    """Every worker that an engine makes during the test, oldest first."""
+    made: list[Worker] = []
+
+    class Recorded(Worker):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(mxforge.engine, "Worker", Recorded)
+    return made
+
+
+@pytest.fixture
+def load(odd_artifact: Path, workers: list[Worker]) -> Iterator[Callable[..., Engine]]:
+    """load(options) -> an engine of `odd_artifact`, or of `artifact`.
+
+    After the test its requests have to end, and no page may be held that no kept prefix holds.
+    """
+    engines: list[Engine] = []
+
+    def load_engine(artifact: Path = odd_artifact, **options) -> Engine:
+        engines.append(Engine.load(artifact, **{"context_length": 512, **options}))
+        return engines[-1]
+
+    yield load_engine
+    for worker in workers:
+        wait_until(lambda worker=worker: worker._closing or not worker._running)
+    for engine in engines:
+        engine.close()
+    for worker in workers:
+        for request in worker._running:  # closed while it ran
+            worker._kv.release(request.pages)
+        worker._kv.clear()
+        for pool in (worker._kv.full, worker._kv.sliding):
+            assert pool.free == pool.size

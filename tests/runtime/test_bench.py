@@ -1,0 +1,83 @@
+"""What a measurement counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mxforge import bench
+from mxforge.bench import measure
+from mxforge.engine import Engine
+from mxforge.errors import UsageError
+
+PROMISED = {
+    "prefill_tok_s",
+    "decode_tok_s",
+    "first_token_s",
+    "load_s",
+    "peak_rss_bytes",
+    "threads",
+    "target",
+}
+
+
+def test_a_measurement_has_what_is_promised(odd_artifact: Path) -> None:
+    result = measure(odd_artifact, prompt_tokens=20, new_tokens=5, batch=2, repeats=3)
+    json.dumps(result, allow_nan=False)
+    assert result.keys() >= PROMISED
+    assert all(math.isfinite(result[key]) and result[key] > 0 for key in PROMISED - {"target"})
+    assert (result["batch"], result["prompt_tokens"], result["new_tokens"]) == (2, 20, 5)
+    assert result["peak_rss_bytes"] > 10e6
+    assert result["first_token_s"] > result["load_s"]
+    rates = sorted(sample["decode_tok_s"] for sample in result["samples"])
+    assert len(rates) == 3
+    assert result["decode_tok_s"] == rates[1]
+
+
+@pytest.mark.parametrize(("batch", "count", "new"), [(1, 40, 7), (4, 70, 9), (3, 1, 1)])
+def test_the_second_half_decodes_only(
+    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch, batch: int, count: int, new: int
+) -> None:
+    usages = []
+    stream = Engine.stream
+
+    def noting(self, prompt, params):
+        pieces = list(stream(self, prompt, params))
+        usages.append(pieces[-1].usage)
+        return iter(pieces)
+
+    with Engine.load(odd_artifact, context_length=256, max_batch=batch) as engine:
+        prompts = [[7 + n] * count for n in range(batch)]
+        monkeypatch.setattr(Engine, "stream", noting)
+        ticks = iter([0.0, 2.0, 10.0, 15.0])
+        monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+        sample = bench._sample(engine, prompts, new)
+    assert sample == {"prefill_tok_s": batch * count / 2, "decode_tok_s": batch * new / 5}
+    assert [usage.completion_tokens for usage in usages] == [1] * batch + [new] * batch
+    assert [usage.cached_tokens for usage in usages[batch:]] == [count] * batch
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens must be"),
+        ({"new_tokens": -1}, "new_tokens must be"),
+        ({"batch": 0}, "batch must be"),
+        ({"batch": 5}, "at most 4, as compiled"),
+        ({"repeats": 0}, "repeats must be"),
+        ({"prompt_tokens": 60, "new_tokens": 4, "context_length": 64}, "less than the context of 64"),
+        ({"prompt_tokens": 10**12}, "less than the context of 8192"),
+    ],
+)
+def test_absurd_sizes_are_refused(odd_artifact: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        measure(odd_artifact, **options)
+
+
+def test_the_whole_context_can_be_measured(odd_artifact: Path) -> None:
+    measure(odd_artifact, prompt_tokens=50, new_tokens=13, batch=4, context_length=64)
+    measure(odd_artifact, prompt_tokens=1, new_tokens=1, context_length=3)

@@ -1,0 +1,184 @@
+"""The pages say what is so: their examples run, their options and names exist, their links lead
+somewhere.
+
+A code block under `<!-- run -->` is run as it stands, and a block under `<!-- prints -->` is what
+the block before it printed. All blocks of a page run in one folder, which holds a small random
+checkpoint twice: as `gpt-oss-20b`, and as `artifacts/tiny`, the one of scripts/demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import mxforge
+from mxforge import cli, errors
+from mxforge.artifact import Manifest
+from mxforge.compile import cli as compile_cli
+from mxforge.compile.random_checkpoint import write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "artifacts/README.md"]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"(?:<!-- (run|prints) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    mark: str  # "run", "prints" or ""
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*found.groups(default="")) for found in BLOCK.finditer(page.read_text())]
+
+
+def named(pages: list[Path]) -> list:
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("docs") / "tiny", "tiny")
+
+
+@pytest.mark.parametrize(
+    "page", named([page for page in PAGES if any(block.mark for block in blocks(page))])
+)
+def test_examples_run_and_print_what_the_page_says(page, checkpoint, tmp_path):
+    for name in ("gpt-oss-20b", "artifacts/tiny"):
+        shutil.copytree(checkpoint, tmp_path / name, copy_function=os.link)
+    printed = None
+    for block in blocks(page):
+        if block.mark == "run":
+            printed = run(block, tmp_path)
+        elif block.mark == "prints":
+            assert printed is not None, "nothing ran before this block"
+            assert printed.rstrip() == block.text.rstrip()
+
+
+def run(block: Block, folder: Path) -> str:
+    """Run a block in `folder`; returns what it printed."""
+    file, command = {
+        "sh": ("example.sh", ["bash", "-euo", "pipefail"]),
+        "python": ("example.py", [sys.executable]),
+    }[block.language]
+    (folder / file).write_text(block.text)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [*command, file],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, f"{block.text}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.mark.parametrize("page", named(PAGES))
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)]+)\)", BLOCK.sub("", page.read_text())):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", named(PAGES))
+def test_named_files_exist(page):
+    """Paths in backquotes that begin with one of our folders."""
+    folders = "runtime|compile|schedules|scripts|tests|docs"
+    for path in re.findall(rf"`(?:\./)?((?:{folders})/[\w/.-]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@cache
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """`compile-model` and every `mxforge COMMAND`, by how they are called."""
+    top = cli.parser()
+    (sub,) = [a for a in top._actions if isinstance(a, argparse._SubParsersAction)]
+    parsers = {f"mxforge {name}": parser for name, parser in sub.choices.items()}
+    return {"compile-model": compile_cli.parser(), **parsers}
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {
+        name for action in parser._actions for name in action.option_strings if name != "--help"
+    } - {"-h"}
+
+
+def command_lines(page: Path) -> Iterator[str]:
+    for block in blocks(page):
+        if block.language == "sh":
+            yield from (line.split("#")[0].strip() for line in block.text.splitlines())
+
+
+@pytest.mark.parametrize("page", named(PAGES))
+def test_command_lines_use_options_that_exist(page):
+    for line in command_lines(page):
+        for name, parser in commands().items():
+            if line.startswith(f"{name} "):
+                assert set(re.findall(r"(?<= )--[\w-]+", line)) <= options(parser), line
+
+
+def test_readme_shows_every_command_and_option():
+    for name, parser in commands().items():
+        assert name in README
+        for option in options(parser):
+            assert f"`{option}" in README or f"{option}`" in README, f"{name} {option}"
+
+
+def test_readme_names_no_option_that_does_not_exist():
+    known = set().union(*(options(parser) for parser in commands().values()))
+    known |= {"--full", "--live"}  # scripts/test
+    section = README[README.index("## Use it: compile-model") :]
+    assert set(re.findall(r"`(--[\w-]+)", section)) <= known
+
+
+def test_readme_shows_every_error():
+    classes = [
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, errors.MxforgeError)
+    ]
+    assert [name for name in classes if name not in README] == []
+
+
+@pytest.mark.parametrize(
+    "function", [mxforge.compile_model, mxforge.Engine.load], ids=["compile_model", "Engine.load"]
+)
+def test_readme_shows_every_parameter(function):
+    for parameter in inspect.signature(function).parameters.values():
+        shown = parameter.name
+        if isinstance(parameter.default, str | int | None) and shown != "progress":
+            shown += f"={parameter.default!r}".replace("'", '"')
+        if parameter.default is not inspect.Parameter.empty:
+            assert shown in README, shown
+
+
+@pytest.mark.parametrize(
+    "record", [mxforge.SamplingParams, mxforge.Completion, mxforge.Usage, mxforge.Timings]
+)
+def test_readme_shows_every_field(record):
+    assert [f.name for f in dataclasses.fields(record) if f"`{f.name}`" not in README] == []
+
+
+def test_readme_has_the_place_of_the_figures():
+    assert README.index("<!-- figures") < README.index("<!-- /figures -->") < README.index("## ")
+
+
+def test_artifact_page_shows_every_field_of_the_manifest():
+    page = (ROOT / "docs" / "artifact.md").read_text()
+    assert [f.name for f in dataclasses.fields(Manifest) if f"| `{f.name}` |" not in page] == []

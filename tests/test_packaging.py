@@ -1,0 +1,130 @@
+"""What is installed: the wheel's content, a wheel in an empty environment, an editable checkout."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mxforge
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"runtime": "mxforge", "compile": "mxforge/compile", "schedules": "mxforge/schedules"}
+IMPORT = "import mxforge, sys; print(mxforge.__version__, mxforge.__file__)"
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """The command's stdout; its stderr too where it fails."""
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=outside, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def loaded_by(statement: str, cwd: Path) -> set[str]:
+    """Top-level modules in the process after `statement`."""
+    code = f"{statement}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+    return set(run(sys.executable, "-c", code, cwd=cwd).split())
+
+
+def test_import_loads_neither_numpy_nor_tvm(tmp_path):
+    assert not {"numpy", "tvm", "tvm_ffi", "tiktoken"} & loaded_by("import mxforge", tmp_path)
+
+
+def test_runtime_never_imports_the_compiler(tmp_path):
+    modules = ("engine", "cli", "bench", "inspect", "tokenizer")
+    statement = "import " + ", ".join(f"mxforge.{name}" for name in modules)
+    assert "tvm" not in loaded_by(statement, tmp_path)
+
+
+def test_every_public_name_exists():
+    assert {name for name in mxforge.__all__ if not hasattr(mxforge, name)} == set()
+    assert set(dir(mxforge)) == set(mxforge.__all__)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what is packaged, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    for folder in PACKAGES:
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
+    run(*pip, "--no-deps", "--wheel-dir", folder, source, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def empty_environment(folder: Path, *packages: str | Path) -> Path:
+    """Its Python; only `packages` are in it, without what they depend on."""
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    run(*pip, "install", "--quiet", "--no-deps", *packages, cwd=folder)
+    return python
+
+
+@pytest.mark.full
+def test_wheel_holds_every_module_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in PACKAGES.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    expected |= {"mxforge/py.typed", "mxforge/data/o200k_base.tiktoken.xz"}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    licenses = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
+    assert licenses == {"LICENSE", "NOTICE"}
+
+
+@pytest.mark.full
+def test_metadata_names_version_pins_and_commands(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+    metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+    assert metadata["Version"] == mxforge.__version__
+    required = metadata.get_all("Requires-Dist")
+    assert {"apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1"} <= set(required)
+    assert metadata.get_all("Provides-Extra") == ["compile"]
+    commands = archive.read(f"{info}/entry_points.txt").decode()
+    assert re.findall(r"^(\S+) = ", commands, re.MULTILINE) == ["compile-model", "mxforge"]
+
+
+@pytest.mark.full
+def test_wheel_in_an_empty_environment_imports_and_tells_its_version(wheel, tmp_path):
+    python = empty_environment(tmp_path / "env", wheel)
+    version, file = run(python, "-c", IMPORT, cwd=tmp_path).split()
+    assert version == mxforge.__version__
+    assert "site-packages" in file
+    said = run(python.parent / "mxforge", "--version", cwd=tmp_path)
+    assert said == f"mxforge {mxforge.__version__}\n"
+    assert "--random-weights" in run(python.parent / "compile-model", "--help", cwd=tmp_path)
+
+
+@pytest.mark.full
+def test_editable_install_runs_the_checkout(source, tmp_path):
+    python = empty_environment(tmp_path / "env", "--editable", source)
+    _, file = run(python, "-c", IMPORT, cwd=tmp_path).split()
+    assert Path(file) == source / "runtime" / "__init__.py"
+    find = "import importlib.util as u; print(*(u.find_spec(name).origin for name in {}))"
+    names = ["mxforge.compile", "mxforge.schedules"]
+    origins = run(python, "-c", find.format(names), cwd=tmp_path).split()
+    assert [Path(origin).parent for origin in origins] == [source / "compile", source / "schedules"]
