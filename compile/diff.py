@@ -16,8 +16,9 @@ error*, the most by which two router logits can have moved against each other:
 over all tokens and experts, where a' is the library's residual stream after attention, a the
 reference's, norm(a' - a) the difference of both normed, and W the router. The first part is what
 the measured error of a' does to the logits, the second what rounding to f32 inside norm and router
-may add. A token whose router gap (k-th less k+1-th logit) is below `own` is a *close call*: it is
-counted, and left out of what follows routing. Any other token must take the reference's experts.
+may add. A token whose router gap (k-th less k+1-th logit) is below `own` is a *close call*. Where
+it took other experts than the reference (it is *rerouted*), it is left out of what follows; both
+are counted. Any other token must take the reference's experts, and is compared.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ class Comparison:
     error        relative, over all tokens that count; None where it is not finite
     token        position of the token whose row errs most, by `token_error`
     compared     tokens that count
-    close_calls  tokens left out because their routing could go either way
+    close_calls  tokens whose routing could go either way; told with `expert_ids`
+    rerouted     how many of them took other experts, and are left out after that
 
     `expert_ids` has as its errors the largest router gap among tokens that took other experts
-    than the reference (0: none did), and as its bound the layer's own error.
+    than the reference without being close calls (0: none did), and as its bound the layer's own
+    error.
     """
 
     tensor: str
@@ -66,6 +69,7 @@ class Comparison:
     token_error: float | None
     compared: int
     close_calls: int = 0
+    rerouted: int = 0
 
     @property
     def ok(self) -> bool:
@@ -80,7 +84,9 @@ class Comparison:
             f"{self.where:28} error {_number(self.error):>9}  bound {self.bound:.1e}"
             f"  worst token {self.token} of {self.compared}: {_number(self.token_error)}"
         )
-        return f"{line}; {self.close_calls} close calls" if self.close_calls else line
+        if self.close_calls:
+            line += f"; {self.close_calls} close calls, {self.rerouted} of them rerouted"
+        return line
 
 
 @dataclass
@@ -102,12 +108,17 @@ class Report:
     @property
     def routed(self) -> int:
         """Routing decisions looked at: tokens times layers."""
-        return sum(c.compared + c.close_calls for c in self.comparisons if c.tensor == "expert_ids")
+        return sum(c.compared for c in self.comparisons if c.tensor == "expert_ids")
 
     @property
     def close_calls(self) -> int:
         """How many of them could go either way."""
-        return sum(c.close_calls for c in self.comparisons if c.tensor == "expert_ids")
+        return sum(c.close_calls for c in self.comparisons)
+
+    @property
+    def rerouted(self) -> int:
+        """How many close calls took other experts than the reference."""
+        return sum(c.rerouted for c in self.comparisons)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON-able values."""
@@ -120,6 +131,7 @@ class Report:
             "ok": self.failure is None,
             "routed": self.routed,
             "close_calls": self.close_calls,
+            "rerouted": self.rerouted,
             "comparisons": [asdict(c) | {"ok": c.ok} for c in self.comparisons],
         }
 
@@ -131,8 +143,8 @@ class Report:
         if wrong.tensor == "expert_ids":
             raise NumericsError(
                 f"Layer {wrong.layer} routes token {wrong.token} to other experts than the "
-                f"reference, though the router gap of {wrong.error:.1e} is above the layer's own "
-                f"error of {wrong.bound:.1e}; its router or its top-k is wrong."
+                f"reference, though the router gap of {_number(wrong.error)} is above the "
+                f"layer's own error of {wrong.bound:.1e}; its router or its top-k is wrong."
             )
         raise NumericsError(
             f"{wrong.where} differs by {_number(wrong.error)}, expected at most {wrong.bound:.0e} "
@@ -184,7 +196,10 @@ def compare(
             break
     else:
         if announce is not None:
-            announce(f"all within bounds; {report.close_calls} of {report.routed} close calls")
+            announce(
+                f"all within bounds; {report.close_calls} of {report.routed} routings were close "
+                f"calls, {report.rerouted} took other experts"
+            )
     return report
 
 
@@ -229,7 +244,7 @@ def _comparisons(
         _drop(reference, layer_prefix(layer))
     rows = [x[start : start + _HEAD_ROWS] for start in range(0, count, _HEAD_ROWS)]
     squares = [_squares(parts.head(block), reference.head(block)) for block in rows]
-    yield _compared("logits", None, *np.concatenate(squares, axis=1), bound, everyone)
+    yield _compared("logits", None, np.concatenate(squares, axis=1), bound, everyone)
 
 
 def _layer(
@@ -251,21 +266,21 @@ def _layer(
     same = (expert_ids == np.take_along_axis(truth.expert_ids, true_order, 1)).all(axis=1)
     gap = np.where(same | close, 0, truth.router_gap)
     token = int(np.argmax(gap))
-    left_out = int(close.sum())
     yield Comparison(
         "expert_ids",
         layer,
-        error=float(gap[token]),
+        error=_finite(gap[token]),
         bound=own,
         token=token,
-        token_error=float(gap[token]),
-        compared=len(gap) - left_out,
-        close_calls=left_out,
+        token_error=_finite(gap[token]),
+        compared=len(gap),
+        close_calls=int(close.sum()),
+        rerouted=int((close & ~same).sum()),
     )
     weights = np.take_along_axis(ours.expert_weights, order, 1)
     true_weights = np.take_along_axis(truth.expert_weights, true_order, 1)
-    yield _tensor("expert_weights", layer, weights, true_weights, bound, ~close)
-    yield _tensor("output", layer, ours.output, truth.output, bound, ~close)
+    yield _tensor("expert_weights", layer, weights, true_weights, bound, same)
+    yield _tensor("output", layer, ours.output, truth.output, bound, same)
 
 
 def _own_error(
@@ -293,7 +308,7 @@ def _tensor(
     kept: np.ndarray,
 ) -> Comparison:
     """Two tensors [n, ...], of which the `kept` rows count."""
-    return _compared(name, layer, *_squares(ours, truth), bound, kept)
+    return _compared(name, layer, _squares(ours, truth), bound, kept)
 
 
 def _squares(ours: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -306,16 +321,14 @@ def _squares(ours: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def _compared(
     name: str,
     layer: int | None,
-    difference: np.ndarray,
-    size: np.ndarray,
+    squares: np.ndarray,
     bound: float,
     kept: np.ndarray,
 ) -> Comparison:
     """The comparison of two tensors by their `_squares`."""
-    difference, size = np.where(kept, difference, 0), np.where(kept, size, 0)
+    difference, size = np.where(kept, squares, 0)
     # argmax: the first row that is no number, if one is
     token = int(np.argmax(_relative(difference, size)))
-    left_out = int(len(kept) - kept.sum())
     return Comparison(
         name,
         layer,
@@ -323,8 +336,7 @@ def _compared(
         bound=bound,
         token=token,
         token_error=_finite(_relative(difference[token], size[token])),
-        compared=len(kept) - left_out,
-        close_calls=left_out,
+        compared=int(kept.sum()),
     )
 
 

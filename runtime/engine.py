@@ -17,7 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from .artifact import Artifact, Manifest, open_artifact
-from .errors import CancelledError, ContextLengthError, TokenRangeError, UsageError
+from .errors import (
+    CancelledError,
+    ContextLengthError,
+    TokenizerError,
+    TokenRangeError,
+    UsageError,
+)
 from .kv import PageNeeds, available_memory, check_memory, page_needs
 from .library import default_threads, usable_cores
 from .results import Completion, Piece
@@ -141,7 +147,7 @@ class Engine:
         """Answer `prompt`, plain text or token ids, and return when the answer is complete.
 
         `cancel`, when set, ends the answer with finish_reason "cancelled" and what there is of it.
-        Raises ContextLengthError, TokenRangeError, SamplingError, TokenizerError.
+        Raises ContextLengthError, TokenRangeError, SamplingError, TokenizerError, UsageError.
         """
         pieces = list(self.stream(prompt, params, cancel=cancel))
         last = pieces[-1]
@@ -170,6 +176,11 @@ class Engine:
         tokens = self.encode(prompt)
         self._check_prompt(tokens)
         tokenizer = self.tokenizer  # loaded here, so that the worker never waits for it
+        if params.stop_strings and tokenizer.kind is None:
+            raise TokenizerError(
+                "Stop strings end a text, but this model was compiled without a tokenizer and "
+                "gives none; use stop_token_ids."
+            )
         if len(tokens) >= self.context_length:
             raise ContextLengthError(
                 f"A prompt must leave room for an answer: expected fewer than {self.context_length}"

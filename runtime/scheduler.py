@@ -201,15 +201,16 @@ class Worker:
         return parts + rows_wanted
 
     def _forward(self, parts: Sequence[_Part], tables: PageTables) -> Any:
-        tokens, positions, token_seq, rows = [], [], [], []
-        for index, (request, count, wanted) in enumerate(
-            (part.request, part.count, part.rows) for part in parts
-        ):
-            start = request.pages.length
-            tokens += request.tokens[start : start + count]
-            positions += range(start, start + count)
-            token_seq += [index] * count
-            rows += range(len(tokens) - wanted, len(tokens))
+        tokens: list[int] = []
+        positions: list[int] = []
+        token_seq: list[int] = []
+        rows: list[int] = []
+        for index, part in enumerate(parts):
+            start = part.request.pages.length
+            tokens += part.request.tokens[start : start + part.count]
+            positions += range(start, start + part.count)
+            token_seq += [index] * part.count
+            rows += range(len(tokens) - part.rows, len(tokens))
         if len(tokens) == len(parts) == len(rows):
             return self._model.decode(tokens, positions, token_seq, tables)
         return self._model.forward(tokens, positions, token_seq, rows, tables)
@@ -271,7 +272,7 @@ class Worker:
             reason = "stop"
         elif request.generated >= request.max_tokens:
             reason = "length"
-        listed = ()
+        listed: tuple[TokenLogprob, ...] = ()
         if params.logprobs is not None and logprob is not None:
             listed = (
                 TokenLogprob(logprob.token_id, logprob.logprob, logprob.top[: params.logprobs]),

@@ -96,7 +96,10 @@ def main() -> None:
     started = time.perf_counter()
     ll.llama_log_set(_quiet, ctypes.c_void_p(0))
     ll.llama_backend_init()
-    model = ll.llama_model_load_from_file(options["gguf"].encode(), ll.llama_model_default_params())
+    params = ll.llama_model_default_params()
+    # It copies the experts into a layout of its own: with a mapping there would be two of them.
+    params.load_mode = ll.LLAMA_LOAD_MODE_NONE
+    model = ll.llama_model_load_from_file(options["gguf"].encode(), params)
     if not model:
         raise SystemExit("llama.cpp could not load the file")
     result: dict[str, Any] = {}

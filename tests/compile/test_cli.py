@@ -42,7 +42,9 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", "tiny", overrides=SMALL)
+    return write_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "small", "tiny", overrides=SMALL
+    )
 
 
 def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

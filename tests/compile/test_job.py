@@ -190,7 +190,10 @@ class Damage(NamedTuple):
 
 DAMAGES = {
     "truncated weights": Damage(
-        "odd-5", lambda f: truncate(f / "model.safetensors", 1), CheckpointError, "model.safetensors"
+        "odd-5",
+        lambda f: truncate(f / "model.safetensors", 1),
+        CheckpointError,
+        "model.safetensors",
     ),
     "a header of noise": Damage(
         "odd-5",
@@ -220,7 +223,10 @@ DAMAGES = {
         "model.norm.weight",
     ),
     "another dtype": Damage(
-        "odd-5", lambda f: edit_header(f, b'"U8"', b'"I8"'), TensorDtypeError, "must be U8, found I8"
+        "odd-5",
+        lambda f: edit_header(f, b'"U8"', b'"I8"'),
+        TensorDtypeError,
+        "must be U8, found I8",
     ),
     "another shape": Damage(
         "odd-5", lambda f: edit_config(f, vocab_size=18), TensorShapeError, r"\[18, 32\]"
@@ -246,7 +252,9 @@ DAMAGES = {
     "a config that is no JSON": Damage(
         "odd-5", lambda f: (f / "config.json").write_text("{"), ConfigError, "config.json"
     ),
-    "no config": Damage("odd-5", lambda f: (f / "config.json").unlink(), MxforgeError, "config.json"),
+    "no config": Damage(
+        "odd-5", lambda f: (f / "config.json").unlink(), MxforgeError, "config.json"
+    ),
     "an unreadable tokenizer": Damage(
         "odd-5", lambda f: (f / "tokenizer.json").write_text("{}"), TokenizerError, "tokenizer"
     ),
@@ -328,7 +336,9 @@ def test_the_command_exits_with_one_line(arguments, code, odd_checkpoint: Checkp
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "--numerics", "quick"], ["--max", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["a", "b"], ["a", "--numerics", "quick"], ["--max", "x"]]
+)
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -352,7 +362,9 @@ def kill_at(moment: str, command: list[str]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_killed_compilation_leaves_nothing_to_be_seen(odd_checkpoint: Checkpoints, tmp_path: Path):
+def test_a_killed_compilation_leaves_nothing_to_be_seen(
+    odd_checkpoint: Checkpoints, tmp_path: Path
+):
     output = tmp_path / "artifact"
     command = [sys.executable, "-m", "mxforge.compile.cli", str(odd_checkpoint("odd-5"))]
     command += ["--output", str(output)]

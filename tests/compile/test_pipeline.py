@@ -265,9 +265,8 @@ def test_the_kernel_table_is_complete(numerics, compiled: Compiled):
     functions = [name for kernel in manifest.kernels for name in kernel.functions]
     assert len(functions) == len(set(functions))
     assert linear.NAME in names
-    kinds = ("embed", "norm", "rope", "attention", "router", "moe_plan", "gate_up", "down", "gather")
-    kinds += ("copy_pages", "adjust_logits", "sample", "logprobs")
-    for kind in kinds:
+    kinds = "embed norm rope attention router moe_plan gate_up down gather"
+    for kind in (*kinds.split(), "copy_pages", "adjust_logits", "sample", "logprobs"):
         assert any(kind in name for name in names), f"no kernel for {kind} among {sorted(names)}"
     # Window and no window are two kernels, as are the dense layers' shapes.
     attention = [k for k in manifest.kernels if "attention" in k.name]
@@ -334,7 +333,8 @@ import json, sys
 import mxforge
 
 with mxforge.Engine.load(sys.argv[1], context_length=64) as engine:
-    answer = engine.generate([1, 2, 3], mxforge.SamplingParams(max_tokens=4, seed=1, ignore_eos=True))
+    params = mxforge.SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
+    answer = engine.generate([1, 2, 3], params)
     engine.logits([1, 2, 3])
 maps = open("/proc/self/maps").read()
 libraries = sorted({line.split("/")[-1] for line in maps.splitlines() if ".so" in line})

@@ -68,7 +68,9 @@ def test_cuda_without_nvcc_says_what_to_install(monkeypatch, tmp_path: Path):
         resolve("cuda")
 
 
-def test_compiling_for_cuda_without_nvcc_leaves_nothing(odd_checkpoint: Checkpoints, tmp_path: Path):
+def test_compiling_for_cuda_without_nvcc_leaves_nothing(
+    odd_checkpoint: Checkpoints, tmp_path: Path
+):
     result = subprocess.run(
         [sys.executable, "-m", "mxforge.compile.cli", str(odd_checkpoint("odd-5")),
          "--target", "cuda", "--output", str(tmp_path / "artifact")],

@@ -69,7 +69,10 @@ def test_the_second_half_decodes_only(
         ({"batch": 0}, "batch must be"),
         ({"batch": 5}, "at most 4, as compiled"),
         ({"repeats": 0}, "repeats must be"),
-        ({"prompt_tokens": 60, "new_tokens": 4, "context_length": 64}, "less than the context of 64"),
+        (
+            {"prompt_tokens": 60, "new_tokens": 4, "context_length": 64},
+            "less than the context of 64",
+        ),
         ({"prompt_tokens": 10**12}, "less than the context of 8192"),
     ],
 )

@@ -80,9 +80,7 @@ def test_generate_json_is_one_object(text_artifact: Path) -> None:
     assert (again["text"], again["token_ids"]) == (answer["text"], answer["token_ids"])
 
 
-def test_the_answer_is_the_engines(
-    text_artifact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_answer_is_the_engines(text_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("generate", text_artifact, "--prompt", "hello", "--temperature", 0, "--max-tokens", 6)
     _, raw, _ = here(capsys, *common, "--raw", "--json")
     _, chat, _ = here(capsys, *common, "--json")

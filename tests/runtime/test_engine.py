@@ -222,6 +222,31 @@ def test_a_seed_repeats_and_others_differ(engine: Engine) -> None:
     assert answer(None) != answer(None)
 
 
+def test_each_token_is_drawn_by_seed_and_step(engine: Engine) -> None:
+    from mxforge.schedules.sampling import sample_token_ref
+
+    tokens, seed = prompt(8), 2**40 + 5
+    answer = engine.generate(
+        tokens,
+        SamplingParams(
+            max_tokens=30, temperature=1.5, top_k=80, top_p=0.95, seed=seed, ignore_eos=True
+        ),
+    ).token_ids
+    logits = continued(engine, tokens, answer)
+    count = len(logits)
+    ids, _ = sample_token_ref(
+        logits,
+        np.full(count, 1.5, np.float32),
+        np.full(count, 80, np.int32),
+        np.full(count, 0.95, np.float32),
+        np.zeros(count, np.float32),
+        np.tile(np.array([seed & 0xFFFFFFFF, seed >> 32], np.int32), (count, 1)),
+        np.arange(count, dtype=np.int32),
+    )
+    # A draw that falls between two tokens may go either way in f32.
+    assert sum(a == b for a, b in zip(answer, ids.tolist(), strict=True)) >= count - 1
+
+
 # ---------------------------------------------------------------------------- the same answers
 
 
@@ -445,6 +470,11 @@ def test_text_goes_in_and_comes_out(text_engine: Engine) -> None:
     assert answer.usage.prompt_tokens == 3
     assert answer.text == "hello" * 3
     assert answer.token_ids == (hello,) * 3
+    stopped = text_engine.generate(
+        "hello", SamplingParams(bitmask=token_bitmask([0], text_engine.vocab_size))
+    )
+    assert text_engine.tokenizer.token_bytes(0) == b"!"
+    assert (stopped.text, stopped.token_ids, stopped.finish_reason) == ("", (0,), "stop")
     assert text_engine.encode("hello hello") == [hello, *tokenizer.encode(" hello")]
     assert blank != hello
     # What looks special in a text is text.
@@ -601,6 +631,19 @@ def test_a_closed_engine_says_so(load: Load) -> None:
             use()
 
 
+def living_models() -> int:
+    gc.collect()
+    return sum(type(thing) is Model for thing in gc.get_objects())
+
+
+def test_a_closed_engine_frees_its_memory(odd_artifact: Path) -> None:
+    before = living_models()
+    engine = Engine.load(odd_artifact, context_length=64)
+    assert living_models() == before + 1
+    engine.close()
+    assert living_models() == before
+
+
 def test_a_forgotten_engine_gives_its_thread_back(odd_artifact: Path, until: Until) -> None:
     engine = Engine.load(odd_artifact, context_length=64)
     stream = engine.stream([1, 2], ENDLESS)
@@ -739,6 +782,11 @@ def test_absurd_options_are_refused(odd_artifact: Path, options: dict, message: 
 
 def test_the_context_is_at_most_the_models_own(load: Load) -> None:
     assert load(context_length=10**12, max_batch=1).context_length == 131_072
+
+
+def test_stop_strings_need_text(engine: Engine) -> None:
+    with pytest.raises(TokenizerError, match="Stop strings end a text, .* use stop_token_ids"):
+        engine.generate([1], SamplingParams(stop="end"))
 
 
 class NothingIsBuilt:

@@ -134,7 +134,6 @@ def test_the_compiler_is_never_mapped_and_tvm_never_imported(text_artifact: Path
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
-@pytest.mark.parametrize("order", ["import torch, mxforge.library", "import mxforge.library, torch"])
-def test_torch_may_be_imported_before_or_after(order: str) -> None:
-    code = f"{order}\nprint(float(torch.ones(3).sum()), torch.__name__)"
+def test_torch_may_still_be_imported() -> None:
+    code = "import mxforge.library, torch\nprint(float(torch.ones(3).sum()), torch.__name__)"
     assert in_fresh_process(code) == "3.0 torch\n"

@@ -18,7 +18,9 @@ def test_a_message_stands_between_system_and_assistant(harmony: O200kHarmony) ->
     ids = single_turn(harmony, "Why is the sky blue?")
     text = harmony.decode_bytes(ids).decode()
     assert text.startswith("<|start|>system<|message|>You are ChatGPT, ")
-    assert text.endswith("<|end|><|start|>user<|message|>Why is the sky blue?<|end|><|start|>assistant")
+    assert text.endswith(
+        "<|end|><|start|>user<|message|>Why is the sky blue?<|end|><|start|>assistant"
+    )
     special = [harmony.token_bytes(token).decode() for token in ids if token >= 199_998]
     assert special == ["<|start|>", "<|message|>", "<|end|>"] * 2 + ["<|start|>"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mxforge.errors import CancelledError
-from mxforge.kv import page_needs
+from mxforge.kv import PAGE_TOKENS, page_needs
 from mxforge.results import Piece
 from mxforge.sampling import SamplingParams, TokenHistory
 from mxforge.scheduler import LOGITS_CHUNK, MIN_PREFIXES, Request, Worker
@@ -50,7 +50,65 @@ class NotingModel:
             self.copies.append((kind, list(copies)))
 
 
-def make_worker(max_batch: int = 3, prefill_chunk: int = 8) -> tuple[Worker, NotingModel]:
+class RememberingModel(NotingModel):
+    """Keeps in each slot of each page what a sequence was up to there, and says the next token
+    by what the pages hold: any page mixed up or dropped too early changes an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: dict[tuple[str, int, int], int] = {}  # (kind, page, slot) -> past up to there
+
+    def forward(self, tokens, positions, token_seq, rows, tables) -> np.ndarray:
+        super().forward(tokens, positions, token_seq, rows, tables)
+        pasts = []
+        for token, position, row in zip(tokens, positions, token_seq, strict=True):
+            past = self.read("full", tables.full_table[row], 0, position - 1) if position else 0
+            past = extended(past, token)
+            first = tables.sliding_first[row]
+            for kind, table, begin in (
+                ("full", tables.full_table[row], 0),
+                ("sliding", tables.sliding_table[row], first),
+            ):
+                page = int(table[position // PAGE_TOKENS - begin])
+                self.slots[kind, page, position % PAGE_TOKENS] = past
+                for key in range(max(0, position - WINDOW + 1), position):
+                    assert self.read(kind, table, begin, key) == self.read(
+                        "full", tables.full_table[row], 0, key
+                    )
+            pasts.append(past)
+        return np.array([[pasts[row]] * VOCAB for row in rows], np.float64).reshape(-1, VOCAB)
+
+    def read(self, kind: str, table: np.ndarray, first: int, position: int) -> int:
+        page = int(table[position // PAGE_TOKENS - first])
+        return self.slots[kind, page, position % PAGE_TOKENS]
+
+    def sample(self, logits, arguments, logprobs):
+        return [int(row[0]) % VOCAB for row in logits[: len(arguments.step)]], None
+
+    def copy_pages(self, kind: str, copies: Sequence[tuple[int, int]]) -> None:
+        for source, destination in copies:
+            for slot in range(PAGE_TOKENS):
+                self.slots[kind, destination, slot] = self.slots.get((kind, source, slot), -1)
+
+
+def extended(past: int, token: int) -> int:
+    return (past * 31 + token + 1) % 1_000_003
+
+
+def expected_answer(tokens: Sequence[int], count: int) -> list[int]:
+    """What RememberingModel says after `tokens`."""
+    past, answer = 0, []
+    for token in tokens:
+        past = extended(past, token)
+    for _ in range(count):
+        answer.append(past % VOCAB)
+        past = extended(past, answer[-1])
+    return answer
+
+
+def make_worker(
+    max_batch: int = 3, prefill_chunk: int = 8, model: NotingModel | None = None
+) -> tuple[Worker, NotingModel]:
     needs = page_needs(CONTEXT, max_batch, prefill_chunk + max_batch, WINDOW, 1, 1)
     manifest: Any = SimpleNamespace(
         config={"vocab_size": VOCAB, "sliding_window": WINDOW}, stop_token_ids=(STOP,)
@@ -64,7 +122,7 @@ def make_worker(max_batch: int = 3, prefill_chunk: int = 8) -> tuple[Worker, Not
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
     )
-    model = NotingModel()
+    model = model or NotingModel()
     worker._model = model  # type: ignore[assignment]
     return worker, model
 
@@ -280,6 +338,48 @@ def test_a_failed_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     worker.run(ready)
     assert isinstance(ready.get(), MemoryError)
+
+
+@pytest.mark.parametrize(("max_batch", "prefill_chunk"), [(1, 8), (3, 5), (4, 40), (6, 1)])
+def test_hundreds_of_requests_never_see_each_others_pages(
+    max_batch: int, prefill_chunk: int
+) -> None:
+    """Conversations that go on, branch and are cancelled, in pools without a page to spare."""
+    rng = np.random.default_rng([max_batch, prefill_chunk])
+    worker, _model = make_worker(max_batch, prefill_chunk, RememberingModel())
+    past: list[list[int]] = [[]]
+    open_requests: list[Request] = []
+    cached = answered = 0
+    while answered < 150:
+        while len(open_requests) < 2 * max_batch:
+            begin = past[rng.integers(len(past))]
+            begin = begin[: rng.integers(len(begin) + 1)] if rng.random() < 0.5 else begin
+            tokens = [*begin, *rng.integers(0, VOCAB, rng.integers(1, 60)).tolist()]
+            tokens = tokens[: CONTEXT - 20]
+            one = request(tokens, int(rng.integers(1, 20)))
+            open_requests.append(one)
+            worker._requests.put(one)
+        if rng.random() < 0.1:
+            open_requests[rng.integers(len(open_requests))].abandoned.set()
+        worker._receive()
+        for _ in range(rng.integers(1, 30)):
+            worker._step()
+        for one in [r for r in open_requests if r.inbox.qsize()]:
+            if one in worker._running or one in worker._waiting:
+                continue
+            open_requests.remove(one)
+            pieces = received(one)
+            answer = [token for piece in pieces for token in piece.token_ids]
+            assert answer == expected_answer(one.tokens[: one.prompt_length], len(answer))
+            if pieces[-1].finish_reason == "length":
+                answered += 1
+                assert len(answer) == one.max_tokens
+                assert pieces[-1].usage.cached_tokens == one.cached
+            cached += one.cached
+            past.append(one.tokens)
+    run(worker, 10_000)
+    assert cached > 0
+    assert is_clean(worker)
 
 
 def test_large_batches_keep_a_prefix_for_each_sequence() -> None:
