@@ -48,7 +48,9 @@ class Model:
         rows: Sequence[int],
         tables: PageTables,
     ) -> Any:
-        """Logits f32 [len(rows), vocabulary], on the device."""
+        """Logits f32 [len(rows), vocabulary], on the device; without rows, nothing to rely on."""
+        if not rows and not self.library.on_cpu:
+            rows = [0]  # a GPU cannot launch a kernel over nothing
         return self.library["forward"](
             *self._i32(tokens, positions, token_seq, rows),
             *self._tables(tables),
