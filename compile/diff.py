@@ -38,6 +38,7 @@ from mxforge.library import Library, default_threads
 from mxforge.model import kv_shape, layer_kinds, load_weights
 
 from .checkpoint import HFCheckpoint, expected_tensors, layer_prefix
+from .checkpoint.fingerprint import fingerprint
 from .random_checkpoint import random_tokens
 from .reference import LayerTrace, ReferenceModel, rms_norm
 
@@ -220,10 +221,10 @@ def _check_pair(artifact: Artifact, checkpoint: HFCheckpoint) -> None:
             f"{ours.get(key)}, the checkpoint {theirs.get(key)}; give the checkpoint it was "
             "compiled from."
         )
-    if manifest.source.sha256 != checkpoint.sha256():
+    if manifest.source.sha256 != fingerprint(checkpoint):
         raise ArtifactError(
             f"{artifact.path} was not compiled from {checkpoint.path}: the shapes are the same, "
-            "but the files' hash is another; give the checkpoint it was compiled from."
+            "but the weights are others; give the checkpoint it was compiled from."
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +25,7 @@ from mxforge.tokenizer import HARMONY_VOCAB, tokenizer_files
 
 from . import library, pipeline, targets
 from .checkpoint import HFCheckpoint
+from .checkpoint.fingerprint import Fingerprint
 from .checkpoint.hf import HARMONY_STOP_IDS
 from .config import ModelConfig, read_json_object
 from .models.gpt_oss import GptOss, Limits, layer_kind
@@ -57,6 +56,7 @@ class Job:
     target: CompileTarget = field(init=False)
     precision: Precision = field(init=False)
     weights: list[PackedWeight] = field(init=False)
+    fingerprint: Fingerprint = field(init=False)
 
     def __post_init__(self) -> None:
         self.target = targets.resolve(self.target_name)
@@ -74,6 +74,7 @@ class Job:
             # the 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
             self.precision = replace(self.precision, experts="f32")
         self.weights = packed_weights(self.config, self.target.kernels, self.precision)
+        self.fingerprint = Fingerprint(self.config, self._stop_token_ids())
 
     def run(self, folder: Path, force: bool) -> None:
         """Compile into `folder`, which appears complete or not at all."""
@@ -91,9 +92,7 @@ class Job:
                         self.target.kernels.kind, self.target.name, self.target.required_features
                     ),
                     numerics=self.numerics,
-                    precision=PrecisionInfo(
-                        "f32", self.precision.kv_dtype, self.precision.experts
-                    ),
+                    precision=PrecisionInfo("f32", self.precision.kv_dtype, self.precision.experts),
                     limits=ArtifactLimits(
                         self.max_batch, self.prefill_chunk, self.config.max_position_embeddings
                     ),
@@ -162,6 +161,7 @@ class Job:
                         out.write(weight.name, piece)
                         bar.update(piece.nbytes)
                     for source in weight.sources:
+                        self.fingerprint.add(source, self.checkpoint.tensor(source))
                         self.checkpoint.drop(source)
         return tuple(WeightInfo(w.name, w.shape, w.dtype, file, w.fill) for w in self.weights)
 
@@ -183,11 +183,8 @@ class Job:
         return HARMONY_STOP_IDS if self.config.vocab_size == HARMONY_VOCAB else ()
 
     def _source(self) -> SourceInfo:
-        if self.random_weights or self.checkpoint is None:
-            text = json.dumps(self.config.to_dict(), sort_keys=True)
-            return SourceInfo("config", hashlib.sha256(text.encode()).hexdigest())
-        self.announce("hashing the checkpoint")
-        return SourceInfo("huggingface", self.checkpoint.sha256())
+        kind = "config" if self.random_weights else "huggingface"
+        return SourceInfo(kind, self.fingerprint.hexdigest())
 
     def _weights_bytes(self) -> int:
         return sum(weight.nbytes for weight in self.weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -19,15 +20,13 @@ from mxforge.errors import UnscheduledError
 
 from .targets import CompileTarget
 
-Pass = tvm.transform.Pass
-
 
 @dataclass(frozen=True)
 class Phase:
     """A named step; `passes` makes the TVM passes that it runs, in order."""
 
     name: str
-    passes: Callable[[], list[Pass]]
+    passes: Callable[[], list[Any]]
 
 
 @tvm.transform.module_pass(opt_level=0, name="SortShapeStores")
@@ -54,7 +53,7 @@ def _is_shape_function(function: tvm.ir.BaseFunc) -> bool:
 
 PHASES: tuple[Phase, ...] = (
     # The model as written: calls of scheduled kernels on tensors with symbolic shapes.
-    Phase("model", lambda: []),
+    Phase("model", list),
     # Kernels that no function calls, and values that nobody reads.
     Phase("dead-code", lambda: [relax.transform.DeadCodeElimination()]),
     # Calls in destination-passing style: every output becomes an allocation and an argument.
@@ -106,7 +105,7 @@ def lower(
 def build(
     module: tvm.IRModule, target: CompileTarget, dump: Path | None = None
 ) -> relax.VMExecutable:
-    """Machine code of a lowered module: TVM's standard lowering of kernels, then its code generator."""
+    """Machine code of a lowered module: TVM's standard lowering, then its code generator."""
     executable = relax.build(
         module, tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default"
     )
@@ -147,7 +146,10 @@ def kernel_table(module: tvm.IRModule, target: CompileTarget) -> tuple[KernelInf
     for var, function in module.functions.items():
         attributes = function.attrs or {}
         if "mxforge.kernel" in attributes:
-            entry = tuple(str(attributes[f"mxforge.{key}"]) for key in ("kernel", "schedule", "tile"))
+            name, schedule, tile = (
+                str(attributes[f"mxforge.{key}"]) for key in ("kernel", "schedule", "tile")
+            )
+            entry = (name, schedule, tile)
             table.setdefault(entry, []).append(var.name_hint)
     return tuple(
         KernelInfo(name, target.name, schedule, tile, tuple(sorted(functions)))

@@ -12,7 +12,7 @@ Roofline of decoding: 2·rows·k bytes of weights a step, whatever n is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -74,7 +74,7 @@ def packed_shape(target: Target, rows: int, k: int) -> tuple[int, ...]:
     return (padded_rows(rows) // CPU_TILE.rows, k, CPU_TILE.rows)
 
 
-@lru_cache(maxsize=None)
+@cache
 def linear(
     target: Target, *, rows: int, k: int, with_bias: bool = False, with_residual: bool = False
 ) -> tvm.tirx.PrimFunc:

@@ -1,4 +1,6 @@
-"""Second half of an expert, and the mixture: y = residual + Σ_j weight_j · (W[e_j]·h_j + bias[e_j]).
+"""Second half of an expert, and the mixture of the chosen ones.
+
+    y = residual + Σ_j weight_j · (W[e_j]·h_j + bias[e_j])
 
 h f32 [n·top_k, units] in slot order (moe_gate_up.py)  ids i32, weights f32 [n, top_k]
 offsets i32 [experts+1], order i32 [n·top_k] (router.py's plan)
@@ -14,7 +16,7 @@ Roofline of decoding: experts_hit · hidden · units · 17/32 bytes.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -68,7 +70,7 @@ def down_ref(
     return (y,)
 
 
-@lru_cache(maxsize=None)
+@cache
 def down(
     target: Target,
     *,

@@ -110,8 +110,6 @@ def expert_arrays(
     center = 127 - round(np.log2(2.5 * np.sqrt(k)))
     return {
         "blocks": rng.integers(0, 256, (experts, rows, k // BLOCK, 16), dtype=np.uint8),
-        "scales": rng.integers(
-            center - 2, center + 2, (experts, rows, k // BLOCK), dtype=np.uint8
-        ),
+        "scales": rng.integers(center - 2, center + 2, (experts, rows, k // BLOCK), dtype=np.uint8),
         "bias": rng.standard_normal((experts, rows), dtype=np.float32),
     }

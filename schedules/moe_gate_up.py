@@ -3,7 +3,7 @@
     gate, up = even and odd rows;  gate ← min(gate, limit), up ← clamp(up, −limit, limit)
     h = gate · σ(alpha·gate) · (up + 1)                               (gpt-oss, alpha = 1.702)
 
-x f32 [n, hidden]  ids i32 [n, top_k]  offsets i32 [experts+1], order i32 [n·top_k] (router.py's plan)
+x f32 [n, hidden]  ids i32 [n, top_k]  offsets i32 [experts+1], order i32 [n·top_k]: moe_plan's
 blocks, scales: MXFP4 [experts, 2·units, hidden] (layouts in mxfp4.py)  bias f32 [experts, 2·units]
 h f32 [n·top_k, units], in slot order: row t·top_k + j is token t's j-th expert.
 
@@ -16,7 +16,7 @@ Roofline of decoding: experts_hit · 2·units·hidden · 17/32 bytes.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def gate_up_ref(
     return (h,)
 
 
-@lru_cache(maxsize=None)
+@cache
 def gate_up(
     target: Target,
     *,
@@ -88,7 +88,9 @@ def gate_up(
     activations: Activations = "f32",
 ) -> tvm.tirx.PrimFunc:
     """(x | q, x_scale, x_offset; ids, offsets, order, blocks, scales, bias, h), for `target`."""
-    shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units, limit=limit)
+    shape: dict[str, Any] = dict(
+        experts=experts, top_k=top_k, hidden=hidden, units=units, limit=limit
+    )
     if target.is_gpu:
         return bind_items(gate_up_items(**shape), NAME)
     return scheduled(_cpu(activations, **shape), *NAMES[activations], cpu_tile(activations))
@@ -274,9 +276,7 @@ def _pack(
     activations: Activations = "f32",
     **_static: Any,
 ) -> list[np.ndarray]:
-    weights = pack_gate_up(
-        target, inputs["blocks"], inputs["scales"], inputs["bias"], activations
-    )
+    weights = pack_gate_up(target, inputs["blocks"], inputs["scales"], inputs["bias"], activations)
     x = [inputs["x"]]
     if activations == "i8" and not target.is_gpu:
         x = list(quantize_ref(inputs["x"]))

@@ -6,7 +6,7 @@ hold a block, the low nibble first. The weights are never expanded in memory: re
 
 CPU layouts, both in groups of 32 rows whose order the caller chooses (`row_order`):
 
-  f32 activations   [experts, groups, k/2, 32]: byte (i, r) holds inputs 2i (low), 2i+1 (high) of row r
+  f32 activations   [experts, groups, k/2, 32]: byte (i, r) holds inputs 2i (low), 2i+1 (high)
   i8 activations    [experts, groups, k/8, 128]: byte (i, 64v+4r+j) holds inputs 8i+j (low) and
                     8i+4+j (high) of row 16v+r: the operand order of a 4-byte dot product
   scales, both      [experts, groups, k/32, 32]
@@ -81,9 +81,7 @@ def packed_shapes(
     """Shapes of packed blocks and scales on the CPU."""
     groups = rows // GROUP
     blocks = (
-        (experts, groups, k // 2, GROUP)
-        if activations == "f32"
-        else (experts, groups, k // 8, 128)
+        (experts, groups, k // 2, GROUP) if activations == "f32" else (experts, groups, k // 8, 128)
     )
     return blocks, (experts, groups, k // BLOCK, GROUP)
 
@@ -106,9 +104,7 @@ def nibble_value(nibble: Any) -> Any:
 def scale_value(scale: Any) -> Any:
     """f32 2^(scale − 127) of a uint8 expression; scale 0 is the denormal 2^-127."""
     bits = T.shift_left(T.Cast("uint32", scale), T.uint32(23))
-    return T.reinterpret(
-        "float32", T.Select(bits == T.uint32(0), T.uint32(0x00400000), bits)
-    )
+    return T.reinterpret("float32", T.Select(bits == T.uint32(0), T.uint32(0x00400000), bits))
 
 
 def _half_bits(low: bool, byte: Any) -> Any:
@@ -194,9 +190,7 @@ def _lookup(index: Any) -> Any:
 
 def _dot4(acc: Any, weights: Any, x: Any) -> Any:
     """16 lanes of acc + Σ of four u8·i8 products."""
-    return T.call_llvm_pure_intrin(
-        "int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, weights, x
-    )
+    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, weights, x)
 
 
 def dot_i8(k: int) -> Any:
@@ -243,9 +237,9 @@ def dot_i8(k: int) -> Any:
             for t in T.unroll(tokens):
                 for v in T.unroll(2):
                     for lane in T.vectorized(LANES):
-                        acc[(t * 2 + v) * LANES + lane] = acc[
-                            (t * 2 + v) * LANES + lane
-                        ] + T.Cast("float32", part[(t * 2 + v) * LANES + lane]) * (
+                        acc[(t * 2 + v) * LANES + lane] = acc[(t * 2 + v) * LANES + lane] + T.Cast(
+                            "float32", part[(t * 2 + v) * LANES + lane]
+                        ) * (
                             x[1][row[t], b]
                             * scale_value(scales[expert, group, b, v * LANES + lane])
                         )

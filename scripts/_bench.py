@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,34 @@ class Probe:
     def flush_caches(self) -> None:
         """Read enough other memory that nothing useful is left in any cache."""
         self._read()
+
+
+@contextlib.contextmanager
+def beside(probe: Probe) -> Iterator[dict[str, Any]]:
+    """Fills in, when the body has ended, what stood beside it.
+
+    bandwidth_gb_s    right before and right after
+    others_cpu_cores  how many cores were busy for neither this process nor its children
+    """
+    found: dict[str, Any] = {}
+    before = probe.read_gb_s()
+    busy, own, started = _busy_seconds(), sum(os.times()[:4]), time.perf_counter()
+    yield found
+    seconds = time.perf_counter() - started
+    now, own = _busy_seconds(), sum(os.times()[:4]) - own
+    others = None if busy is None or now is None else max(0.0, (now - busy - own) / seconds)
+    found["bandwidth_gb_s"] = [round(before, 2), round(probe.read_gb_s(), 2)]
+    found["others_cpu_cores"] = others
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of all processes together since boot, stolen ones included."""
+    try:
+        line = Path("/proc/stat").read_text().split("\n", 1)[0]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, line.split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def matrix_gflop_s(size: int = 2048, repeats: int = 5) -> float:

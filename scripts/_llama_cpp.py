@@ -1,4 +1,4 @@
-"""Times llama.cpp on one GGUF in this process, and prints one JSON object.
+"""Times llama.cpp on one GGUF in this process, and prints its samples as JSON.
 
 Everything goes through llama.cpp's C interface: between two steps there is only the choice of the
 likeliest token. Called by scripts/bench with a JSON object of options.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as ll
 import numpy as np
+from _bench import Probe, beside
 
 CHUNK = 512
 
@@ -102,29 +106,60 @@ def main() -> None:
     model = ll.llama_model_load_from_file(options["gguf"].encode(), params)
     if not model:
         raise SystemExit("llama.cpp could not load the file")
-    result: dict[str, Any] = {}
-    rng = np.random.default_rng(options["seed"])
-
-    def prompt(length: int) -> list[int]:
-        return rng.integers(0, options["vocab_size"], length).tolist()
-
     common = {"context": options["context_length"], "threads": options["threads"]}
     context = Context(model, sequences=1, **common)
-    result["load_s"] = time.perf_counter() - started
-    context.prefill(prompt(16))
-    result["first_token_s"] = time.perf_counter() - started
-    for length in options["prefill"]:
-        result[f"prefill_{length}"] = context.prefill_tok_s(prompt(length))
+    load_s = time.perf_counter() - started
+    context.prefill([1] * 16)
+    once = {
+        "first_token_s": [time.perf_counter() - started],
+        "load_s": [load_s],
+        "peak_rss_bytes": [_peak_rss()],  # before the probe's own memory
+    }
+    context.close()
+    probe = Probe()
+    samples = []
+    for seed in options["seeds"]:
+        samples.append(once | sample(model, probe, seed, options, common))
+        once = {}
+    print(json.dumps(samples))
+
+
+def sample(
+    model: Any, probe: Probe, seed: int, options: dict[str, Any], common: dict[str, Any]
+) -> dict[str, Any]:
+    """Every figure once, each with what stood beside it."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Any] = {}
     new_tokens = options["new_tokens"]
-    result["decode_1"] = context.decode_tok_s([prompt(options["decode_prompt"])], new_tokens)
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return rng.integers(0, options["vocab_size"], (count, length)).tolist()
+
+    def measure(name: str, figure: Callable[[], float]) -> None:
+        with beside(probe) as around:
+            tok_s = figure()
+        found[name] = {"tok_s": tok_s, **around}
+
+    context = Context(model, sequences=1, **common)
+    context.prefill(prompts(1, 16)[0])  # wakes what sleeps until the first step
+    for length in options["prefill"]:
+        (prompt,) = prompts(1, length)
+        measure(f"prefill_{length}", partial(context.prefill_tok_s, prompt))
+    alone = prompts(1, options["decode_prompt"])
+    measure("decode_1", partial(context.decode_tok_s, alone, new_tokens))
     context.close()
     for batch in options["batches"]:
-        context = Context(model, sequences=batch, **common)
-        prompts = [prompt(16) for _ in range(batch)]
-        context.decode_tok_s(prompts, 1)
-        result[f"decode_{batch}"] = context.decode_tok_s(prompts, max(1, new_tokens // 2))
-        context.close()
-    print(json.dumps(result))
+        together = Context(model, sequences=batch, **common)
+        several = prompts(batch, 16)
+        together.decode_tok_s(several, 1)
+        measure(f"decode_{batch}", partial(together.decode_tok_s, several, max(1, new_tokens // 2)))
+        together.close()
+    return found
+
+
+def _peak_rss() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[0]) * 1024
 
 
 if __name__ == "__main__":

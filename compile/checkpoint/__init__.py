@@ -38,10 +38,6 @@ class Checkpoint(Protocol):
         """Compare all names, shapes and dtypes with the config; CheckpointError's subclasses."""
         ...
 
-    def sha256(self) -> str:
-        """Hash of everything that the compiled artifact depends on."""
-        ...
-
 
 __all__ = [
     "Checkpoint",

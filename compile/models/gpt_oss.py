@@ -19,7 +19,7 @@ one tensor [pages, 2, kv_heads, 16·head_dim] a layer, updated in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ from ..weights import PackedWeight
 
 ABI_VERSION = 1
 KINDS = ("sliding", "full")
+
+Weights = Mapping[str, Expr]  # by name
 TOP_LOGPROBS = sampling.TOP
 
 
@@ -117,7 +119,9 @@ class GptOss:
 
     # -- the model ----------------------------------------------------------------------------
 
-    def forward(self, tokens: Expr, step: Step, rows: Expr | None, kv: list, w: dict) -> Expr:
+    def forward(
+        self, tokens: Expr, step: Step, rows: Expr | None, kv: Sequence[Expr], w: Weights
+    ) -> Expr:
         x = self.embed(tokens, step.count, w)
         for layer in range(self.config.num_hidden_layers):
             x = self.layer(layer_kind(self.config, layer), x, step, kv[layer], layer_of(w, layer))[
@@ -133,7 +137,7 @@ class GptOss:
             return self.head(x, asked, w)
         return self.head(x, step.count, w)
 
-    def embed(self, tokens: Expr, n: Any, w: dict) -> Expr:
+    def embed(self, tokens: Expr, n: Any, w: Weights) -> Expr:
         hidden = self.config.hidden_size
         return self.call(
             embedding.embed(self.target, hidden=hidden),
@@ -141,13 +145,13 @@ class GptOss:
             self.f32(n, hidden),
         )
 
-    def layer(self, kind: str, x: Expr, step: Step, kv: Expr, w: dict) -> tuple[Expr, ...]:
+    def layer(self, kind: str, x: Expr, step: Step, kv: Expr, w: Weights) -> tuple[Expr, ...]:
         """One layer on x f32 [n, hidden]; returns its stages, the layer's output last."""
         x = attended = self.attention_block(kind, x, step, kv, w)
         ids, expert_weights, x = self.moe_block(x, step, w)
         return attended, ids, expert_weights, x
 
-    def attention_block(self, kind: str, x: Expr, step: Step, kv: Expr, w: dict) -> Expr:
+    def attention_block(self, kind: str, x: Expr, step: Step, kv: Expr, w: Weights) -> Expr:
         c, n = self.config, step.count
         queries = c.num_attention_heads * c.head_dim
         tables = step.tables[kind]
@@ -194,7 +198,7 @@ class GptOss:
             self.f32(n, c.hidden_size),
         )
 
-    def moe_block(self, x: Expr, step: Step, w: dict) -> tuple[Expr, Expr, Expr]:
+    def moe_block(self, x: Expr, step: Step, w: Weights) -> tuple[Expr, Expr, Expr]:
         c, n = self.config, step.count
         top_k = c.num_experts_per_tok
         h = self.norm(x, w["post_attention_layernorm.weight"], n)  # [hidden]
@@ -249,7 +253,7 @@ class GptOss:
         )
         return ids, expert_weights, x
 
-    def head(self, x: Expr, n: Any, w: dict) -> Expr:
+    def head(self, x: Expr, n: Any, w: Weights) -> Expr:
         c = self.config
         return self.call(
             linear.linear(self.target, rows=c.vocab_size, k=c.hidden_size),
@@ -465,26 +469,28 @@ class GptOss:
             for weight in weights
         }
 
-    def _function(self, name: str, params: list[Var], bounds: dict[str, int]):
+    def _function(self, name: str, params: list[Var], bounds: dict[str, int]) -> Any:
         attributes = {"tir_var_upper_bound": bounds} if bounds else {}
         return self.builder.function(name, params, attrs=attributes, private=False)
 
     def _output(self, value: Expr) -> None:
         self.builder.emit_func_output(value)
 
-    def call(self, kernel: tvm.tirx.PrimFunc, args: list, *out: TensorType) -> Any:
+    def call(self, kernel: tvm.tirx.PrimFunc, args: Sequence[Expr], *out: TensorType) -> Any:
         """Emit one kernel; a tuple of outputs where there are several."""
         emitted = self.builder.emit(relax.call_tir(self._add(kernel), args, list(out)))
         if len(out) == 1:
             return emitted
-        return tuple(
-            self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(len(out))
-        )
+        return tuple(self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(len(out)))
 
     def call_inplace(
-        self, kernel: tvm.tirx.PrimFunc, args: list, updated: int, out: TensorType | None = None
+        self,
+        kernel: tvm.tirx.PrimFunc,
+        args: Sequence[Expr],
+        updated: int,
+        out: TensorType | None = None,
     ) -> Any:
-        """Emit a kernel that updates argument `updated`; returns (fresh output, updated) or updated.
+        """Emit a kernel that updates argument `updated`; returns that, or (fresh output, that).
 
         The updated tensor must be used afterwards, or the call is dropped as dead code.
         """
@@ -520,7 +526,7 @@ def layer_kind(config: ModelConfig, layer: int) -> str:
     return "sliding" if config.layer_types[layer] == SLIDING else "full"
 
 
-def layer_of(weights: dict[str, Any], layer: int) -> dict[str, Any]:
+def layer_of(weights: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """The layer's weights by their names within the layer."""
     prefix = f"model.layers.{layer}."
     return {

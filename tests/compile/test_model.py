@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -317,30 +319,33 @@ def test_sampled_tokens_do_not_depend_on_what_else_is_in_the_batch(compiled: Com
     assert [together[index] for index in range(5)] == alone
 
 
-@pytest.mark.parametrize("common", [1, 15, 16, 17, 40, 63])
-def test_a_known_prefix_changes_nothing(common, compiled: Compiled):
-    """odd-2 has full layers and a window of 20: a prefix may end inside a page and a window."""
-    with Engine.load(compiled("odd-2"), context_length=CONTEXT, max_batch=2) as one:
+# odd-4 has a window of 128: nothing of 64 positions is dropped. odd-2 has one of 20: once 64
+# positions are computed, only prefixes of more than 50 still have the window before them.
+@pytest.mark.parametrize(
+    ("name", "common", "cached"),
+    [("odd-4", n, n) for n in (1, 15, 16, 17, 40, 63)] + [("odd-2", 40, 0), ("odd-2", 60, 60)],
+)
+def test_a_known_prefix_changes_nothing(name, common, cached, compiled: Compiled):
+    """Prefixes that end inside a page and at its edges, continued in two ways."""
+    params = dataclasses.replace(greedy(20), logprobs=0)
+
+    def answer(one: Engine, prompt: list[int]) -> tuple[tuple[int, ...], np.ndarray, int]:
+        completion = one.generate(prompt, params)
+        assert completion.logprobs is not None
+        chosen = np.array([token.logprob for token in completion.logprobs])
+        return completion.token_ids, chosen, completion.usage.cached_tokens
+
+    with Engine.load(compiled(name), context_length=CONTEXT, max_batch=2) as one:
         first = tokens_of(one, 64, seed=1)
-        second = first[:common] + tokens_of(one, 64 - common, seed=2)
-        fresh = one.generate(second, greedy(20))
-        assert fresh.usage.cached_tokens == 0
-    with Engine.load(compiled("odd-2"), context_length=CONTEXT, max_batch=2) as one:
-        one.generate(first, greedy(5))
-        branched = one.generate(second, greedy(20))
-        repeated = one.generate(second, greedy(20))
-        untouched = one.generate(first, greedy(5))
-    assert branched.token_ids == repeated.token_ids == fresh.token_ids
-    assert repeated.usage.cached_tokens == 63
-    assert untouched.usage.cached_tokens == 63
-
-
-def test_a_prefix_is_used_where_the_window_still_covers_it(engine):
-    one = engine("odd-4")  # window 128: nothing of 64 positions was dropped
-    first = tokens_of(one, 64, seed=21)
-    one.generate(first, greedy(2))
-    second = first[:50] + tokens_of(one, 10, seed=22)
-    assert one.generate(second, greedy(2)).usage.cached_tokens == 50
+        second = [*first[:common], *tokens_of(one, 64 - common, seed=2)]
+        fresh = answer(one, second)
+    with Engine.load(compiled(name), context_length=CONTEXT, max_batch=2) as one:
+        original, branched = answer(one, first), answer(one, second)
+        repeated, untouched = answer(one, second), answer(one, first)
+    assert [fresh[2], original[2], branched[2], repeated[2], untouched[2]] == [0, 0, cached, 63, 63]
+    for ours, truth in ((branched, fresh), (repeated, fresh), (untouched, original)):
+        assert ours[0] == truth[0]
+        assert np.abs(ours[1] - truth[1]).max() <= 1e-4
 
 
 # -- 120b shapes -----------------------------------------------------------------------------------
@@ -374,15 +379,20 @@ def test_128_experts_agree(numerics, small_120b: Path, tmp_path: Path):
         assert relative_error(logits, ReferenceModel(small_120b).logits(tokens)) <= EXACT
 
 
+@pytest.fixture(scope="module")
+def real_120b(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("120b-2layers")
+    yield write_checkpoint(folder / "checkpoint", "120b-2layers", seed=1)
+    shutil.rmtree(folder)  # 5.7 GB that pytest would keep
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
-def test_120b_shapes_agree(numerics, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.getbasetemp() / "120b-2layers"
-    if not folder.exists():
-        write_checkpoint(folder, "120b-2layers", seed=1)
-    artifact = compile_model(folder, output=tmp_path / "artifact", numerics=numerics)
-    report = compare(artifact, folder, tokens=40)
+def test_120b_shapes_agree(numerics, real_120b: Path, tmp_path: Path):
+    artifact = compile_model(real_120b, output=tmp_path / "artifact", numerics=numerics)
+    try:
+        report = compare(artifact, real_120b, tokens=40)
+    finally:
+        shutil.rmtree(artifact)
     report.check()
     assert report.routed == 80
-    for weights in artifact.glob("*.safetensors"):  # 5.7 GB that nothing needs any more
-        weights.unlink()
