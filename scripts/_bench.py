@@ -120,22 +120,51 @@ class Probe:
         self._read()
 
 
+QUIET_CORES = 0.2  # what others may take of the CPU while something is measured
+
+
+def wait_for_quiet(patience_s: float) -> None:
+    """Sleep until others take less than QUIET_CORES for a second, or patience ends."""
+    deadline = time.perf_counter() + patience_s
+    while time.perf_counter() < deadline:
+        others = _OthersCpu()
+        time.sleep(1)
+        if (others.cores() or 0) < QUIET_CORES:
+            return
+
+
+class _OthersCpu:
+    """How many cores were busy for neither this process nor its children, since it was made."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._started = self._now()
+
+    def cores(self) -> float | None:
+        """None where the system does not tell."""
+        busy, own, at = self._now()
+        if busy is None or self._busy is None:
+            return None
+        return max(0.0, (busy - self._busy - own + self._own) / (at - self._started))
+
+    @staticmethod
+    def _now() -> tuple[float | None, float, float]:
+        return _busy_seconds(), sum(os.times()[:4]), time.perf_counter()
+
+
 @contextlib.contextmanager
-def beside(probe: Probe) -> Iterator[dict[str, Any]]:
-    """Fills in, when the body has ended, what stood beside it.
+def beside(probe: Probe, patience_s: float = 0) -> Iterator[dict[str, Any]]:
+    """Waits for a quiet moment; fills in, when the body has ended, what stood beside it.
 
     bandwidth_gb_s    right before and right after
     others_cpu_cores  how many cores were busy for neither this process nor its children
     """
+    wait_for_quiet(patience_s)
     found: dict[str, Any] = {}
     before = probe.read_gb_s()
-    busy, own, started = _busy_seconds(), sum(os.times()[:4]), time.perf_counter()
+    others = _OthersCpu()
     yield found
-    seconds = time.perf_counter() - started
-    now, own = _busy_seconds(), sum(os.times()[:4]) - own
-    others = None if busy is None or now is None else max(0.0, (now - busy - own) / seconds)
+    found["others_cpu_cores"] = others.cores()
     found["bandwidth_gb_s"] = [round(before, 2), round(probe.read_gb_s(), 2)]
-    found["others_cpu_cores"] = others
 
 
 def _busy_seconds() -> float | None:

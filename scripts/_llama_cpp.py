@@ -136,7 +136,7 @@ def sample(
         return rng.integers(0, options["vocab_size"], (count, length)).tolist()
 
     def measure(name: str, figure: Callable[[], float]) -> None:
-        with beside(probe) as around:
+        with beside(probe, options["patience_s"]) as around:
             tok_s = figure()
         found[name] = {"tok_s": tok_s, **around}
 
