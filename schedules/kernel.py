@@ -76,7 +76,6 @@ class Kernel:
     inplace: names of the inputs that the kernel updates; the reference returns their new value
         after the fresh outputs
     outputs(inputs, **static) -> [(shape, dtype)] of the fresh outputs, in the PrimFunc's order
-    unpack(target, outputs, **static) -> outputs in the reference's layout, where it differs
     needs: CPU features without which the kernel has no schedule
     """
 
@@ -88,7 +87,6 @@ class Kernel:
     cases: tuple[Case, ...]
     pack: Callable[..., list[np.ndarray]] = _as_stored
     inplace: tuple[str, ...] = ()
-    unpack: Callable[..., list[np.ndarray]] | None = None
     targets: tuple[TargetKind, ...] = TARGET_KINDS
     needs: frozenset[str] = frozenset()
 

@@ -124,9 +124,8 @@ class GptOss:
     ) -> Expr:
         x = self.embed(tokens, step.count, w)
         for layer in range(self.config.num_hidden_layers):
-            x = self.layer(layer_kind(self.config, layer), x, step, kv[layer], layer_of(w, layer))[
-                -1
-            ]
+            kind = layer_kind(self.config, layer)
+            *_stages, x = self.layer(kind, x, step, kv[layer], layer_of(w, layer))
         if rows is not None:
             asked = rows.ty.shape[0]
             x = self.call(

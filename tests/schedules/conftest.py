@@ -57,8 +57,7 @@ class Harness:
         self.compiled(build(target, **static))(*packed, *fresh)
         names = list(inputs)
         updated = [packed[names.index(name)] for name in kernel.inplace]
-        results = [tensor.numpy() for tensor in (*fresh, *updated)]
-        return kernel.unpack(target, results, **static) if kernel.unpack else results
+        return [tensor.numpy() for tensor in (*fresh, *updated)]
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
