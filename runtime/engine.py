@@ -39,6 +39,8 @@ _workers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Request 
     weakref.WeakKeyDictionary()
 )
 
+DEFAULT_CONTEXT = 8192  # tokens; a model with less takes its own
+
 
 @atexit.register
 def _stop_workers() -> None:
@@ -56,7 +58,7 @@ class Engine:
         artifact: Artifact,
         *,
         threads: int | None = None,
-        context_length: int = 8192,
+        context_length: int = DEFAULT_CONTEXT,
         max_batch: int | None = None,
         prefill_chunk: int | None = None,
     ) -> None:
@@ -64,9 +66,7 @@ class Engine:
         self.manifest: Manifest = manifest
         self.threads = _checked_threads(threads)
         self.vocab_size = int(manifest.config["vocab_size"])
-        self.context_length = _checked_limit(
-            "context_length", context_length, manifest.limits.context, clamp=True
-        )
+        self.context_length = _checked_context(context_length, manifest.limits.context)
         self.prefill_chunk = _checked_limit(
             "prefill_chunk",
             manifest.limits.prefill_chunk if prefill_chunk is None else prefill_chunk,
@@ -106,14 +106,15 @@ class Engine:
         cls,
         path: str | Path,
         threads: int | None = None,
-        context_length: int = 8192,
+        context_length: int = DEFAULT_CONTEXT,
         max_batch: int | None = None,
         prefill_chunk: int | None = None,
     ) -> Engine:
         """Load the artifact in the folder `path`.
 
         threads         CPU threads for the kernels; None: every core this process may use
-        context_length  most tokens of one sequence, prompt and answer; at most the model's own
+        context_length  most tokens of one sequence, prompt and answer; at most the model's own,
+                        to which the default fits itself
         max_batch       sequences that run at once; None: as many as memory allows, up to the
                         number that the artifact was compiled for
         prefill_chunk   most prompt tokens in one step; None: what it was compiled for
@@ -339,12 +340,18 @@ def _checked_threads(threads: int | None) -> int:
     return threads
 
 
-def _checked_limit(name: str, value: int, most: int, clamp: bool = False) -> int:
+def _checked_context(value: int, most: int) -> int:
+    return (
+        most if value == DEFAULT_CONTEXT > most else _checked_limit("context_length", value, most)
+    )
+
+
+def _checked_limit(name: str, value: int, most: int) -> int:
     if type(value) is not int or value < 1:
         raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
-    if value > most and not clamp:
+    if value > most:
         raise UsageError(f"{name} must be at most {most}, as compiled; found {value}.")
-    return min(value, most)
+    return value
 
 
 def _fit(

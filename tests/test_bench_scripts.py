@@ -58,12 +58,6 @@ def speed(engines: list[str], samples: list[dict[str, Any]]) -> dict[str, Any]:
         "target": "cpu:avx512vnni",
         "numerics": "fast",
         "context_length": 8192,
-        "memory_plan": {
-            "weights_bytes": 13 << 30,
-            "kv_bytes_per_page_full": 1 << 20,
-            "kv_bytes_per_page_sliding": 1 << 20,
-            "workspace_bytes": 0,
-        },
         "bytes_per_step": {engine: {"1": 3.0e9} for engine in engines},
         "matrix_gflop_s": 200.0,
         "prefill_flops_per_token": 6_000_000_000,

@@ -757,6 +757,7 @@ def test_parameters_have_to_fit_the_vocabulary(engine: Engine) -> None:
         ({"context_length": 0}, "context_length must be a whole number of at least 1, found 0"),
         ({"context_length": 1.5}, "found 1.5"),
         ({"max_batch": 0}, "max_batch must be a whole number"),
+        ({"context_length": 131_073}, "context_length must be at most 131072, as compiled"),
         ({"max_batch": 5}, "max_batch must be at most 4, as compiled; found 5"),
         ({"prefill_chunk": 33}, "prefill_chunk must be at most 32"),
     ],
@@ -766,8 +767,14 @@ def test_absurd_options_are_refused(odd_artifact: Path, options: dict, message: 
         Engine.load(odd_artifact, **options)
 
 
-def test_the_context_is_at_most_the_models_own(load: Load) -> None:
-    assert load(context_length=10**12, max_batch=1).context_length == 131_072
+def test_the_default_context_fits_itself_to_the_model(odd_artifact: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "short"
+    shutil.copytree(odd_artifact, artifact)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["limits"]["context"] = 4096
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    with Engine.load(artifact) as engine:
+        assert engine.context_length == 4096
 
 
 def test_stop_strings_need_text(engine: Engine) -> None:
