@@ -17,7 +17,8 @@ The library does, for each row of logits (float32 [vocabulary]), in this order:
     8. draw           from softmax(z) of what is kept, by (seed, step): the same seed, step and
                       logits give the same token, whatever else is in the batch
 
-Tokens that tie with the last one kept are kept too. schedules/sampling.py has the NumPy reference.
+Tokens that tie with the last one kept are kept too. The NumPy references are in
+schedules/adjust_logits.py and schedules/sample_token.py.
 Log-probabilities are those of the raw logits, before step 1.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adjust_logits import ADJUST_LOGITS
 from .attention import PAGED_ATTENTION
 from .embedding import EMBED
 from .gather import GATHER_ROWS
@@ -15,7 +16,8 @@ from .quantize import QUANTIZE
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE
 from .router import MOE_PLAN, ROUTER_TOPK
-from .sampling import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
+from .sample_token import SAMPLE_TOKEN
+from .token_logprobs import TOKEN_LOGPROBS
 
 # In the order in which a token meets them.
 KERNELS: dict[str, Kernel] = {

@@ -1,6 +1,7 @@
 """Elementary functions as float32 expressions, without a call into any math library.
 
     exp_f32, sigmoid_f32, log_f32, sin_f32, cos_f32      float32 expression -> float32 expression
+    order_key                                            float32 expression -> int32 expression
 
 Each is a plain Python function over expressions, to be called inside TVMScript, on scalars and
 in T.vectorized loops alike. They use float32 and int32 arithmetic only: the same formula runs on
@@ -43,6 +44,11 @@ HALF_PI_3_UNIT = 2.0**-20
 HALF_PI_REST = 3.139165e-07
 TWO_OVER_PI = 0.6366198
 SINCOS_LIMIT = 1.5 * 2.0**17  # |x| for which k stays below 2¹⁷
+
+# Keys order float32 values as integers: NaN < -inf < … < -0 = 0 < … < +inf < NaN.
+KEY_NONE = -(2**31)  # below every key
+KEY_MINUS_INF = -0x7F800000
+KEY_PLUS_INF = 0x7F800000
 
 
 def bind(value: Expr, body: Callable[[Any], Expr]) -> Expr:
@@ -198,3 +204,12 @@ def sin_f32(x: Expr) -> Expr:
 def cos_f32(x: Expr) -> Expr:
     """cos x within 1e-7 absolute for |x| ≤ SINCOS_LIMIT; no meaning for an infinite x."""
     return _sine(x, 1)
+
+
+def order_key(x: Expr) -> Expr:
+    """The int32 that orders a float32 expression: sign and magnitude to two's complement.
+
+    Conditions on keys hold even where a compiler assumes that NaN and infinity do not occur.
+    """
+    bits = T.reinterpret("int32", x)
+    return T.Select(bits < 0, 0 - T.bitwise_and(bits, T.int32(0x7FFFFFFF)), bits)

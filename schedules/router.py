@@ -5,7 +5,7 @@
     logits f32 [n, experts] -> ids i32 [n, top_k], weights f32 [n, top_k]
 
 Descending; of equal logits the lower expert id comes first, so a prefill chunk and a single token
-agree. Logits are ordered as integers (see sampling.order_key): a NaN gives NaN weights, but ids
+agree. Logits are ordered as integers (see math.order_key): a NaN gives NaN weights, but ids
 that are distinct and in range.
 
 `moe_plan`: the slots (token t's choice j is slot t·top_k + j) sorted by expert, stably.
@@ -25,8 +25,7 @@ import numpy as np
 import tvm
 
 from .kernel import Case, Kernel, T, Target, bind_items, parallel_items, scheduled
-from .math import exp_f32
-from .sampling import KEY_NONE, order_key
+from .math import KEY_NONE, exp_f32, order_key
 
 TOPK_NAME = "f32_router_topk"
 PLAN_NAME = "moe_plan"

@@ -28,6 +28,7 @@ from tvm import relax
 from tvm.relax import BlockBuilder, Expr, TensorType, Var
 
 from mxforge.schedules import (
+    adjust_logits,
     attention,
     embedding,
     gather,
@@ -40,7 +41,8 @@ from mxforge.schedules import (
     rms_norm,
     rope,
     router,
-    sampling,
+    sample_token,
+    token_logprobs,
 )
 from mxforge.schedules.kernel import Target
 
@@ -52,7 +54,7 @@ ABI_VERSION = 1
 KINDS = ("sliding", "full")
 
 Weights = Mapping[str, Expr]  # by name
-TOP_LOGPROBS = sampling.TOP
+TOP_LOGPROBS = token_logprobs.TOP
 
 
 @dataclass(frozen=True)
@@ -342,12 +344,12 @@ class GptOss:
         ]
         with self._function("sample", [logits, *draw, *edits], {"m": self.limits.max_batch}):
             adjusted = self.call(
-                sampling.adjust_logits(self.target, vocab=vocab),
+                adjust_logits.adjust_logits(self.target, vocab=vocab),
                 [logits, *edits],
                 self.f32(m, vocab),
             )
             ids, _scratch = self.call(
-                sampling.sample_token(self.target, vocab=vocab),
+                sample_token.sample_token(self.target, vocab=vocab),
                 [adjusted, *draw],
                 self.i32(m),
                 self.f32(m, vocab),
@@ -359,7 +361,7 @@ class GptOss:
         logits, ids = Var("logits", self.f32(m, vocab)), Var("ids", self.i32(m))
         with self._function("logprobs", [logits, ids], {"m": self.limits.max_batch}):
             results = self.call(
-                sampling.token_logprobs(self.target, vocab=vocab),
+                token_logprobs.token_logprobs(self.target, vocab=vocab),
                 [logits, ids],
                 self.f32(m),
                 self.i32(m, TOP_LOGPROBS),

@@ -5,16 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mxforge.schedules.sampling import (
-    ADJUST_LOGITS,
-    SAMPLE_TOKEN,
-    TOKEN_LOGPROBS,
-    TOP,
-    adjust_logits_ref,
-    sample_token_ref,
-    threefry_ref,
-    uniform_ref,
-)
+from mxforge.schedules.adjust_logits import ADJUST_LOGITS, adjust_logits_ref
+from mxforge.schedules.sample_token import SAMPLE_TOKEN, sample_token_ref, threefry_ref, uniform_ref
 
 FLOAT_BELOW_8 = np.nextafter(np.float32(8), np.float32(0))
 
@@ -246,18 +238,7 @@ def test_absurd_parameters_neither_hang_nor_leave_the_vocabulary(sample, values)
     assert ((ids >= -1) & (ids < 40)).all()
 
 
-# ---------------------------------------------------------------------- edits, and in sequence
-
-
-def edits(rows: list[tuple[int, int, int, int, float]]) -> dict[str, np.ndarray]:
-    """(row, token, seen, count, bias) of each."""
-    columns = zip(*rows, strict=True) if rows else [()] * 5
-    names = ("edit_row", "edit_token", "edit_seen", "edit_count", "edit_bias")
-    kinds = (np.int32,) * 4 + (np.float32,)
-    return {
-        name: np.array(column, kind)
-        for name, column, kind in zip(names, columns, kinds, strict=True)
-    }
+# ---------------------------------------------------------------------------- after the edits
 
 
 def bitmask(allowed: list[list[int]], vocab: int) -> np.ndarray:
@@ -267,24 +248,17 @@ def bitmask(allowed: list[list[int]], vocab: int) -> np.ndarray:
     return np.packbits(bits, axis=1, bitorder="little").view(np.int32)
 
 
-def test_penalties_and_bias_by_hand(harness):
-    inputs = {
-        "logits": np.array([[2.0, -2.0, 2.0, -np.inf, 5.0]], np.float32),
-        **edits([(0, 0, 1, 0, 0.0), (0, 1, 1, 3, 0.0), (0, 2, 0, 0, -1.5), (0, 3, 1, 1, 9.0)]),
-        "penalties": np.array([[2.0, 0.25, 0.125]], np.float32),
-        "mask_row": np.array([-1], np.int32),
-        "bitmask": np.zeros((0, 1), np.int32),
-    }
-    (out,) = harness.run(ADJUST_LOGITS, inputs, {"vocab": 5})
-    assert out[0].tolist() == [1.0, -4.0 - 3 * 0.125 - 0.25, 0.5, -np.inf, 5.0]
-
-
 def test_masked_tokens_are_never_drawn(harness, sample):
     vocab, rows = 97, 500
     allowed = [[96], [0, 31, 32, 63, 64]]
+    one = np.ones(rows, np.int32)
     inputs = {
         "logits": np.random.default_rng(10).standard_normal((rows, vocab)).astype(np.float32),
-        **edits([(row, 1, 1, 1, 100.0) for row in range(rows)]),  # a bias does not unmask
+        "edit_row": np.arange(rows, dtype=np.int32),
+        "edit_token": one,
+        "edit_seen": one,
+        "edit_count": one,
+        "edit_bias": np.full(rows, 100, np.float32),  # a bias does not unmask
         "penalties": np.tile(np.array([1.0, 0.0, 0.0], np.float32), (rows, 1)),
         "mask_row": (np.arange(rows) % 2).astype(np.int32),
         "bitmask": bitmask(allowed, vocab),
@@ -294,24 +268,3 @@ def test_masked_tokens_are_never_drawn(harness, sample):
     ids, _ = sample(out, temperature=2.0)
     assert set(ids[::2]) == {96}
     assert set(ids[1::2]) == set(allowed[1])
-
-
-# --------------------------------------------------------------------------- log-probabilities
-
-
-def test_log_probabilities_of_equal_logits(harness):
-    inputs = {"logits": np.full((2, 1500), 7.0, np.float32), "ids": np.array([1499, 3], np.int32)}
-    chosen, top_ids, top_values = harness.run(TOKEN_LOGPROBS, inputs, {"vocab": 1500})
-    np.testing.assert_allclose(chosen, -np.log(1500), rtol=1e-6)
-    np.testing.assert_allclose(top_values, -np.log(1500), rtol=1e-6)
-    assert top_ids.tolist() == [list(range(TOP))] * 2
-
-
-def test_log_probability_of_the_certain_token_is_zero(harness):
-    logits = np.full((1, 40), -np.inf, np.float32)
-    logits[0, 20] = 1e4
-    inputs = {"logits": logits, "ids": np.array([20], np.int32)}
-    chosen, top_ids, top_values = harness.run(TOKEN_LOGPROBS, inputs, {"vocab": 40})
-    assert chosen.tolist() == [0.0]
-    assert top_ids[0].tolist() == [20] + [-1] * (TOP - 1)
-    assert top_values[0].tolist() == [0.0] + [-np.inf] * (TOP - 1)

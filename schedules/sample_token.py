@@ -1,0 +1,408 @@
+"""Draw one token a row, by temperature, top-k, top-p and min-p.
+
+m rows are sampled together; V is the vocabulary.
+
+    logits f32 [m, V], temperature f32 [m], top_k i32 [m], top_p f32 [m], min_p f32 [m],
+    seed i32 [m, 2], step i32 [m]
+    -> ids i32 [m], weights f32 [m, V]
+
+Temperature 0 takes the largest logit, the lowest id of equals. Otherwise a token's weight is
+exp((logit - max logit) / temperature), and weights become 0 outside of, one after the other,
+
+    top_k    the k largest logits (k ≤ 0 or k ≥ V: off)
+    top_p    the fewest largest weights whose sum is at least top_p times the sum of the weights
+             that top_k left (top_p ≥ 1: off; the largest weight always stays)
+    min_p    weights of at least min_p times the largest (min_p ≤ 0: off)
+
+Tokens that tie with the last one kept are kept too. The token drawn is the first, in order of
+ids, at which the running sum of weights exceeds u times their sum, where u in [0, 1) is the top
+24 bits of the first word of Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3"), key = seed, counter = (step, 0). So a token depends on its row's
+logits, parameters, seed and step alone, not on what else is in the batch.
+
+`weights` is what was drawn from, unnormalized (1 at the chosen token at temperature 0); it is
+also the kernel's working memory. A row with a NaN or +inf logit, or with nothing but -inf, gets
+id -1 and weights 0.
+
+Logits are never sorted: every threshold is found by bisection over the integers that order
+float32 values, in O(V) a step. A row is one work item: results do not depend on the number of
+threads. On GPUs one thread works on one row; correct, not tuned.
+
+Roofline: memory. V = 201,088 is 0.8 MB a row, which stays in the L2 cache over the passes.
+"""
+
+# ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import tvm
+
+from .kernel import Case, Kernel, T, Target, bind_items, parallel_items
+from .math import KEY_MINUS_INF, exp_f32, order_key
+from .rows import (
+    Columns,
+    largest_finder,
+    random_logits,
+    row_lanes,
+    spoil_logits,
+    tie_logits,
+    usable,
+)
+
+NAME = "sample_token"
+
+ONE_BITS = 0x3F800000  # of 1 in float32
+
+THREEFRY_PARITY = 0x1BD11BDA
+# Rotations of the four rounds of a group, lowest byte first.
+ROTATIONS_EVEN = 13 | 15 << 8 | 26 << 16 | 6 << 24
+ROTATIONS_ODD = 17 | 29 << 8 | 16 << 16 | 24 << 24
+
+
+def threefry_ref(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
+    """Threefry-2x32-20 of u32 [2] and u32 [2] -> u32 [2]."""
+    k = [int(key[0]), int(key[1]), int(key[0]) ^ int(key[1]) ^ THREEFRY_PARITY]
+    a, b = (int(counter[0]) + k[0]) % 2**32, (int(counter[1]) + k[1]) % 2**32
+    for group in range(5):
+        for rotation in (ROTATIONS_ODD if group % 2 else ROTATIONS_EVEN).to_bytes(4, "little"):
+            a = (a + b) % 2**32
+            b = ((b << rotation | b >> (32 - rotation)) % 2**32) ^ a
+        a = (a + k[(group + 1) % 3]) % 2**32
+        b = (b + k[(group + 2) % 3] + group + 1) % 2**32
+    return np.array([a, b], np.uint32)
+
+
+def uniform_ref(seed: np.ndarray, step: int) -> float:
+    """The uniform number that sample_token draws with; seed i32 [2]."""
+    counter = np.array([step, 0], np.int32).view(np.uint32)
+    return int(threefry_ref(seed.view(np.uint32), counter)[0] >> 8) / 2**24
+
+
+def sample_token_ref(
+    logits: np.ndarray,
+    temperature: np.ndarray,
+    top_k: np.ndarray,
+    top_p: np.ndarray,
+    min_p: np.ndarray,
+    seed: np.ndarray,
+    step: np.ndarray,
+    **_static: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The module's rules with sorting, in float64."""
+    m, vocab = logits.shape
+    ids = np.full(m, -1, np.int32)
+    weights = np.zeros((m, vocab))
+    for row in range(m):
+        x = logits[row].astype(np.float64)
+        if not x.max() < np.inf or x.max() == -np.inf:
+            continue
+        if temperature[row] == 0:
+            ids[row] = x.argmax()
+            weights[row, ids[row]] = 1
+            continue
+        w = np.exp((x - x.max()) / np.float64(temperature[row]))
+        if 0 < top_k[row] < vocab:
+            w[x < np.sort(x)[-top_k[row]]] = 0
+        if top_p[row] < 1:
+            descending = np.sort(w)[::-1]
+            enough = np.cumsum(descending) >= np.float64(top_p[row]) * w.sum()
+            w[w < descending[enough.argmax()]] = 0
+        w[w < min_p[row]] = 0
+        running = np.cumsum(w)
+        ids[row] = (running > uniform_ref(seed[row], step[row]) * running[-1]).argmax()
+        weights[row] = w
+    return ids, weights
+
+
+@T.inline
+def _threefry(x, key, turn):
+    """x u32 [2], the counter, becomes the random words; key u32 [3], the third is made here.
+
+    turn u32 [1] is scratch: the rotation of a round, a byte of its group's four.
+    """
+    key[2] = T.bitwise_xor(T.bitwise_xor(key[0], key[1]), T.uint32(THREEFRY_PARITY))
+    x[0] = x[0] + key[0]
+    x[1] = x[1] + key[1]
+    for group in T.serial(5):
+        for i in T.serial(4):
+            turn[0] = T.Select(group % 2 == 0, T.uint32(ROTATIONS_EVEN), T.uint32(ROTATIONS_ODD))
+            turn[0] = T.bitwise_and(T.shift_right(turn[0], T.Cast("uint32", 8 * i)), T.uint32(31))
+            x[0] = x[0] + x[1]
+            x[1] = T.bitwise_xor(
+                T.bitwise_or(
+                    T.shift_left(x[1], turn[0]), T.shift_right(x[1], T.uint32(32) - turn[0])
+                ),
+                x[0],
+            )
+        x[0] = x[0] + key[(group + 1) % 3]
+        x[1] = x[1] + key[(group + 2) % 3] + T.Cast("uint32", group + 1)
+
+
+def _middle(low: Any, high: Any) -> Any:
+    """⌈(low + high) / 2⌉ of int32 expressions, without overflow."""
+    return T.bitwise_or(low, high) - T.shift_right(T.bitwise_xor(low, high), 1)
+
+
+@cache
+def sample_token_items(*, vocab: int, lanes: int = 1) -> tvm.tirx.PrimFunc:
+    """One item is one row; vectors are `lanes` wide."""
+    every = Columns(vocab, lanes)
+    chunks = every.chunks
+    find_largest = largest_finder(vocab, lanes)
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(
+        lp: T.handle, tp: T.handle, kp: T.handle, pp: T.handle, np_: T.handle, sp: T.handle,
+        cp: T.handle, ip: T.handle, wp: T.handle,
+    ):  # fmt: skip
+        m = T.int64()
+        logits = T.match_buffer(lp, (m, vocab), "float32")
+        temperature = T.match_buffer(tp, (m,), "float32")
+        top_k = T.match_buffer(kp, (m,), "int32")
+        top_p = T.match_buffer(pp, (m,), "float32")
+        min_p = T.match_buffer(np_, (m,), "float32")
+        seed = T.match_buffer(sp, (m, 2), "int32")
+        step = T.match_buffer(cp, (m,), "int32")
+        ids = T.match_buffer(ip, (m,), "int32")
+        weights = T.match_buffer(wp, (m, vocab), "float32")
+        for r in T.serial(m):
+            with T.sblock("item"):
+                row = T.axis.spatial(m, r)
+                # `weights` is not listed as read: an item reads only what it wrote itself, and a
+                # block that reads what it writes is not accepted as parallel.
+                T.reads(
+                    logits[row, 0:vocab], temperature[row], top_k[row], top_p[row], min_p[row],
+                    seed[row, 0:2], step[row],
+                )  # fmt: skip
+                T.writes(ids[row], weights[row, 0:vocab])
+                key = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+                column = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+                smallest = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+                count = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+                part = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+                sums = T.sblock_alloc_buffer((chunks,), "float32", scope="local")
+                low = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                high = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                middle = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                enough = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                running = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                chunk = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                bound = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                word = T.sblock_alloc_buffer((2,), "uint32", scope="local")
+                cipher_key = T.sblock_alloc_buffer((3,), "uint32", scope="local")
+                turn = T.sblock_alloc_buffer((1,), "uint32", scope="local")
+
+                @T.inline
+                def clear(first, width):
+                    for lane in T.vectorized(width):
+                        weights[row, first + lane] = T.float32(0)
+
+                @T.inline
+                def count_keys(first, width):  # of at least `middle`
+                    for lane in T.vectorized(width):
+                        count[lane] = count[lane] + T.Select(
+                            order_key(logits[row, first + lane]) >= middle[0], 1, 0
+                        )
+
+                @T.inline
+                def weigh(first, width):  # what has a key of at least `low`
+                    for lane in T.vectorized(width):
+                        weights[row, first + lane] = T.Select(
+                            order_key(logits[row, first + lane]) >= low[0],
+                            exp_f32(
+                                (logits[row, first + lane] - logits[row, column[0]])
+                                / temperature[row]
+                            ),
+                            T.float32(0),
+                        )
+
+                @T.inline
+                def cut(first, width):  # weights whose bits are less than those of `low`
+                    for lane in T.vectorized(width):
+                        weights[row, first + lane] = T.Select(
+                            T.reinterpret("int32", weights[row, first + lane]) >= low[0],
+                            weights[row, first + lane],
+                            T.float32(0),
+                        )
+
+                @T.inline
+                def add(first, width):  # weights whose bits are at least `middle`
+                    for lane in T.vectorized(width):
+                        part[lane] = part[lane] + T.Select(
+                            T.reinterpret("int32", weights[row, first + lane]) >= middle[0],
+                            weights[row, first + lane],
+                            T.float32(0),
+                        )
+
+                @T.inline
+                def add_all():  # sums by chunk, and total, of weights of at least `middle`
+                    total[0] = T.float32(0)
+                    for c in T.serial(chunks):
+                        for lane in T.vectorized(lanes):
+                            part[lane] = T.float32(0)
+                        every.run(add, c)
+                        sums[c] = T.float32(0)
+                        for lane in T.serial(lanes):
+                            sums[c] = sums[c] + part[lane]
+                        total[0] = total[0] + sums[c]
+
+                find_largest(logits, row, key, column, smallest)
+                ids[row] = -1
+                if not usable(key[0], smallest[0]) or temperature[row] == T.float32(0):
+                    for c in T.serial(chunks):
+                        every.run(clear, c)
+                    if usable(key[0], smallest[0]):
+                        ids[row] = column[0]
+                        weights[row, column[0]] = T.float32(1)
+                else:
+                    # top_k: the largest key that at least k logits reach.
+                    low[0] = KEY_MINUS_INF + 1
+                    if top_k[row] > 0 and top_k[row] < vocab:
+                        high[0] = key[0]
+                        for _bit in T.serial(32):
+                            if low[0] < high[0]:
+                                middle[0] = _middle(low[0], high[0])
+                                for lane in T.vectorized(lanes):
+                                    count[lane] = 0
+                                for c in T.serial(chunks):
+                                    every.run(count_keys, c)
+                                for lane in T.serial(1, lanes):
+                                    count[0] = count[0] + count[lane]
+                                if count[0] >= top_k[row]:
+                                    low[0] = middle[0]
+                                else:
+                                    high[0] = middle[0] - 1
+                    for c in T.serial(chunks):
+                        every.run(weigh, c)
+                    # top_p: the largest weight at which the sum down to it is enough. Weights are
+                    # positive and at most 1, so their bits order them.
+                    low[0] = 1
+                    if top_p[row] < T.float32(1):
+                        middle[0] = 1
+                        add_all()
+                        enough[0] = top_p[row] * total[0]
+                        high[0] = ONE_BITS
+                        for _bit in T.serial(32):
+                            if low[0] < high[0]:
+                                middle[0] = _middle(low[0], high[0])
+                                add_all()
+                                if total[0] >= enough[0]:
+                                    low[0] = middle[0]
+                                else:
+                                    high[0] = middle[0] - 1
+                    if min_p[row] > T.float32(0):
+                        low[0] = T.max(low[0], T.min(T.reinterpret("int32", min_p[row]), ONE_BITS))
+                    for c in T.serial(chunks):
+                        every.run(cut, c)
+                    middle[0] = 1
+                    add_all()
+                    # The draw: the last chunk, and in it the last token, that has weight and
+                    # before which the running sum does not exceed u·total. Rounding cannot make
+                    # it miss: there is always one.
+                    cipher_key[0] = T.Cast("uint32", seed[row, 0])
+                    cipher_key[1] = T.Cast("uint32", seed[row, 1])
+                    word[0] = T.Cast("uint32", step[row])
+                    word[1] = T.uint32(0)
+                    _threefry(word, cipher_key, turn)
+                    bound[0] = (
+                        T.Cast("float32", T.shift_right(word[0], T.uint32(8)))
+                        * T.float32(2.0**-24)
+                        * total[0]
+                    )
+                    running[0] = T.float32(0)
+                    total[0] = T.float32(0)
+                    chunk[0] = 0
+                    for c in T.serial(chunks):
+                        if sums[c] > T.float32(0) and total[0] <= bound[0]:
+                            chunk[0] = c
+                            running[0] = total[0]
+                        total[0] = total[0] + sums[c]
+                    for i in T.serial(every.end(chunk[0]) - every.begin(chunk[0])):
+                        if (
+                            weights[row, every.begin(chunk[0]) + i] > T.float32(0)
+                            and running[0] <= bound[0]
+                        ):
+                            ids[row] = every.begin(chunk[0]) + i
+                        running[0] = running[0] + weights[row, every.begin(chunk[0]) + i]
+
+    return main
+
+
+@cache
+def sample_token(target: Target, *, vocab: int) -> tvm.tirx.PrimFunc:
+    """(logits, temperature, top_k, top_p, min_p, seed, step, ids, weights) -> None, scheduled for
+    `target`."""
+    schedule = bind_items if target.is_gpu else parallel_items
+    return schedule(sample_token_items(vocab=vocab, lanes=row_lanes(target)), NAME)
+
+
+# (temperature, top_k, top_p, min_p) of the rows of a case
+_PLAIN = ((1.0, 0, 1.0, 0.0),)
+_ALL = (
+    (0.0, 0, 1.0, 0.0),
+    (0.0, 5, 0.5, 0.5),
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 10, 1.0, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (1.3, 0, 1.0, 0.05),
+    (2.0, 40, 0.8, 0.01),
+    (0.01, 0, 0.9, 0.0),
+    (100.0, 0, 0.999, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 0, 0.0, 0.0),
+    (1.0, 0, 1.0, 1.0),
+    (1.0, 10**9, 1.0, 0.0),
+)
+
+
+def _case(
+    name: str,
+    vocab: int,
+    rows: tuple[tuple[float, int, float, float], ...] = _ALL,
+    edit: Callable[[np.ndarray], None] = lambda logits: None,
+) -> Case:
+    """One row for each set of parameters; `edit` changes the logits in place."""
+
+    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        logits = random_logits(rng, len(rows), vocab)
+        edit(logits)
+        temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+        return {
+            "logits": logits,
+            "temperature": np.array(temperature, np.float32),
+            "top_k": np.array(top_k, np.int32),
+            "top_p": np.array(top_p, np.float32),
+            "min_p": np.array(min_p, np.float32),
+            "seed": rng.integers(-(2**31), 2**31, (len(rows), 2), dtype=np.int32),
+            "step": rng.integers(0, 131_072, len(rows), dtype=np.int32),
+        }
+
+    return Case(name, {"vocab": vocab}, inputs, bytes=8 * len(rows) * vocab)
+
+
+CASES = (
+    _case("every parameter, partial chunk", 1500),
+    _case("equal logits", 40, edit=tie_logits),
+    _case("NaN, +inf, -inf", 40, edit=spoil_logits),
+    _case("fewer tokens than lanes", 5),
+    _case("one token", 1),
+    _case("gpt-oss vocabulary", 201_088, _PLAIN),
+)
+
+SAMPLE_TOKEN = Kernel(
+    NAME,
+    build=sample_token,
+    items=sample_token_items,
+    reference=sample_token_ref,
+    outputs=lambda inputs, **_: [
+        (inputs["temperature"].shape, "int32"),
+        (inputs["logits"].shape, "float32"),
+    ],
+    cases=CASES,
+)
