@@ -12,10 +12,11 @@ from .kv_copy import KV_COPY_PAGES
 from .linear import LINEAR
 from .moe_down import DOWN, DOWN_I8
 from .moe_gate_up import GATE_UP, GATE_UP_I8
+from .moe_plan import MOE_PLAN
 from .quantize import QUANTIZE
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE
-from .router import MOE_PLAN, ROUTER_TOPK
+from .router_topk import ROUTER_TOPK
 from .sample_token import SAMPLE_TOKEN
 from .token_logprobs import TOKEN_LOGPROBS
 

@@ -3,7 +3,7 @@
     y = residual + Σ_j weight_j · (W[e_j]·h_j + bias[e_j])
 
 h f32 [n·top_k, units] in slot order (moe_gate_up.py)  ids i32, weights f32 [n, top_k]
-offsets i32 [experts+1], order i32 [n·top_k] (router.py's plan)
+offsets i32 [experts+1], order i32 [n·top_k]: moe_plan's
 blocks, scales: MXFP4 [experts, hidden, units] (layouts in mxfp4.py)  bias f32 [experts, hidden]
 residual, y f32 [n, hidden]
 

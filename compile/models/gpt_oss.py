@@ -37,10 +37,11 @@ from mxforge.schedules import (
     linear,
     moe_down,
     moe_gate_up,
+    moe_plan,
     quantize,
     rms_norm,
     rope,
-    router,
+    router_topk,
     sample_token,
     token_logprobs,
 )
@@ -213,13 +214,13 @@ class GptOss:
             self.f32(n, c.num_local_experts),
         )
         ids, expert_weights = self.call(
-            router.router_topk(self.target, experts=c.num_local_experts, top_k=top_k),
+            router_topk.router_topk(self.target, experts=c.num_local_experts, top_k=top_k),
             [logits],
             self.i32(n, top_k),
             self.f32(n, top_k),
         )
         offsets, order = self.call(
-            router.moe_plan(self.target, experts=c.num_local_experts, top_k=top_k),
+            moe_plan.moe_plan(self.target, experts=c.num_local_experts, top_k=top_k),
             [ids],
             self.i32(c.num_local_experts + 1),
             self.i32(n * top_k),
