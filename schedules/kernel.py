@@ -10,7 +10,7 @@ Kernel names carry types: f32_ is the activation, bf16w_ or mxfp4w_ the weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -99,6 +99,15 @@ class TileConfig:
         return ",".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
+def parameter(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """The next parameter of the PrimFunc in whose body this stands.
+
+    For parameters that only some variants of a PrimFunc have: an `if` over Python values decides.
+    Where all are always there, the signature lists them.
+    """
+    return T.arg(name, T.Buffer(shape, dtype))
+
+
 def scheduled(
     func: tvm.tirx.PrimFunc, kernel: str, schedule: str, tile: TileConfig | None = None
 ) -> tvm.tirx.PrimFunc:
@@ -161,5 +170,6 @@ __all__ = [
     "TileConfig",
     "bind_items",
     "parallel_items",
+    "parameter",
     "scheduled",
 ]

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, TileConfig, bind_items, scheduled
+from .kernel import Case, Kernel, T, Target, TileConfig, bind_items, parameter, scheduled
 
 NAME = "bf16w_linear"
 
@@ -86,47 +86,19 @@ def linear(
 
 
 def _with_options(body, rows: int, k: int, weight_shape, bias: bool, residual: bool):
-    """The four signatures around one body; `body(x, w, b, r, y, n)` ignores what is absent."""
-    if bias and residual:
+    """The PrimFunc around `body(x, w, b, r, y, n)`; b or r is None where it is absent."""
 
-        @T.prim_func(s_tir=True, private=True)
-        def main(xp: T.handle, wp: T.handle, bp: T.handle, rp: T.handle, yp: T.handle):
-            n = T.int64()
-            x = T.match_buffer(xp, (n, k), "float32")
-            w = T.match_buffer(wp, weight_shape, "bfloat16")
-            b = T.match_buffer(bp, (rows,), "float32")
-            r = T.match_buffer(rp, (n, rows), "float32")
-            y = T.match_buffer(yp, (n, rows), "float32")
-            body(x, w, b, r, y, n)
-    elif bias:
-
-        @T.prim_func(s_tir=True, private=True)
-        def main(xp: T.handle, wp: T.handle, bp: T.handle, yp: T.handle):
-            n = T.int64()
-            x = T.match_buffer(xp, (n, k), "float32")
-            w = T.match_buffer(wp, weight_shape, "bfloat16")
-            b = T.match_buffer(bp, (rows,), "float32")
-            y = T.match_buffer(yp, (n, rows), "float32")
-            body(x, w, b, b, y, n)
-    elif residual:
-
-        @T.prim_func(s_tir=True, private=True)
-        def main(xp: T.handle, wp: T.handle, rp: T.handle, yp: T.handle):
-            n = T.int64()
-            x = T.match_buffer(xp, (n, k), "float32")
-            w = T.match_buffer(wp, weight_shape, "bfloat16")
-            r = T.match_buffer(rp, (n, rows), "float32")
-            y = T.match_buffer(yp, (n, rows), "float32")
-            body(x, w, r, r, y, n)
-    else:
-
-        @T.prim_func(s_tir=True, private=True)
-        def main(xp: T.handle, wp: T.handle, yp: T.handle):
-            n = T.int64()
-            x = T.match_buffer(xp, (n, k), "float32")
-            w = T.match_buffer(wp, weight_shape, "bfloat16")
-            y = T.match_buffer(yp, (n, rows), "float32")
-            body(x, w, x, x, y, n)
+    @T.prim_func(s_tir=True, private=True)
+    def main():
+        n = T.int64()
+        x = parameter("x", (n, k), "float32")
+        w = parameter("w", weight_shape, "bfloat16")
+        if bias:
+            b = parameter("b", (rows,), "float32")
+        if residual:
+            r = parameter("r", (n, rows), "float32")
+        y = parameter("y", (n, rows), "float32")
+        body(x, w, b if bias else None, r if residual else None, y, n)
 
     return main
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .kernel import Case, Kernel, T, Target, bind_items, parameter, scheduled
 from .moe_experts import cpu_tile, expert_arrays, expert_walk, routing
 from .mxfp4 import (
     BLOCK,
@@ -117,64 +117,28 @@ def _cpu(
         store=store,
     )
 
-    if activations == "f32":
-
-        @T.prim_func(s_tir=True, private=True)
-        def main(
-            xp: T.handle,
-            ip: T.handle,
-            gp: T.handle,
-            fp: T.handle,
-            rp: T.handle,
-            wp: T.handle,
-            sp: T.handle,
-            bp: T.handle,
-            dp: T.handle,
-            yp: T.handle,
-        ):
-            n = T.int64()
-            h = T.match_buffer(xp, (n * top_k, units), "float32")
-            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
-            weights = T.match_buffer(gp, (n, top_k), "float32")
-            offsets = T.match_buffer(fp, (experts + 1,), "int32")
-            order = T.match_buffer(rp, (n * top_k,), "int32")
-            w = T.match_buffer(wp, blocks_shape, "uint8")
-            s = T.match_buffer(sp, scales_shape, "uint8")
-            bias = T.match_buffer(bp, (experts, hidden), "float32")
-            residual = T.match_buffer(dp, (n, hidden), "float32")
-            y = T.match_buffer(yp, (n, hidden), "float32")
-            walk((h,), offsets, order, w, s, y, (residual, weights, bias))
-    else:
-
-        @T.prim_func(s_tir=True, private=True)
-        def main(
-            qp: T.handle,
-            cp: T.handle,
-            op: T.handle,
-            ip: T.handle,
-            gp: T.handle,
-            fp: T.handle,
-            rp: T.handle,
-            wp: T.handle,
-            sp: T.handle,
-            bp: T.handle,
-            dp: T.handle,
-            yp: T.handle,
-        ):
-            n = T.int64()
-            q = T.match_buffer(qp, (n * top_k, units), "int8")
-            q_scale = T.match_buffer(cp, (n * top_k, units // BLOCK), "float32")
-            q_offset = T.match_buffer(op, (n * top_k, units // BLOCK), "int32")
-            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
-            weights = T.match_buffer(gp, (n, top_k), "float32")
-            offsets = T.match_buffer(fp, (experts + 1,), "int32")
-            order = T.match_buffer(rp, (n * top_k,), "int32")
-            w = T.match_buffer(wp, blocks_shape, "uint8")
-            s = T.match_buffer(sp, scales_shape, "uint8")
-            bias = T.match_buffer(bp, (experts, hidden), "float32")
-            residual = T.match_buffer(dp, (n, hidden), "float32")
-            y = T.match_buffer(yp, (n, hidden), "float32")
-            walk((q, q_scale, q_offset), offsets, order, w, s, y, (residual, weights, bias))
+    @T.prim_func(s_tir=True, private=True)
+    def main():
+        n = T.int64()
+        if activations == "f32":
+            h = parameter("h", (n * top_k, units), "float32")
+        else:
+            q = parameter("q", (n * top_k, units), "int8")
+            q_scale = parameter("q_scale", (n * top_k, units // BLOCK), "float32")
+            q_offset = parameter("q_offset", (n * top_k, units // BLOCK), "int32")
+        parameter("ids", (n, top_k), "int32")
+        weights = parameter("weights", (n, top_k), "float32")
+        offsets = parameter("offsets", (experts + 1,), "int32")
+        order = parameter("order", (n * top_k,), "int32")
+        w = parameter("w", blocks_shape, "uint8")
+        s = parameter("s", scales_shape, "uint8")
+        bias = parameter("bias", (experts, hidden), "float32")
+        residual = parameter("residual", (n, hidden), "float32")
+        y = parameter("y", (n, hidden), "float32")
+        walk(
+            (h,) if activations == "f32" else (q, q_scale, q_offset),
+            offsets, order, w, s, y, (residual, weights, bias),
+        )  # fmt: skip
 
     return main
 

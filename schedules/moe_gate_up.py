@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .kernel import Case, Kernel, T, Target, bind_items, parameter, scheduled
 from .math import sigmoid_f32
 from .moe_experts import cpu_tile, expert_arrays, expert_walk, routing
 from .mxfp4 import (
@@ -136,56 +136,26 @@ def _cpu(
         store=store,
     )
 
-    if activations == "f32":
-
-        @T.prim_func(s_tir=True, private=True)
-        def main(
-            xp: T.handle,
-            ip: T.handle,
-            fp: T.handle,
-            rp: T.handle,
-            wp: T.handle,
-            sp: T.handle,
-            bp: T.handle,
-            hp: T.handle,
-        ):
-            n = T.int64()
-            x = T.match_buffer(xp, (n, hidden), "float32")
-            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
-            offsets = T.match_buffer(fp, (experts + 1,), "int32")
-            order = T.match_buffer(rp, (n * top_k,), "int32")
-            w = T.match_buffer(wp, blocks_shape, "uint8")
-            s = T.match_buffer(sp, scales_shape, "uint8")
-            bias = T.match_buffer(bp, (experts, 2 * units), "float32")
-            h = T.match_buffer(hp, (n * top_k, units), "float32")
-            walk((x,), offsets, order, w, s, h, bias)
-    else:
-
-        @T.prim_func(s_tir=True, private=True)
-        def main(
-            qp: T.handle,
-            cp: T.handle,
-            op: T.handle,
-            ip: T.handle,
-            fp: T.handle,
-            rp: T.handle,
-            wp: T.handle,
-            sp: T.handle,
-            bp: T.handle,
-            hp: T.handle,
-        ):
-            n = T.int64()
-            q = T.match_buffer(qp, (n, hidden), "int8")
-            q_scale = T.match_buffer(cp, (n, hidden // BLOCK), "float32")
-            q_offset = T.match_buffer(op, (n, hidden // BLOCK), "int32")
-            ids = T.match_buffer(ip, (n, top_k), "int32")  # noqa: F841
-            offsets = T.match_buffer(fp, (experts + 1,), "int32")
-            order = T.match_buffer(rp, (n * top_k,), "int32")
-            w = T.match_buffer(wp, blocks_shape, "uint8")
-            s = T.match_buffer(sp, scales_shape, "uint8")
-            bias = T.match_buffer(bp, (experts, 2 * units), "float32")
-            h = T.match_buffer(hp, (n * top_k, units), "float32")
-            walk((q, q_scale, q_offset), offsets, order, w, s, h, bias)
+    @T.prim_func(s_tir=True, private=True)
+    def main():
+        n = T.int64()
+        if activations == "f32":
+            x = parameter("x", (n, hidden), "float32")
+        else:
+            q = parameter("q", (n, hidden), "int8")
+            q_scale = parameter("q_scale", (n, hidden // BLOCK), "float32")
+            q_offset = parameter("q_offset", (n, hidden // BLOCK), "int32")
+        parameter("ids", (n, top_k), "int32")
+        offsets = parameter("offsets", (experts + 1,), "int32")
+        order = parameter("order", (n * top_k,), "int32")
+        w = parameter("w", blocks_shape, "uint8")
+        s = parameter("s", scales_shape, "uint8")
+        bias = parameter("bias", (experts, 2 * units), "float32")
+        h = parameter("h", (n * top_k, units), "float32")
+        walk(
+            (x,) if activations == "f32" else (q, q_scale, q_offset),
+            offsets, order, w, s, h, bias,
+        )  # fmt: skip
 
     return main
 
