@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mxforge.artifact import (
-    ArtifactWriter,
+from mxforge.machine import host_system
+from mxforge.manifest import (
     KernelInfo,
     Manifest,
     MemoryPlan,
@@ -20,10 +20,11 @@ from mxforge.artifact import (
     TokenizerInfo,
     WeightInfo,
 )
-from mxforge.artifact import Limits as ArtifactLimits
+from mxforge.manifest import Limits as ArtifactLimits
 from mxforge.tokenizer import HARMONY_VOCAB, tokenizer_files
 
 from . import library, pipeline, targets
+from .artifact_writer import ArtifactWriter
 from .checkpoint import HFCheckpoint
 from .checkpoint.fingerprint import Fingerprint
 from .checkpoint.hf import HARMONY_STOP_IDS
@@ -89,7 +90,10 @@ class Job:
                     name=self.name,
                     config=self.config.to_dict(),
                     target=TargetInfo(
-                        self.target.kernels.kind, self.target.name, self.target.required_features
+                        self.target.kernels.kind,
+                        self.target.name,
+                        self.target.required_features,
+                        host_system(),
                     ),
                     numerics=self.numerics,
                     precision=PrecisionInfo("f32", self.precision.kv_dtype, self.precision.experts),

@@ -15,8 +15,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from mxforge.artifact import KernelInfo
 from mxforge.errors import UnscheduledError
+from mxforge.manifest import KernelInfo
 
 from .targets import CompileTarget
 

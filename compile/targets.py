@@ -10,13 +10,13 @@ The names:
 
 from __future__ import annotations
 
-import platform
 import shutil
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mxforge.errors import TargetError
+from mxforge.machine import architecture, missing_cpu_features
 from mxforge.schedules.kernel import Target
 from mxforge.schedules.mxfp4 import Activations
 
@@ -29,7 +29,7 @@ class CpuLevel:
     """A set of instructions that schedules may count on, and how LLVM is told about them."""
 
     name: str
-    machine: str  # platform.machine() of the CPUs that have it
+    machine: str  # `architecture` of the CPUs that have it
     mcpu: str
     features: tuple[str, ...]  # beyond those of `mcpu`; all are checked when an artifact is loaded
     implied: tuple[str, ...]  # of `mcpu`, checked too
@@ -49,7 +49,6 @@ CPU_LEVELS: tuple[CpuLevel, ...] = (
     CpuLevel("x86-64", "x86_64", "x86-64", (), ()),
     CpuLevel("neon", "aarch64", "generic", ("neon",), ()),
 )
-_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 # The oldest architecture whose code still runs on the cards that gpt-oss fits.
 DEFAULT_CUDA_ARCH = "sm_80"
@@ -95,13 +94,8 @@ def known_targets() -> list[str]:
     return ["cpu", *levels, "cuda", "cuda:sm_XX", "metal"]
 
 
-def _machine() -> str:
-    machine = platform.machine().lower()
-    return _MACHINES.get(machine, machine)
-
-
 def _cpu(variant: str) -> CompileTarget:
-    machine = _machine()
+    machine = architecture()
     levels = [level for level in CPU_LEVELS if level.machine == machine]
     if variant:
         levels = [level for level in levels if level.name == variant]
@@ -143,14 +137,12 @@ def _triple(machine: str) -> str:
 
 
 def _host_has(level: CpuLevel) -> bool:
-    from mxforge.artifact import missing_cpu_features
-
     return not missing_cpu_features(level.required)
 
 
 def _host() -> dict[str, Any]:
     """The CPU side of a GPU target: plain code, any machine of this architecture."""
-    baseline = [level for level in CPU_LEVELS if level.machine == _machine()][-1]
+    baseline = [level for level in CPU_LEVELS if level.machine == architecture()][-1]
     return _llvm(baseline)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifact import Artifact, Manifest, open_artifact
+from .artifact import Artifact, open_artifact
 from .errors import (
     CancelledError,
     ContextLengthError,
@@ -26,6 +26,7 @@ from .errors import (
 )
 from .kv import PageNeeds, available_memory, check_memory, page_needs
 from .library import default_threads, usable_cores
+from .manifest import Manifest
 from .results import Completion, Piece
 from .sampling import SamplingParams, TokenHistory, new_seed
 from .scheduler import Request, Worker

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .artifact import Manifest, read_manifest
+from .artifact import read_manifest
 from .errors import UsageError
+from .manifest import Manifest
 
 
 def describe(path: str | Path) -> dict[str, Any]:

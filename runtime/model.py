@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import Artifact, Manifest, WeightInfo
+from .artifact import Artifact
 from .errors import ArtifactCorruptError
 from .kv import PageNeeds, PageTables
 from .library import Library, aligned_empty
+from .manifest import Manifest, WeightInfo
 from .random_weights import fill_random
 from .results import TokenLogprob
 from .sampling import SampleArguments

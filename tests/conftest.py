@@ -14,6 +14,14 @@ import pytest
 GOLDEN = Path(__file__).parent / "compile" / "golden"
 
 
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """An artifact with every kind of file and no model; see `small.SMALL_MANIFEST`."""
+    from small import make_artifact
+
+    return make_artifact(tmp_path / "model")
+
+
 @pytest.fixture(scope="session")
 def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """odd_checkpoint(shape) -> folder of the checkpoint that its golden file is about."""

@@ -25,9 +25,9 @@ import pytest
 
 import mxforge
 from mxforge import cli, errors
-from mxforge.artifact import Manifest
 from mxforge.compile import cli as compile_cli
 from mxforge.compile.random_checkpoint import write_checkpoint
+from mxforge.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "artifacts/README.md"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 import sys
@@ -11,17 +10,17 @@ import numpy as np
 import pytest
 
 from mxforge import Engine
-from mxforge.artifact import missing_cpu_features, open_artifact, read_manifest
+from mxforge.artifact import open_artifact, read_manifest
 from mxforge.compile import compile_model, targets
 from mxforge.compile.diff import compare
 from mxforge.compile.targets import CPU_LEVELS, CUDA_ARCHS, known_targets, resolve
 from mxforge.errors import TargetError
+from mxforge.machine import architecture, missing_cpu_features
 
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
 
-HERE = platform.machine().lower()
-LEVELS = [level for level in CPU_LEVELS if level.machine == targets._MACHINES.get(HERE, HERE)]
+LEVELS = [level for level in CPU_LEVELS if level.machine == architecture()]
 
 
 def relative_error(ours: np.ndarray, truth: np.ndarray) -> float:

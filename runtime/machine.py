@@ -1,0 +1,128 @@
+"""This machine: its system, its architecture, and the features of its CPU."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def architecture() -> str:
+    """The CPU architecture: x86_64, aarch64, or another as the system calls it."""
+    machine = platform.machine().lower()
+    return _ARCHITECTURES.get(machine, machine)
+
+
+def host_system() -> str:
+    """The system and CPU architecture, such as ``linux-x86_64``."""
+    return f"{platform.system().lower()}-{architecture()}"
+
+
+def missing_cpu_features(required: Iterable[str]) -> tuple[str, ...]:
+    """What of `required` (instruction sets, LLVM's spelling) this CPU lacks, sorted.
+
+    Nothing where the system does not tell its CPU's features.
+    """
+    present = _cpu_flags()
+    names = _FEATURE_NAMES.get(host_system(), {})
+    if not present:
+        return ()
+    return tuple(sorted(f for f in set(required) if names.get(f, f) not in present))
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """The CPU's features by the system's names; empty where it does not tell."""
+    try:
+        if sys.platform == "darwin":
+            output = subprocess.run(
+                ["sysctl", "-a"], capture_output=True, text=True, check=True, timeout=10
+            )
+            return parse_sysctl(output.stdout)
+        return parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
+    except (OSError, subprocess.SubprocessError):
+        return frozenset()
+
+
+def parse_cpuinfo(text: str) -> frozenset[str]:
+    """The features that all processors of Linux's /proc/cpuinfo have.
+
+    All, because a big.LITTLE phone may list different ones and threads move between them.
+    """
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset.intersection(*map(frozenset, map(str.split, lines))) if lines else frozenset()
+
+
+def parse_sysctl(text: str) -> frozenset[str]:
+    """The features in the output of macOS's ``sysctl -a``.
+
+    Intel: the lower-cased words of machdep.cpu.*features; Apple: names under hw.optional whose
+    value is 1.
+    """
+    words = re.findall(r"^machdep\.cpu\.(?:leaf7_)?features: (.*)$", text, re.MULTILINE)
+    optional = re.findall(r"^hw\.optional\.(?:arm\.)?(\w+): 1$", text, re.MULTILINE)
+    return frozenset(" ".join(words).lower().split()) | frozenset(optional)
+
+
+# Of each system: LLVM's name -> the system's, where they differ.
+_FEATURE_NAMES = {
+    "linux-x86_64": {
+        "64bit": "lm",
+        "amx-bf16": "amx_bf16",
+        "amx-int8": "amx_int8",
+        "amx-tile": "amx_tile",
+        "avx512bf16": "avx512_bf16",
+        "avx512bitalg": "avx512_bitalg",
+        "avx512fp16": "avx512_fp16",
+        "avx512vbmi2": "avx512_vbmi2",
+        "avx512vnni": "avx512_vnni",
+        "avx512vp2intersect": "avx512_vp2intersect",
+        "avx512vpopcntdq": "avx512_vpopcntdq",
+        "avxvnni": "avx_vnni",
+        "avxvnniint8": "avx_vnni_int8",
+        "crc32": "sse4_2",
+        "lzcnt": "abm",
+        "pclmul": "pclmulqdq",
+        "prfchw": "3dnowprefetch",
+        "rdrnd": "rdrand",
+        "sahf": "lahf_lm",
+        "sha": "sha_ni",
+        "sse3": "pni",
+        "sse4.1": "sse4_1",
+        "sse4.2": "sse4_2",
+        "x87": "fpu",
+    },
+    "linux-aarch64": {
+        "crc": "crc32",
+        "dotprod": "asimddp",
+        "fp-armv8": "fp",
+        "fp16fml": "asimdfhm",
+        "fullfp16": "asimdhp",
+        "lse": "atomics",
+        "neon": "asimd",
+        "rcpc": "lrcpc",
+        "rdm": "asimdrdm",
+    },
+    "darwin-x86_64": {"avx": "avx1.0", "pclmul": "pclmulqdq", "rdrnd": "rdrand"},
+    "darwin-aarch64": {
+        "bf16": "FEAT_BF16",
+        "crc": "armv8_crc32",
+        "dotprod": "FEAT_DotProd",
+        "fp-armv8": "floatingpoint",
+        "fp16fml": "FEAT_FHM",
+        "fullfp16": "FEAT_FP16",
+        "i8mm": "FEAT_I8MM",
+        "lse": "FEAT_LSE",
+        "neon": "AdvSIMD",
+        "rcpc": "FEAT_LRCPC",
+        "rdm": "FEAT_RDM",
+        "sme": "FEAT_SME",
+        "sme2": "FEAT_SME2",
+    },
+}

@@ -1,0 +1,304 @@
+"""manifest.json: what an artifact is, as frozen dataclasses; its JSON, parsed field by field."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from ._version import __version__
+from .errors import ArtifactCorruptError, ArtifactVersionError
+
+FORMAT_VERSION = 1
+ABI_VERSION = 1
+MANIFEST = "manifest.json"
+
+REMEDY = "compile the model again, or copy the artifact again."
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What the library was compiled for.
+
+    `features` are the CPU's, in LLVM's spelling; `host` is the system and architecture of the
+    machine that loads the library, as `mxforge.machine.host_system` tells it.
+    """
+
+    kind: str
+    name: str
+    features: tuple[str, ...]
+    host: str
+
+
+@dataclass(frozen=True)
+class PrecisionInfo:
+    """Number formats by name: activations between kernels, the KV pages, the experts' inputs."""
+
+    activations: str
+    kv_dtype: str
+    experts: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds planned into the library: sequences, tokens a step, positions a sequence."""
+
+    max_batch: int
+    prefill_chunk: int
+    context: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes: all weights; one KV page of all layers of a kind; what a step needs beside them."""
+
+    weights_bytes: int
+    kv_bytes_per_page_full: int
+    kv_bytes_per_page_sliding: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One kernel and how it was scheduled; `functions` are the library's names of its uses."""
+
+    name: str
+    target: str
+    schedule: str
+    tile: str
+    functions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """One argument of the library.
+
+    `dtype` is NumPy's (or ml_dtypes') name. `file` is None where the weight is made at load from
+    the random seed, as `fill` says.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: str | None
+    fill: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file; `header_sha256` covers the header of a .safetensors file, all that is hashed of it
+    when the artifact is opened."""
+
+    sha256: str
+    bytes: int
+    header_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """Where the model came from: the checkpoint's format, and a hash over what was read of it."""
+
+    format: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Which tokenizer the model has; see `mxforge.tokenizer`."""
+
+    kind: Literal["o200k_harmony", "tokenizers"] | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json. `config` is the model's (ModelConfig.to_dict()), left to the compiler to read.
+
+    weights         every argument of the library, with or without a file
+    weights_order   their names in the library's argument order
+    files           every file beside the manifest, by path relative to the folder
+    random_seed     what weights without a file are made from; None where all have one
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    target: TargetInfo
+    numerics: Literal["exact", "fast"]
+    precision: PrecisionInfo
+    limits: Limits
+    stop_token_ids: tuple[int, ...]
+    memory: MemoryPlan
+    kernels: tuple[KernelInfo, ...]
+    weights: tuple[WeightInfo, ...]
+    weights_order: tuple[str, ...]
+    source: SourceInfo
+    tokenizer: TokenizerInfo
+    random_seed: int | None = None
+    files: Mapping[str, FileInfo] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    abi_version: int = ABI_VERSION
+    mxforge_version: str = __version__
+
+    def to_json(self) -> str:
+        """The manifest as text: sorted keys, the same for equal manifests."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = MANIFEST) -> Manifest:
+        """Parse and check; `where` names the source in errors.
+
+        Raises ArtifactVersionError for another format or ABI, ArtifactCorruptError naming the
+        field for anything that is not as this version writes it.
+        """
+        try:
+            content = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            message = f"{where} is not readable JSON ({reason}); {REMEDY}"
+            raise ArtifactCorruptError(message) from None
+        if not isinstance(content, dict):
+            raise ArtifactCorruptError(
+                f"{where} should hold a JSON object, but holds {short(content)}; {REMEDY}"
+            )
+        for name, known in (("format_version", FORMAT_VERSION), ("abi_version", ABI_VERSION)):
+            version = content.get(name)
+            if type(version) is int and version != known:
+                raise ArtifactVersionError(
+                    f"{where} has {name} {version}, this mxforge ({__version__}) reads {known}; "
+                    f"compile the model again, or use the mxforge that wrote it "
+                    f"({short(content.get('mxforge_version', 'unknown'))})."
+                )
+        try:
+            manifest: Manifest = _decode(cls, content, "")
+            manifest._check()
+        except _FieldError as error:
+            raise ArtifactCorruptError(f"{where}: {error}; {REMEDY}") from None
+        return manifest
+
+    def _check(self) -> None:
+        """What the types do not say."""
+        for path, info in self.files.items():
+            if not is_inside(path) or path == MANIFEST:
+                raise _FieldError(f"files should name paths inside the folder, not {short(path)}")
+            for label, digest in (("sha256", info.sha256), ("header_sha256", info.header_sha256)):
+                if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
+                    raise _FieldError(f"files[{short(path)}].{label} should be 64 hex digits")
+            if (info.header_sha256 is not None) != path.endswith(".safetensors"):
+                raise _FieldError(f"files[{short(path)}].header_sha256 belongs to weight files")
+        names = {weight.name for weight in self.weights}
+        if len(names) != len(self.weights) or sorted(names) != sorted(self.weights_order):
+            raise _FieldError("weights_order should name each of weights once")
+        for weight in self.weights:
+            if weight.file is not None and weight.file not in self.files:
+                raise _FieldError(f"weights[{short(weight.name)}].file is not among files")
+            if weight.file is None and self.random_seed is None:
+                raise _FieldError(f"weights[{short(weight.name)}] has neither file nor seed")
+        sizes = {
+            **{f"limits.{k}": v - 1 for k, v in asdict(self.limits).items()},
+            **{f"memory.{k}": v for k, v in asdict(self.memory).items()},
+            **{f"files[{short(k)}].bytes": v.bytes for k, v in self.files.items()},
+            **{f"weights[{short(w.name)}].shape": min((0, *w.shape)) for w in self.weights},
+            "stop_token_ids": min((0, *self.stop_token_ids)),
+        }
+        for label, size in sizes.items():
+            if size < 0:
+                raise _FieldError(f"{label} is too small")
+
+
+class _FieldError(Exception):
+    """A field of a manifest is wrong; the message names it."""
+
+
+T = TypeVar("T")
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """`value`, out of JSON, as the type `kind` of a manifest's field called `where`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(kind, value, where)
+    if origin is Literal:
+        if value not in [a for a in arguments if type(a) is type(value)]:
+            raise _FieldError(f"{where} should be one of {arguments}, but is {short(value)}")
+        return value
+    if origin is tuple:
+        _expect(list, value, where)
+        return tuple(_decode(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping:
+        _expect(dict, value, where)
+        return {k: _decode(arguments[1], v, f"{where}[{short(k)}]") for k, v in value.items()}
+    _expect(kind, value, where)
+    return value
+
+
+def _decode_dataclass(kind: type[T], value: Any, where: str) -> T:
+    _expect(dict, value, where or "the manifest")
+    names = [f.name for f in fields(typing.cast(Any, kind))]
+    prefix = f"{where}." if where else ""
+    if missing := [name for name in names if name not in value]:
+        raise _FieldError(f"the field {prefix}{missing[0]} is missing")
+    if extra := sorted(value.keys() - set(names)):
+        raise _FieldError(f"the field {prefix}{short(extra[0])[1:-1]} is unknown")
+    kinds = _type_hints(typing.cast(Any, kind))
+    return kind(**{name: _decode(kinds[name], value[name], prefix + name) for name in names})
+
+
+@cache
+def _type_hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+_KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
+
+
+def _expect(kind: type, value: Any, where: str) -> None:
+    if type(value) is not kind:  # True is no number here
+        raise _FieldError(f"{where} should be {_KINDS[kind]}, but is {short(value)}")
+    if isinstance(value, str) and not value.isprintable():  # it may be shown
+        raise _FieldError(f"{where} should be printable, but is {short(value)}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+def short(value: Any) -> str:
+    """ascii(), so that no foreign file can garble a terminal, cut to a readable length."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:60] + "..." + text[-1]
+
+
+def is_inside(path: str) -> bool:
+    """Whether a manifest's path stays in its folder: relative, normal, forward slashes.
+
+    Symbolic links are the owner's business (a download cache may be made of them).
+    """
+    pure = PurePosixPath(path)
+    return (
+        path.isprintable()
+        and str(pure) == path
+        and pure.parts != ()
+        and not pure.is_absolute()
+        and ".." not in pure.parts
+        and "\\" not in path
+        and ":" not in path
+    )

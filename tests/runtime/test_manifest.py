@@ -1,0 +1,120 @@
+"""manifest.json: what is refused, and that the message names the field."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from small import edit_manifest
+
+from mxforge.artifact import open_artifact
+from mxforge.errors import ArtifactCorruptError, ArtifactError, ArtifactVersionError
+from mxforge.manifest import MANIFEST, Manifest, is_inside
+
+
+@pytest.mark.parametrize("name", ["format_version", "abi_version"])
+def test_another_version_is_named_before_anything_else(made, name):
+    def change(content):
+        content[name] = 7
+        del content["limits"]
+
+    edit_manifest(made, change)
+    with pytest.raises(ArtifactVersionError, match=f"{name} 7.*reads 1"):
+        open_artifact(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda c: c.pop("limits"), "limits is missing"),
+        (lambda c: c["limits"].pop("context"), r"limits\.context is missing"),
+        (lambda c: c.update(more=1), "more is unknown"),
+        (lambda c: c["target"].update(more=1), r"target\.more is unknown"),
+        (lambda c: c.update(name=3), "name should be a string"),
+        (lambda c: c.update(name="\x1b[2J"), "name should be printable"),
+        (lambda c: c.update(name=None), "name should be a string, but is None"),
+        (lambda c: c["limits"].update(context="x"), r"limits\.context should be a whole number"),
+        (lambda c: c["limits"].update(context=True), r"limits\.context"),
+        (lambda c: c["limits"].update(context=1.0), r"limits\.context"),
+        (lambda c: c["limits"].update(context=0), r"limits\.context is too small"),
+        (lambda c: c["memory"].update(weights_bytes=-1), r"memory\.weights_bytes is too small"),
+        (lambda c: c.update(format_version="1"), "format_version"),
+        (lambda c: c.update(numerics="slow"), "numerics should be one of"),
+        (lambda c: c["tokenizer"].update(kind="x"), r"tokenizer\.kind"),
+        (lambda c: c.update(random_seed="x"), "random_seed"),
+        (lambda c: c.update(stop_token_ids=[1, "2"]), r"stop_token_ids\[1\]"),
+        (lambda c: c.update(stop_token_ids=[-1]), "stop_token_ids is too small"),
+        (lambda c: c.update(kernels={}), "kernels should be a list"),
+        (lambda c: c["kernels"][0].update(functions=[1]), r"kernels\[0\]\.functions\[0\]"),
+        (lambda c: c["weights"][0].update(shape=[4, -16]), "a.weight.*shape is too small"),
+        (lambda c: c["weights"][0].update(file="x"), "a.weight.*not among files"),
+        (lambda c: c["weights"][0].update(file=None), "neither file nor seed"),
+        (lambda c: c["weights_order"].pop(), "weights_order"),
+        (lambda c: c["weights_order"].append("a.weight"), "weights_order"),
+        (lambda c: c["files"]["model.so"].update(sha256="0"), r"model\.so.*64 hex digits"),
+        (lambda c: c["files"].update({"../x": c["files"]["model.so"]}), "inside the folder"),
+        (lambda c: c["files"].update({"/etc/x": c["files"]["model.so"]}), "inside the folder"),
+        (lambda c: c["files"].update({MANIFEST: c["files"]["model.so"]}), "inside the folder"),
+        (lambda c: c["files"].update({"\x1b[2J": c["files"]["model.so"]}), r"x1b\[2J"),
+        (lambda c: c["files"].pop("model.so"), r"one library"),
+        (
+            lambda c: c["files"]["weights-00001.safetensors"].update(header_sha256=None),
+            "header_sha256",
+        ),
+    ],
+)
+def test_a_damaged_manifest_names_the_field(made, change, field):
+    edit_manifest(made, change)
+    with pytest.raises(ArtifactCorruptError, match=field):
+        open_artifact(made)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"\xff", b'{"a":1,"a":2}', b"[" * 100_000, b'{"a":NaN}', b"1" * 9999],
+)
+def test_an_unreadable_manifest(made, text):
+    (made / MANIFEST).write_bytes(text)
+    with pytest.raises(ArtifactCorruptError, match=MANIFEST):
+        open_artifact(made)
+
+
+def test_random_damage_is_always_a_named_error(made):
+    values = [None, True, 0, -1, 1.5, "", "x", [], {}, [None], 2**70, "../x", "\ud800"]
+    original = (made / MANIFEST).read_text()
+
+    def damage(value, rng):
+        if isinstance(value, (dict, list)) and value and rng.random() < 0.9:
+            key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+            value[key] = damage(value[key], rng)
+            return value
+        return rng.choice(values)
+
+    for seed in range(300):
+        damaged = damage(json.loads(original), random.Random(seed))
+        (made / MANIFEST).write_text(json.dumps(damaged))
+        try:
+            open_artifact(made)
+        except ArtifactError as error:
+            str(error).encode()  # printable anywhere
+
+
+def test_every_truncation_of_a_manifest_is_refused(made):
+    text = (made / MANIFEST).read_bytes()
+    for length in range(0, len(text) - 2, 37):
+        with pytest.raises(ArtifactError):
+            Manifest.from_json(text[:length])
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        ("a", True), ("a/b.c", True), ("ä", True), ("..a", True),
+        ("", False), (".", False), ("..", False), ("/", False), ("/a", False), ("a/../b", False),
+        ("./a", False), ("a//b", False), ("a/", False), ("a\\b", False), ("c:a", False),
+        ("a\0", False), ("\ud800", False),
+    ],
+)  # fmt: skip
+def test_paths_inside_a_folder(path, inside):
+    assert is_inside(path) is inside

@@ -1,0 +1,70 @@
+"""Small things that tests of several folders make: checkpoints, and artifacts without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mxforge.compile.artifact_writer import ArtifactWriter
+from mxforge.machine import host_system
+from mxforge.manifest import (
+    MANIFEST,
+    KernelInfo,
+    Limits,
+    Manifest,
+    MemoryPlan,
+    PrecisionInfo,
+    SourceInfo,
+    TargetInfo,
+    TokenizerInfo,
+    WeightInfo,
+)
+
+SMALL_MANIFEST = Manifest(
+    name="tiny",
+    config={"hidden_size": 64, "layer_types": ["full_attention"], "rope_theta": 150000.0},
+    target=TargetInfo("cpu", "cpu:x86-64", (), host_system()),
+    numerics="exact",
+    precision=PrecisionInfo("float32", "float32", "f32"),
+    limits=Limits(4, 64, 1024),
+    stop_token_ids=(2, 12),
+    memory=MemoryPlan(320, 1024, 1024, 4096),
+    kernels=(KernelInfo("f32_rms_norm", "cpu", "parallel items", "rows=1", ("norm",)),),
+    weights=(
+        WeightInfo("a.weight", (4, 16), "float32", "weights-00001.safetensors"),
+        WeightInfo("b.scales", (64,), "uint8", "weights-00001.safetensors"),
+    ),
+    weights_order=("b.scales", "a.weight"),
+    source=SourceInfo("huggingface", "0" * 64),
+    tokenizer=TokenizerInfo(None),
+)
+
+
+def fill_artifact(writer: ArtifactWriter) -> None:
+    """Write the files that go with `SMALL_MANIFEST`; its library is none."""
+    with writer.weights(
+        "weights-00001.safetensors", [("a.weight", "F32", (4, 16)), ("b.scales", "U8", (64,))]
+    ) as weights:
+        weights.write("a.weight", np.arange(64, dtype=np.float32).reshape(4, 16))
+        weights.write("b.scales", np.arange(64, dtype=np.uint8))
+    writer.write("tokenizer/special_tokens.json", b"{}\n")
+    writer.path("model.so").write_bytes(b"library")
+    writer.add("model.so")
+
+
+def make_artifact(path: Path, force: bool = False, manifest: Manifest = SMALL_MANIFEST) -> Path:
+    with ArtifactWriter(path, force) as writer:
+        fill_artifact(writer)
+        writer.finish(manifest)
+    return path
+
+
+def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest's JSON in place."""
+    content = json.loads((artifact / MANIFEST).read_text())
+    change(content)
+    (artifact / MANIFEST).write_text(json.dumps(content))
