@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -61,7 +61,6 @@ class Job:
 
     def __post_init__(self) -> None:
         self.target = targets.resolve(self.target_name)
-        self.precision = self.target.precision(self.numerics)
         if self.source.is_dir():
             self.announce("checking the checkpoint")
             self.checkpoint = HFCheckpoint(self.source)
@@ -70,10 +69,7 @@ class Job:
                 self.checkpoint.check()
         else:
             self.config = ModelConfig.from_hf(read_json_object(self.source))
-        if self.config.num_local_experts == 1:
-            # One expert is nearly the whole layer: rounding its inputs to 8 bits costs more than
-            # the 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
-            self.precision = replace(self.precision, experts="f32")
+        self.precision = self.target.precision(self.numerics, self.config)
         self.weights = packed_weights(self.config, self.target.kernels, self.precision)
         self.fingerprint = Fingerprint(self.config, self._stop_token_ids())
 

@@ -223,7 +223,8 @@ def test_ill_formed_ir_ends_the_compilation(cpu, monkeypatch):
 
 
 def model_module(checkpoint: Path, cpu: targets.CompileTarget, limits: Limits) -> tvm.IRModule:
-    config, precision = HFCheckpoint(checkpoint).config, cpu.precision("exact")
+    config = HFCheckpoint(checkpoint).config
+    precision = cpu.precision("exact", config)
     weights = packed_weights(config, cpu.kernels, precision)
     return GptOss(config, cpu.kernels, precision, limits, weights).module()
 

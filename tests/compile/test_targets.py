@@ -12,7 +12,9 @@ import pytest
 from mxforge import Engine
 from mxforge.artifact import open_artifact, read_manifest
 from mxforge.compile import compile_model, targets
+from mxforge.compile.config import ModelConfig
 from mxforge.compile.diff import compare
+from mxforge.compile.random_checkpoint import hf_config
 from mxforge.compile.targets import CPU_LEVELS, CUDA_ARCHS, known_targets, resolve
 from mxforge.errors import TargetError
 from mxforge.machine import architecture, missing_cpu_features
@@ -100,12 +102,20 @@ def test_cpu_falls_back_level_by_level(monkeypatch):
         lacking.update(set(level.required) - set(lower.required if lower else ()))
 
 
-def test_8_bit_experts_need_vnni():
+def config_of(experts: int) -> ModelConfig:
+    changes = {"num_local_experts": experts, "num_experts_per_tok": 1}
+    return ModelConfig.from_hf(hf_config("tiny", changes))
+
+
+def test_8_bit_experts_need_vnni_and_more_than_one_expert():
     for level in LEVELS:
-        fast = resolve(f"cpu:{level.name}").precision("fast")
+        target = resolve(f"cpu:{level.name}")
+        fast = target.precision("fast", config_of(experts=2))
         assert fast.experts == ("i8" if "avx512vnni" in level.required else "f32")
         assert fast.kv_dtype == "float16"
-        exact = resolve(f"cpu:{level.name}").precision("exact")
+        one = target.precision("fast", config_of(experts=1))
+        assert (one.experts, one.kv_dtype) == ("f32", "float16")
+        exact = target.precision("exact", config_of(experts=2))
         assert (exact.experts, exact.kv_dtype) == ("f32", "float32")
 
 
