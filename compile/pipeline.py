@@ -15,7 +15,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from mxforge.errors import UnscheduledError
+from mxforge.errors import OutputError, UnscheduledError
 from mxforge.manifest import KernelInfo
 
 from .targets import CompileTarget
@@ -97,7 +97,7 @@ def lower(
                 module = step(module)
             relax.analysis.well_formed(module)  # raises, naming the function
             if dump is not None:
-                _dump(module, dump / f"{number}-{phase.name}.py")
+                _dump(dump / f"{number}-{phase.name}.py", module.script())
             check_scheduled(module)
     return module
 
@@ -110,12 +110,12 @@ def build(
         module, tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default"
     )
     if dump is not None:
-        (dump / "vm.txt").write_text(executable.as_text())
+        _dump(dump / "vm.txt", executable.as_text())
         for index, device_code in enumerate(executable.mod.imports):
             for sub in (device_code, *device_code.imports):
                 text = _source(sub)
                 if text:
-                    (dump / f"code-{index}-{sub.kind}.txt").write_text(text)
+                    _dump(dump / f"code-{index}-{sub.kind}.txt", text)
     return executable
 
 
@@ -184,9 +184,16 @@ def _planned(function: relax.Function) -> int:
     return sum(sizes)
 
 
-def _dump(module: tvm.IRModule, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(module.script())
+def _dump(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        # Without its cause: ArtifactWriter would take a full disk for that of the artifact.
+        raise OutputError(
+            f"--debug-dump needs a folder to write into, but {error.filename or path} cannot be "
+            f"written ({error.strerror or error}); name another folder, or leave --debug-dump out."
+        ) from None
 
 
 def _source(module: tvm.runtime.Module) -> str:

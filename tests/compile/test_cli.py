@@ -193,6 +193,24 @@ def test_outputs_that_cannot_be_written_exit_with_1(
     assert nothing_but(folder, "precious")
 
 
+def test_a_dump_that_cannot_be_written_exits_with_1(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for dump in (file, file / "below", tmp_path / ("x" * 300)):
+        code, out, err = here(
+            capsys, checkpoint, "--output", tmp_path / "out", "--debug-dump", dump
+        )
+        assert (code, out) == (1, "")
+        last = err.splitlines()[-1]
+        assert last.startswith("compile-model: --debug-dump needs a folder to write into, but ")
+        assert str(dump) in last
+        assert "name another folder" in last
+    assert file.read_text() == "precious"
+    assert nothing_but(tmp_path, "file")
+
+
 def test_an_interrupted_compile_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     command = [*COMPILE_MODEL, str(checkpoint), "--output", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

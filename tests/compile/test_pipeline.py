@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from mxforge.compile import compile_model, pipeline, targets
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.models.gpt_oss import GptOss, Limits
 from mxforge.compile.weights import packed_weights
-from mxforge.errors import UnscheduledError
+from mxforge.errors import OutputError, UnscheduledError
 from mxforge.schedules import linear
 from mxforge.schedules.kernel import scheduled
 
@@ -297,6 +298,24 @@ def test_debug_dump_writes_every_phase_and_the_code(odd_checkpoint: Checkpoints,
     assert "R.call_tir(" not in (dump / "4-virtual-machine.py").read_text()
     assert "forward" in (dump / "vm.txt").read_text()
     assert any("define" in file.read_text() for file in dump.glob("code-*-llvm.txt"))
+
+
+def test_a_full_disk_under_the_dump_is_not_the_artifacts(
+    odd_checkpoint: Checkpoints, tmp_path: Path, monkeypatch
+):
+    write_text = Path.write_text
+
+    def full(path: Path, *arguments, **options):
+        if path.name == "vm.txt":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match=r"--debug-dump.*vm\.txt cannot be written \(No space"):
+        compile_model(
+            odd_checkpoint("odd-5"), output=tmp_path / "artifact", debug_dump=tmp_path / "dump"
+        )
+    assert not (tmp_path / "artifact").exists()
 
 
 # -- the same bytes --------------------------------------------------------------------------------
