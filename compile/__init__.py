@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mxforge.errors import CheckpointError, UsageError
+from mxforge.errors import CheckpointError, UsageError, needs_compiler
 
 if TYPE_CHECKING:
     from .targets import Numerics
@@ -47,13 +47,15 @@ def compile_model(
     announce        is told what is being done; `progress` shows a bar on stderr while packing
 
     Nothing is left behind where it fails. Raises CheckpointError and its subclasses, ConfigError,
-    TargetError, OutputError, TokenizerError, UsageError.
+    TargetError, OutputError, TokenizerError, UsageError; CompilerMissingError where only the
+    runtime is installed.
     """
     source = Path(checkpoint)
     _check_arguments(source, numerics, max_batch, prefill_chunk, random_weights)
 
     # Imported here so that usage errors come at once: TVM takes a second.
-    from .job import Job
+    with needs_compiler("Compiling a model"):
+        from .job import Job
 
     name = _name(source)
     folder = Path(output) if output is not None else DEFAULT_OUTPUT / f"{name}-{_slug(target)}"

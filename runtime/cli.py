@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .errors import MxforgeError, SamplingError, UsageError
+from .errors import MxforgeError, SamplingError, UsageError, needs_compiler
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -249,13 +249,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    try:
+    with needs_compiler("mxforge diff"):
         from .compile.diff import compare
-    except ImportError as error:
-        raise UsageError(
-            f"mxforge diff needs the compiler's parts, which are not all here ({error}); "
-            "install them with: pip install 'mxforge[compile]'"
-        ) from error
     report = compare(
         args.artifact,
         args.checkpoint,

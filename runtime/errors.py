@@ -13,6 +13,7 @@ A message says what was expected, what was found and what to do, in one or two s
     │   └── NaNScaleError               an MXFP4 scale byte is 255
     ├── SafetensorsError            one .safetensors file is malformed
     ├── TokenizerError              a tokenizer is unreadable, or text came without one
+    ├── CompilerMissingError        the compiler's packages, mxforge[compile], are not installed
     ├── TargetError                 the target is unknown, or a tool it needs is absent
     ├── UnscheduledError            a primitive function would reach code generation unscheduled
     ├── OutputError                 the output exists already, the disk is full or unwritable
@@ -29,6 +30,9 @@ A message says what was expected, what was found and what to do, in one or two s
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 
 class MxforgeError(Exception):
@@ -77,6 +81,10 @@ class SafetensorsError(MxforgeError):
 
 class TokenizerError(MxforgeError):
     """A tokenizer is unreadable, or text was given where only token ids can be taken."""
+
+
+class CompilerMissingError(MxforgeError):
+    """Something needs the compiler, whose packages come with mxforge[compile]."""
 
 
 class TargetError(MxforgeError):
@@ -129,3 +137,15 @@ class CancelledError(MxforgeError):
 
 class NumericsError(MxforgeError):
     """A tensor differs from the reference by more than its bound."""
+
+
+@contextlib.contextmanager
+def needs_compiler(what: str) -> Iterator[None]:
+    """Around imports of the compiler's modules: CompilerMissingError where one is not there."""
+    try:
+        yield
+    except ImportError as error:
+        raise CompilerMissingError(
+            f"{what} needs the compiler's packages, which are not all installed ({error}); "
+            'install them with: pip install "mxforge[compile]"'
+        ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import read_manifest
-from .errors import UsageError
+from .errors import needs_compiler
 from .manifest import Manifest
 
 
@@ -44,13 +44,8 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    try:
+    with needs_compiler("Reading a checkpoint"):
         from .compile.checkpoint import HFCheckpoint
-    except ImportError as error:
-        raise UsageError(
-            f"Reading a checkpoint needs the compiler's parts ({error}); "
-            "install them with: pip install 'mxforge[compile]'"
-        ) from error
     checkpoint = HFCheckpoint(path)
     checkpoint.check()
     config = checkpoint.config

@@ -47,6 +47,29 @@ def test_runtime_never_imports_the_compiler(tmp_path):
     assert "tvm" not in loaded_by(statement, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("missing", "statement"),
+    [
+        ("tvm", "import mxforge; mxforge.compile_model('.')"),
+        ("ml_dtypes", "import mxforge; mxforge.compile_model('.')"),
+        ("tvm", "from mxforge.compile.cli import main; sys.exit(main(['.']))"),
+        ("ml_dtypes", "from mxforge.cli import main; sys.exit(main(['diff', '.', '.']))"),
+    ],
+)
+def test_without_the_compilers_packages_the_extra_is_named(missing, statement, tmp_path):
+    code = f"import sys; sys.modules[{missing!r}] = None; {statement}"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    last = result.stderr.splitlines()[-1]
+    assert missing in last
+    assert 'install them with: pip install "mxforge[compile]"' in last
+    if "compile_model" in statement:
+        assert last.startswith("mxforge.errors.CompilerMissingError: ")
+    else:
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_every_public_name_exists():
     assert {name for name in mxforge.__all__ if not hasattr(mxforge, name)} == set()
     assert set(dir(mxforge)) == set(mxforge.__all__)
@@ -117,6 +140,9 @@ def test_wheel_in_an_empty_environment_imports_and_tells_its_version(wheel, tmp_
     said = run(python.parent / "mxforge", "--version", cwd=tmp_path)
     assert said == f"mxforge {mxforge.__version__}\n"
     assert "--random-weights" in run(python.parent / "compile-model", "--help", cwd=tmp_path)
+    attempt = [python, "-c", "import mxforge; mxforge.compile_model('.')"]
+    said = subprocess.run(attempt, cwd=tmp_path, capture_output=True, text=True).stderr
+    assert 'pip install "mxforge[compile]"' in said.splitlines()[-1]
 
 
 @pytest.mark.full
