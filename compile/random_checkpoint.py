@@ -525,7 +525,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides=overrides,
             max_shard_bytes=options.shard_bytes,
             force=options.force,
-            progress=True,
+            progress=sys.stderr.isatty(),
         )
     except MxforgeError as error:
         print(f"make_checkpoint: {error}", file=sys.stderr)
