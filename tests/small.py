@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mxforge.compile.artifact_writer import ArtifactWriter
+from mxforge.compile.random_checkpoint import write_checkpoint
 from mxforge.machine import host_system
 from mxforge.manifest import (
     MANIFEST,
@@ -24,6 +25,18 @@ from mxforge.manifest import (
     WeightInfo,
 )
 
+SMALL_SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "sliding_window": 20,
+    "vocab_size": 100,
+}
 SMALL_MANIFEST = Manifest(
     name="tiny",
     config={"hidden_size": 64, "layer_types": ["full_attention"], "rope_theta": 150000.0},
@@ -42,6 +55,11 @@ SMALL_MANIFEST = Manifest(
     source=SourceInfo("huggingface", "0" * 64),
     tokenizer=TokenizerInfo(None),
 )
+
+
+def small_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """A random checkpoint of `SMALL_SHAPE` and no tokenizer, in `folder`/small."""
+    return write_checkpoint(folder / "small", "tiny", overrides=SMALL_SHAPE | overrides)
 
 
 def fill_artifact(writer: ArtifactWriter) -> None:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from small import SMALL_SHAPE, small_checkpoint
 
 from mxforge import Engine, SamplingParams
 from mxforge.artifact import read_manifest, verify
 from mxforge.compile import compile_model
 from mxforge.compile.cli import main
-from mxforge.compile.random_checkpoint import hf_config, write_checkpoint
+from mxforge.compile.random_checkpoint import hf_config
 from mxforge.errors import UsageError
 
 COMPILE_MODEL = [
@@ -26,25 +27,11 @@ COMPILE_MODEL = [
     "-c",
     "import sys; from mxforge.compile.cli import main; sys.exit(main())",
 ]
-SMALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "num_local_experts": 2,
-    "num_experts_per_tok": 1,
-    "sliding_window": 20,
-    "vocab_size": 100,
-}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(
-        tmp_path_factory.mktemp("checkpoint") / "small", "tiny", overrides=SMALL
-    )
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -100,7 +87,7 @@ def test_a_bare_config_takes_random_weights(
 ) -> None:
     config = tmp_path / "bare" / "config.json"
     config.parent.mkdir()
-    config.write_text(json.dumps(hf_config("tiny", SMALL)))
+    config.write_text(json.dumps(hf_config("tiny", SMALL_SHAPE)))
     output = tmp_path / "out"
     code, out, err = here(capsys, config, "--output", output)
     assert (code, out) == (2, "")

@@ -7,23 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from small import small_checkpoint
 
 import mxforge.engine
 from mxforge import Engine
 from mxforge.scheduler import Worker
 
 MAX_BATCH, PREFILL_CHUNK = 4, 32
-SMALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "num_local_experts": 2,
-    "num_experts_per_tok": 1,
-    "sliding_window": 20,
-}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|start|>", "<|message|>", "<|end|>")
 MERGES = (("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("a", "b"))
 TEXT_VOCAB = 256 + len(MERGES) + len(SPECIAL_TOKENS) + 3  # padded beyond the tokenizer
@@ -51,11 +41,7 @@ def odd_artifact(compiled: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small checkpoint with a byte-level tokenizer.json; token 0 stops."""
-    from mxforge.compile.random_checkpoint import write_checkpoint
-
-    overrides = {**SMALL, "vocab_size": TEXT_VOCAB}
-    folder = tmp_path_factory.mktemp("text") / "small"
-    checkpoint = write_checkpoint(folder, "tiny", overrides=overrides)
+    checkpoint = small_checkpoint(tmp_path_factory.mktemp("text"), vocab_size=TEXT_VOCAB)
     write_tokenizer(checkpoint / "tokenizer.json")
     return checkpoint
 
