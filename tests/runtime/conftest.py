@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prompts import CONTEXT
 from small import small_checkpoint
 
 import mxforge.engine
@@ -59,6 +60,18 @@ def text_artifact(text_checkpoint: Path) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def engine(odd_artifact: Path) -> Iterator[Engine]:
+    with Engine.load(odd_artifact, context_length=CONTEXT) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def text_engine(text_artifact: Path) -> Iterator[Engine]:
+    with Engine.load(text_artifact, context_length=CONTEXT) as loaded:
+        yield loaded
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     """Wait for a condition that another thread brings about."""
     end = time.monotonic() + seconds
@@ -95,7 +108,7 @@ def load(odd_artifact: Path, workers: list[Worker]) -> Iterator[Callable[..., En
     engines: list[Engine] = []
 
     def load_engine(artifact: Path = odd_artifact, **options) -> Engine:
-        engines.append(Engine.load(artifact, **{"context_length": 512, **options}))
+        engines.append(Engine.load(artifact, **{"context_length": CONTEXT, **options}))
         return engines[-1]
 
     yield load_engine

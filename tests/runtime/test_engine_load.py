@@ -1,0 +1,185 @@
+"""Loading an artifact: options, memory, and damage that is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small import edit_manifest
+
+from mxforge import Engine
+from mxforge.artifact import verify
+from mxforge.errors import (
+    ArtifactCorruptError,
+    ArtifactError,
+    ArtifactTargetError,
+    ArtifactVersionError,
+    KVMemoryError,
+    UsageError,
+)
+
+Load = Callable[..., Engine]
+
+
+def copied(artifact: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(artifact, folder / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads must be from 1 to"),
+        ({"threads": 100_000}, "found 100000"),
+        ({"threads": True}, "found True"),
+        ({"threads": "two"}, "found 'two'"),
+        ({"context_length": 0}, "context_length must be a whole number of at least 1, found 0"),
+        ({"context_length": 1.5}, "found 1.5"),
+        ({"max_batch": 0}, "max_batch must be a whole number"),
+        ({"context_length": 131_073}, "context_length must be at most 131072, as compiled"),
+        ({"max_batch": 5}, "max_batch must be at most 4, as compiled; found 5"),
+        ({"prefill_chunk": 33}, "prefill_chunk must be at most 32"),
+    ],
+)
+def test_absurd_options_are_refused(odd_artifact: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine.load(odd_artifact, **options)
+
+
+def test_the_default_context_fits_itself_to_the_model(odd_artifact: Path, tmp_path: Path) -> None:
+    artifact = copied(odd_artifact, tmp_path)
+    edit_manifest(artifact, lambda manifest: manifest["limits"].update(context=4096))
+    with Engine.load(artifact) as engine:
+        assert engine.context_length == 4096
+
+
+class NothingIsBuilt:
+    def __init__(self, *_: object, **__: object) -> None:
+        raise AssertionError("something was allocated")
+
+
+def test_a_kv_pool_that_does_not_fit_is_refused_with_the_numbers(
+    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxforge.engine.available_memory", lambda: 600 << 20)
+    monkeypatch.setattr("mxforge.engine.Worker", NothingIsBuilt)
+    with pytest.raises(KVMemoryError) as caught:
+        Engine.load(odd_artifact, context_length=131_072, max_batch=4)
+    found = str(caught.value)
+    assert "4 x 131072 tokens needs 0.25 GiB" in found
+    assert "0.59 GiB of memory are available" in found
+    assert "would fit" in found
+
+
+def test_without_a_wish_as_many_sequences_run_as_fit(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(context_length=131_072).max_batch == 4
+    # A sequence of 131,072 tokens takes 64 MiB beside the 512 MiB that are always set aside.
+    monkeypatch.setattr("mxforge.engine.available_memory", lambda: (512 + 2 * 64 + 40) << 20)
+    assert load(context_length=131_072).max_batch == 2
+    monkeypatch.setattr("mxforge.engine.available_memory", lambda: None)
+    assert load(context_length=131_072).max_batch == 4
+
+
+def test_random_weights_count_as_memory(
+    odd_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = copied(odd_artifact, tmp_path)
+
+    def random_and_huge(manifest: dict) -> None:
+        manifest["random_seed"] = 0
+        manifest["memory"]["weights_bytes"] = 1 << 34
+
+    edit_manifest(artifact, random_and_huge)
+    monkeypatch.setattr("mxforge.engine.available_memory", lambda: 1 << 34)
+    monkeypatch.setattr("mxforge.engine.Worker", NothingIsBuilt)
+    with pytest.raises(KVMemoryError, match=r"16.50 GiB for the rest, but 16.00 GiB"):
+        Engine.load(artifact)
+
+
+def _weights(artifact: Path) -> Path:
+    (path,) = artifact.glob("weights-*.safetensors")
+    return path
+
+
+def _library(artifact: Path) -> Path:
+    (path,) = artifact.glob("model.*")
+    return path
+
+
+def _flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = {
+    "nothing there": (lambda a: shutil.rmtree(a), ArtifactError, "nothing at that path"),
+    "no manifest": (
+        lambda a: (a / "manifest.json").unlink(),
+        ArtifactError,
+        "manifest.json cannot be read",
+    ),
+    "a checkpoint": (
+        lambda a: (a / "manifest.json").rename(a / "config.json"),
+        ArtifactError,
+        "looks like a checkpoint",
+    ),
+    "garbled manifest": (
+        lambda a: (a / "manifest.json").write_text("{"),
+        ArtifactCorruptError,
+        "not readable JSON",
+    ),
+    "another format": (
+        lambda a: edit_manifest(a, lambda m: m.update(format_version=99)),
+        ArtifactVersionError,
+        "format_version 99",
+    ),
+    "another ABI": (
+        lambda a: edit_manifest(a, lambda m: m.update(abi_version=0)),
+        ArtifactVersionError,
+        "abi_version 0",
+    ),
+    "another CPU": (
+        lambda a: edit_manifest(a, lambda m: m["target"]["features"].append("quantum")),
+        ArtifactTargetError,
+        "compiled for a CPU with quantum",
+    ),
+    "another system": (
+        lambda a: edit_manifest(a, lambda m: m["target"].update(host="plan9-mips")),
+        ArtifactTargetError,
+        "compiled for 'plan9-mips'",
+    ),
+    "changed library": (
+        lambda a: _flip_last_byte(_library(a)),
+        ArtifactCorruptError,
+        "has another content than was written",
+    ),
+    "missing library": (lambda a: _library(a).unlink(), ArtifactCorruptError, "is missing"),
+    "truncated weights": (
+        lambda a: os.truncate(_weights(a), 4096),
+        ArtifactCorruptError,
+        "but has 4096",
+    ),
+    "missing weights": (lambda a: _weights(a).unlink(), ArtifactCorruptError, "is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_artifact_is_refused(odd_artifact: Path, tmp_path: Path, damage: str) -> None:
+    artifact = copied(odd_artifact, tmp_path)
+    inflict, error, message = DAMAGE[damage]
+    inflict(artifact)
+    with pytest.raises(error, match=message):
+        Engine.load(artifact)
+
+
+def test_changed_weights_are_left_to_verify(odd_artifact: Path, tmp_path: Path) -> None:
+    artifact = copied(odd_artifact, tmp_path)
+    _flip_last_byte(_weights(artifact))
+    Engine.load(artifact, context_length=64).close()
+    with pytest.raises(ArtifactCorruptError, match=r"changed: 'weights-00001.safetensors'"):
+        verify(artifact, progress=False).check()
