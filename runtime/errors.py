@@ -24,6 +24,7 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── KVMemoryError               the KV pool does not fit, or its pages are used up
     ├── ContextLengthError          a prompt is longer than the context
     ├── TokenRangeError             a token id lies outside the vocabulary
+    ├── ChatError                   a conversation or a tool is not of OpenAI's form (exits with 2)
     ├── SamplingError               a sampling parameter is absurd
     ├── CancelledError              the request was cancelled between two steps
     └── NumericsError               `mxforge diff` found a tensor outside its bound
@@ -125,6 +126,12 @@ class ContextLengthError(MxforgeError):
 
 class TokenRangeError(MxforgeError):
     """A token id lies outside the vocabulary."""
+
+
+class ChatError(MxforgeError):
+    """A message, a tool or a choice of a conversation is not of the form that OpenAI's API has."""
+
+    exit_code = 2
 
 
 class SamplingError(MxforgeError):

@@ -34,7 +34,7 @@ HARMONY_VOCAB = 201_088
 SPECIAL_TOKENS_FILE = "special_tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
 
-_RANKS_FILE = Path(__file__).parent / "data" / "o200k_base.tiktoken.xz"
+RANKS_FILE = Path(__file__).parent / "data" / "o200k_base.tiktoken.xz"
 _RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 _RANKS = 199_998  # and everything from here to HARMONY_VOCAB is special
 
@@ -303,14 +303,14 @@ def _o200k() -> tuple[list[bytes], tiktoken.Encoding]:
     import tiktoken
 
     try:
-        content = lzma.decompress(_RANKS_FILE.read_bytes())
+        content = lzma.decompress(RANKS_FILE.read_bytes())
     except (OSError, lzma.LZMAError) as error:
         content, reason = b"", str(error)
     else:
         reason = "its hash is another"
     if hashlib.sha256(content).hexdigest() != _RANKS_SHA256:
         raise TokenizerError(
-            f"{_RANKS_FILE} should hold the o200k_base ranks, but does not ({reason}); "
+            f"{RANKS_FILE} should hold the o200k_base ranks, but does not ({reason}); "
             "install mxforge again."
         )
     # Lines of "base64 rank", the ranks counting up from 0; the hash vouches for it.
