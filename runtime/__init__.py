@@ -17,25 +17,35 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .chat import ChatCompletion, ChatPiece, ChatStream, ToolCallPiece
     from .compile import compile_model
     from .engine import Engine
     from .errors import MxforgeError
+    from .messages import ToolCall
     from .results import Completion, Piece, Timings, TokenLogprob, Usage
     from .sampling import SamplingParams
 
 _HOME = {
+    "ChatCompletion": "chat",
+    "ChatPiece": "chat",
+    "ChatStream": "chat",
     "Completion": "results",
     "Engine": "engine",
     "MxforgeError": "errors",
     "Piece": "results",
     "SamplingParams": "sampling",
     "Timings": "results",
+    "ToolCall": "messages",
+    "ToolCallPiece": "chat",
     "TokenLogprob": "results",
     "Usage": "results",
     "compile_model": "compile",
 }
 
 __all__ = [
+    "ChatCompletion",
+    "ChatPiece",
+    "ChatStream",
     "Completion",
     "Engine",
     "MxforgeError",
@@ -43,6 +53,8 @@ __all__ = [
     "SamplingParams",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallPiece",
     "Usage",
     "__version__",
     "compile_model",

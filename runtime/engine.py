@@ -7,12 +7,14 @@ and answers them together. A cancelled request ends before the next step.
 from __future__ import annotations
 
 import atexit
+import datetime
 import operator
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +41,10 @@ OVERHEAD_BYTES = 512 << 20
 _workers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Request | None]] = (
     weakref.WeakKeyDictionary()
 )
+
+if TYPE_CHECKING:
+    from .chat import ChatCompletion, ChatStream
+    from .harmony import Harmony, ReasoningEffort
 
 DEFAULT_CONTEXT = 8192  # tokens; a model with less takes its own
 
@@ -76,6 +82,7 @@ class Engine:
         self.max_batch, needs = _fit(manifest, self.context_length, max_batch, self.prefill_chunk)
         self._artifact = artifact
         self._tokenizer: Tokenizer | None = None
+        self._harmony: Harmony | None = None
         self._tokenizer_lock = threading.Lock()
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -138,6 +145,17 @@ class Engine:
             if self._tokenizer is None:
                 self._tokenizer = self._artifact.load_tokenizer()
             return self._tokenizer
+
+    @property
+    def harmony(self) -> Harmony:
+        """The chat format in the model's tokenizer, loaded when it is first needed."""
+        tokenizer = self.tokenizer
+        with self._tokenizer_lock:
+            if self._harmony is None:
+                from .harmony import Harmony
+
+                self._harmony = Harmony(tokenizer)
+            return self._harmony
 
     def generate(
         self,
@@ -202,6 +220,71 @@ class Engine:
         )
         self._submit(request)
         return Stream(self, request)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        reasoning_effort: ReasoningEffort = "medium",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        date: str | datetime.date | None = None,
+        cancel: threading.Event | None = None,
+    ) -> ChatCompletion:
+        """Answer a conversation in the harmony format.
+
+        messages          OpenAI's: {"role": "user", "content": "…"} and so on; see messages.py
+        params            stop strings end the content; everything else holds for all tokens
+        reasoning_effort  "low", "medium" or "high"
+        tools             functions that the model may call, in OpenAI's form
+        tool_choice       "auto", "none", "required", or {"type": "function",
+                          "function": {"name": "…"}}; a call that must be made has no thinking
+        date              the conversation's day for the system message; None: none, so that runs
+                          repeat
+
+        The answer holds thinking, content and tool calls apart; whatever the model writes ends
+        as these, see harmony.py. Raises ChatError, TokenizerError (no harmony tokenizer),
+        ContextLengthError, SamplingError, UsageError.
+        """
+        from .chat import chat
+
+        stream = self.chat_stream(
+            messages,
+            params,
+            reasoning_effort=reasoning_effort,
+            tools=tools,
+            tool_choice=tool_choice,
+            date=date,
+            cancel=cancel,
+        )
+        return chat(stream, params is not None and params.logprobs is not None)
+
+    def chat_stream(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        reasoning_effort: ReasoningEffort = "medium",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        date: str | datetime.date | None = None,
+        cancel: threading.Event | None = None,
+    ) -> ChatStream:
+        """As `chat`, piece by piece as tokens arrive; closing the iterator cancels the rest."""
+        from .chat import chat_stream
+
+        return chat_stream(
+            self,
+            self.harmony,
+            messages,
+            params,
+            reasoning_effort=reasoning_effort,
+            tools=tools,
+            tool_choice=tool_choice,
+            date=date,
+            cancel=cancel,
+        )
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after every token: float32 [n, vocabulary]. Raises as `generate` does."""
@@ -315,10 +398,14 @@ class Stream(Iterator[Piece]):
         self._ended = piece.finish_reason is not None
         return piece
 
+    def cancel(self) -> None:
+        """End the answer before the next step; its last piece still comes."""
+        self._request.abandoned.set()
+
     def close(self) -> None:
         """Cancel what is left of the answer; no further pieces come."""
         self._ended = True
-        self._request.abandoned.set()
+        self.cancel()
 
     def __enter__(self) -> Stream:
         return self

@@ -13,6 +13,7 @@ from small import small_checkpoint
 import mxforge.engine
 from mxforge import Engine
 from mxforge.scheduler import Worker
+from mxforge.tokenizer import HARMONY_VOCAB
 
 MAX_BATCH, PREFILL_CHUNK = 4, 32
 SPECIAL_TOKENS = ("<|endoftext|>", "<|start|>", "<|message|>", "<|end|>")
@@ -58,6 +59,15 @@ def text_artifact(text_checkpoint: Path) -> Path:
         max_batch=MAX_BATCH,
         prefill_chunk=PREFILL_CHUNK,
     )
+
+
+@pytest.fixture(scope="session")
+def chat_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with gpt-oss's vocabulary and tokenizer: what it says is noise."""
+    from mxforge import compile_model
+
+    checkpoint = small_checkpoint(tmp_path_factory.mktemp("chat"), vocab_size=HARMONY_VOCAB)
+    return compile_model(checkpoint, output=checkpoint.parent / "artifact", max_batch=2)
 
 
 @pytest.fixture(scope="module")
