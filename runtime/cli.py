@@ -10,15 +10,17 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import MxforgeError, SamplingError, UsageError, needs_compiler
 
 if TYPE_CHECKING:
+    from .chat import ChatPiece
     from .engine import Engine
-    from .results import Completion
+    from .results import Piece
+    from .sampling import SamplingParams
 
 _DESCRIPTION = """\
 Run gpt-oss models that compile-model has compiled. An ARTIFACT is the folder it wrote."""
@@ -84,12 +86,24 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--top-k", type=int, default=0, metavar="K")
     generate.add_argument("--seed", type=int, metavar="S", help="the same seed, the same answer")
+    _reasoning_option(generate)
     generate.add_argument(
         "--raw", action="store_true", help="continue TEXT as it stands, instead of answering it"
     )
     _engine_options(generate)
     _json_option(generate)
     generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk with the model in this terminal")
+    chat.add_argument("artifact", metavar="ARTIFACT")
+    _reasoning_option(chat)
+    chat.add_argument("--hide-thinking", action="store_true", help="show answers only")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer")
+    chat.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    chat.add_argument("--seed", type=int, metavar="S", help="the same seed, the same answers")
+    chat.add_argument("--date", metavar="YYYY-MM-DD", help="the day that the model is told")
+    _engine_options(chat)
+    chat.set_defaults(run=_chat)
 
     bench = commands.add_parser("bench", help="measure speed, memory and start-up")
     bench.add_argument("artifact", metavar="ARTIFACT")
@@ -137,6 +151,15 @@ def _engine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
 
 
+def _reasoning_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--reasoning",
+        choices=("low", "medium", "high"),
+        default="medium",
+        help="how long the model thinks before it answers (default: medium)",
+    )
+
+
 def _json_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -156,30 +179,52 @@ def _load(args: argparse.Namespace, max_batch: int | None = 1) -> Engine:
     )
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from .prompt import single_turn
+def _sampling(args: argparse.Namespace, *names: str) -> SamplingParams:
     from .sampling import SamplingParams
 
     try:
-        params = SamplingParams(
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=args.seed,
-        )
+        return SamplingParams(**{name: getattr(args, name) for name in names})
     except SamplingError as error:  # the options are at fault
         raise UsageError(str(error)) from error
+
+
+def _generate(args: argparse.Namespace) -> None:
+    params = _sampling(args, "max_tokens", "temperature", "top_p", "top_k", "seed")
     with _load(args) as engine:
-        prompt = args.prompt if args.raw else single_turn(engine.tokenizer, args.prompt)
-        if args.json:
-            _print_json(_completion(engine.generate(prompt, params), engine))
-            return
-        last = None
-        for last in engine.stream(prompt, params):
-            print(last.text, end="", flush=True)
-        print()
+        # (piece, its thinking, its text)
+        pieces: Iterator[tuple[Piece | ChatPiece, str, str]]
+        if args.raw:
+            pieces = ((p, "", p.text) for p in engine.stream(args.prompt, params))
+        else:
+            message = {"role": "user", "content": args.prompt}
+            stream = engine.chat_stream([message], params, reasoning_effort=args.reasoning)
+            pieces = ((p, p.thinking, p.content) for p in stream)
+        thinking, text, last = "", "", None
+        tokens: list[int] = []
+        for last, thought, said in pieces:
+            if not args.json:
+                print(thought, end="", file=sys.stderr, flush=True)
+                if said and thinking and not text:
+                    print("\n", file=sys.stderr, flush=True)
+                print(said, end="", flush=True)
+            thinking, text = thinking + thought, text + said
+            tokens += last.token_ids
         assert last is not None and last.usage is not None and last.timings is not None
+        if args.json:
+            _print_json(
+                {
+                    "text": text,
+                    "thinking": thinking,
+                    "token_ids": tokens,
+                    "finish_reason": last.finish_reason,
+                    "usage": dataclasses.asdict(last.usage),
+                    "timings": dataclasses.asdict(last.timings),
+                    "model": engine.manifest.name,
+                    "target": engine.manifest.target.name,
+                }
+            )
+            return
+        print()
         print(
             f"[{last.usage.prompt_tokens} prompt tokens in {last.timings.prefill_s:.2f} s, "
             f"{last.usage.completion_tokens} new at {last.timings.decode_tok_s:.1f} tok/s, "
@@ -188,16 +233,21 @@ def _generate(args: argparse.Namespace) -> None:
         )
 
 
-def _completion(completion: Completion, engine: Engine) -> dict[str, Any]:
-    return {
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "usage": dataclasses.asdict(completion.usage),
-        "timings": dataclasses.asdict(completion.timings),
-        "model": engine.manifest.name,
-        "target": engine.manifest.target.name,
-    }
+def _chat(args: argparse.Namespace) -> None:
+    from .terminal import Chat, may_style, run
+
+    params = _sampling(args, "max_tokens", "temperature", "seed")
+    with _load(args) as engine:
+        engine.harmony  # noqa: B018 (loaded now: a model that cannot chat should say so at once)
+        chat = Chat(
+            engine,
+            params,
+            reasoning_effort=args.reasoning,
+            hide_thinking=args.hide_thinking,
+            date=args.date,
+            style=may_style(),
+        )
+        run(chat, f"{engine.manifest.name} on {engine.manifest.target.name}; /help, Ctrl-D ends")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -82,18 +82,40 @@ def test_generate_json_is_one_object(text_artifact: Path) -> None:
 def test_the_answer_is_the_engines(text_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("generate", text_artifact, "--prompt", "hello", "--temperature", 0, "--max-tokens", 6)
     _, raw, _ = here(capsys, *common, "--raw", "--json")
-    _, chat, _ = here(capsys, *common, "--json")
     _, plain, _ = here(capsys, *common, "--raw")
     from mxforge import Engine, SamplingParams
-    from mxforge.prompt import single_turn
 
     with Engine.load(text_artifact) as engine:
         params = SamplingParams(max_tokens=6, temperature=0)
         assert one_object(raw)["token_ids"] == list(engine.generate("hello", params).token_ids)
-        turn = single_turn(engine.tokenizer, "hello")
-        assert one_object(chat)["token_ids"] == list(engine.generate(turn, params).token_ids)
-        assert one_object(chat)["usage"]["prompt_tokens"] == len(turn)
     assert plain == one_object(raw)["text"] + "\n"
+
+
+def test_without_raw_the_prompt_is_a_message(
+    chat_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("generate", chat_artifact, "--prompt", "hello", "--temperature", 0, "--max-tokens", 6)
+    _, out, _ = here(capsys, *common, "--json", "--reasoning", "high")
+    _, plain, _ = here(capsys, *common, "--reasoning", "high")
+    from mxforge import Engine, SamplingParams
+
+    with Engine.load(chat_artifact) as engine:
+        params = SamplingParams(max_tokens=6, temperature=0)
+        message = {"role": "user", "content": "hello"}
+        answer = engine.chat([message], params, reasoning_effort="high")
+    found = one_object(out)
+    assert found["token_ids"] == list(answer.token_ids)
+    assert (found["text"], found["thinking"]) == (answer.content, answer.thinking)
+    assert found["usage"]["prompt_tokens"] == answer.usage.prompt_tokens
+    assert plain == answer.content + "\n"
+
+
+def test_a_model_without_harmony_needs_raw(
+    text_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = here(capsys, "generate", text_artifact, "--prompt", "hello")
+    assert (code, out) == (1, "")
+    assert "--raw" in err
 
 
 def test_text_that_stdout_cannot_show_is_no_error(text_artifact: Path) -> None:
