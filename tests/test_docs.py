@@ -175,6 +175,20 @@ def test_readme_shows_every_field(record):
     assert [f.name for f in dataclasses.fields(record) if f"`{f.name}`" not in README] == []
 
 
+@pytest.mark.parametrize(
+    "record", [mxforge.ChatCompletion, mxforge.ChatPiece, mxforge.ToolCallPiece]
+)
+def test_chat_page_shows_every_field(record):
+    page = (ROOT / "docs" / "chat.md").read_text()
+    assert [f.name for f in dataclasses.fields(record) if f"`{f.name}`" not in page] == []
+
+
+def test_chat_page_shows_every_argument():
+    page = (ROOT / "docs" / "chat.md").read_text()
+    names = [name for name in inspect.signature(mxforge.Engine.chat).parameters if name != "self"]
+    assert [name for name in names if name != "cancel" and f"| `{name}` |" not in page] == []
+
+
 def test_readme_has_the_place_of_the_figures():
     assert README.index("<!-- figures") < README.index("<!-- /figures -->") < README.index("## ")
 
