@@ -63,6 +63,7 @@ class Harmony:
     """The format in one model's tokenizer. TokenizerError where that is not o200k_harmony."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.assistant = tokenizer.encode("assistant")  # without a tokenizer, that is the error
         if tokenizer.kind != "o200k_harmony":
             raise TokenizerError(
                 "This model's tokenizer has no harmony format to chat in; "
@@ -98,12 +99,12 @@ class Harmony:
         for index, message in enumerate(rest):
             answered = bool(finals) and index <= finals[-1]
             ids += self._message(replace(message, thinking="") if answered else message)
-        return [*ids, START, *self._tokenizer.encode("assistant")]
+        return [*ids, START, *self.assistant]
 
     def call_header(self, name: str) -> list[int]:
         """What follows ``<|start|>assistant`` where the function `name` is called."""
         ids: list[int] = self._text("assistant", "", "commentary", f"{_NAMESPACE}.{name}")
-        return ids[1 + len(self._tokenizer.encode("assistant")) : ids.index(MESSAGE) + 1]
+        return ids[1 + len(self.assistant) : ids.index(MESSAGE) + 1]
 
     def _system(self, effort: str, tools: bool, date: Any) -> list[int]:
         import openai_harmony as library
@@ -301,7 +302,7 @@ class AnswerParser:
         self._tokenizer = harmony._tokenizer
         self._library = harmony._library
         self._tools = frozenset(tools)
-        self._assistant = self._tokenizer.encode("assistant")
+        self._assistant = harmony.assistant
         self._state: Literal["header", "content", "between"] = "header"
         self._header = list(self._assistant)
         self._decoder = IncrementalDecoder()
