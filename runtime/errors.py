@@ -4,6 +4,7 @@ A message says what was expected, what was found and what to do, in one or two s
 
     MxforgeError                    base; the commands print it and exit with `exit_code` (1)
     ├── UsageError                  a command was called wrongly (exits with 2)
+    │   └── ChatError                   a conversation or a tool is not of OpenAI's form
     ├── ConfigError                 config.json lacks a number, or holds one that cannot be built
     ├── CheckpointError             a checkpoint is missing, unreadable, truncated or contradictory
     │   ├── UnknownArchitectureError    config.json names an architecture other than gpt-oss
@@ -24,7 +25,6 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── KVMemoryError               the KV pool does not fit, or its pages are used up
     ├── ContextLengthError          a prompt is longer than the context
     ├── TokenRangeError             a token id lies outside the vocabulary
-    ├── ChatError                   a conversation or a tool is not of OpenAI's form (exits with 2)
     ├── SamplingError               a sampling parameter is absurd
     ├── CancelledError              the request was cancelled between two steps
     └── NumericsError               `mxforge diff` found a tensor outside its bound
@@ -46,6 +46,10 @@ class UsageError(MxforgeError):
     """A command or function was called with arguments that cannot be meant together."""
 
     exit_code = 2
+
+
+class ChatError(UsageError):
+    """A message, a tool or a choice of a conversation is not of the form that OpenAI's API has."""
 
 
 class ConfigError(MxforgeError):
@@ -126,12 +130,6 @@ class ContextLengthError(MxforgeError):
 
 class TokenRangeError(MxforgeError):
     """A token id lies outside the vocabulary."""
-
-
-class ChatError(MxforgeError):
-    """A message, a tool or a choice of a conversation is not of the form that OpenAI's API has."""
-
-    exit_code = 2
 
 
 class SamplingError(MxforgeError):
