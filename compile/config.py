@@ -17,6 +17,7 @@ import numpy as np
 
 from mxforge.errors import ConfigError, UnknownArchitectureError
 
+Layout = Literal["huggingface", "openai"]
 LayerType = Literal["sliding_attention", "full_attention"]
 SLIDING: LayerType = "sliding_attention"
 FULL: LayerType = "full_attention"
@@ -84,10 +85,8 @@ class ModelConfig:
     attention_bias: bool = True
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _INTEGERS.items():
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise _wrong(name, f"an integer from {low} to {high}", value)
+        for name, between in _INTEGERS.items():
+            _integer(name, getattr(self, name), between)
         for name, bounds in _REALS.items():
             object.__setattr__(self, name, _real(name, getattr(self, name), bounds))
         if self.yarn_attention_factor is not None:
@@ -145,7 +144,7 @@ class ModelConfig:
         layers = _required(raw, "num_hidden_layers")
         layer_types: Any = raw.get("layer_types")
         if layer_types is None and type(layers) is int and 0 < layers <= 1024:
-            layer_types = [FULL if i % 2 else SLIDING for i in range(layers)]
+            layer_types = _alternating(layers)
         heads = _required(raw, "num_attention_heads")
         hidden = _required(raw, "hidden_size")
         head_dim = _nullable(raw, "head_dim")
@@ -179,9 +178,68 @@ class ModelConfig:
         )
 
     @classmethod
+    def from_openai(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Parse the content of the config.json of OpenAI's original checkpoints.
+
+        It has no key for what the original code fixes: layers alternate from a sliding one on,
+        YaRN's bounds are not truncated, and a rope_scaling_factor of at most 1 means plain RoPE.
+        The context is initial_context_length · rope_scaling_factor. The original code knows no
+        other keys, so another key may mean another model. ConfigError names what is wrong.
+        """
+        if not isinstance(raw, Mapping):
+            raise _wrong("config.json", "a JSON object", raw)
+        if unknown := sorted(map(str, raw.keys() - _OPENAI_KEYS)):
+            raise ConfigError(
+                f"config.json has keys that OpenAI's layout does not know: "
+                f"{', '.join(unknown)[:200]}; remove them, or give a gpt-oss checkpoint."
+            )
+        # Checked under the names that the file has, so that an error finds its line.
+        parsed: dict[str, Any] = {
+            ours: _integer(theirs, _required(raw, theirs), _INTEGERS[ours])
+            for theirs, ours in _OPENAI_INTEGERS.items()
+        }
+        parsed |= {
+            ours: _real(theirs, raw[theirs], _REALS[ours])
+            for theirs, ours in _OPENAI_REALS.items()
+            if raw.get(theirs) is not None
+        }
+        experts, chosen = parsed["num_local_experts"], parsed["num_experts_per_tok"]
+        if chosen > experts:
+            raise _wrong("experts_per_token", f"at most num_experts ({experts})", chosen)
+        context = _integer(
+            "initial_context_length",
+            _required(raw, "initial_context_length"),
+            _INTEGERS["original_max_position_embeddings"],
+        )
+        factor = _real(
+            "rope_scaling_factor", _required(raw, "rope_scaling_factor"), _REALS["yarn_factor"]
+        )
+        parsed["max_position_embeddings"] = _integer(
+            "initial_context_length · rope_scaling_factor",
+            int(context * max(factor, 1.0)),
+            _INTEGERS["max_position_embeddings"],
+        )
+        parsed["layer_types"] = _alternating(parsed["num_hidden_layers"])
+        if factor > 1:
+            return cls(
+                **parsed,
+                rope_type="yarn",
+                yarn_factor=factor,
+                original_max_position_embeddings=context,
+                truncate=False,
+            )
+        unused = {name: default for name, default in _BETAS.items() if name in parsed}
+        return cls(**{**parsed, **unused}, rope_type="default")
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Parse the content of a config.json of either layout; see `config_layout`."""
+        return cls.from_openai(raw) if config_layout(raw) == "openai" else cls.from_hf(raw)
+
+    @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """`from_hf` of a config.json on disk; ConfigError where it cannot be read."""
-        return cls.from_hf(read_json_object(Path(path)))
+        """`from_json` of a config.json on disk; ConfigError where it cannot be read."""
+        return cls.from_json(read_json_object(Path(path)))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; `from_dict` takes them back."""
@@ -345,6 +403,30 @@ class ModelConfig:
         return self.active_bytes_per_token + self.kv_bytes_read(context, kv_element_bytes)
 
 
+def config_layout(raw: Mapping[str, Any]) -> Layout:
+    """Whose keys a config.json has; ConfigError where it has both layouts'.
+
+    Where it has neither's, UnknownArchitectureError.
+    """
+    hf = [key for key in raw if key in _HF_ONLY]
+    openai = [key for key in raw if key in _OPENAI_ONLY]
+    if hf and openai:
+        _check_architecture({"model_type": "gpt_oss", **raw})
+        raise ConfigError(
+            f"config.json mixes two layouts: {hf[0]} is a key of Hugging Face's, {openai[0]} of "
+            "OpenAI's original; keep the keys of one."
+        )
+    if hf:
+        return "huggingface"
+    if openai or raw.keys() & _OPENAI_SIGNS:
+        return "openai"
+    raise UnknownArchitectureError(
+        "Expected the config.json of a gpt-oss checkpoint, in Hugging Face's layout (model_type "
+        "'gpt_oss') or OpenAI's original (num_experts, rope_scaling_factor), found "
+        f"{', '.join(map(str, raw))[:160] or 'no keys'}; no other architecture can be compiled."
+    )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a small file of a checkpoint; ConfigError where there is none."""
     try:
@@ -365,6 +447,13 @@ def _wrong(name: str, expected: str, found: object) -> ConfigError:
     shown = repr(found)
     shown = shown if len(shown) <= 80 else shown[:77] + "…"
     return ConfigError(f"{name} must be {expected}, found {shown}; correct config.json.")
+
+
+def _integer(name: str, value: Any, bounds: tuple[int, int]) -> int:
+    low, high = bounds
+    if type(value) is not int or not low <= value <= high:
+        raise _wrong(name, f"an integer from {low} to {high}", value)
+    return value
 
 
 def _real(name: str, value: object, bounds: tuple[float, float]) -> float:
@@ -433,6 +522,10 @@ def _nullable(raw: Mapping[str, Any], name: str) -> Any:
     return raw[name]
 
 
+def _alternating(layers: int) -> tuple[LayerType, ...]:
+    return tuple(FULL if i % 2 else SLIDING for i in range(layers))
+
+
 def _yarn_mscale(scale: float, weight: float = 1.0) -> float:
     return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
 
@@ -484,3 +577,43 @@ def _rope(raw: Mapping[str, Any], positions: Any) -> dict[str, Any]:
 
 
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+# Keys of OpenAI's original config.json, and what they are called here.
+_OPENAI_INTEGERS = {
+    "num_hidden_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "vocab_size": "vocab_size",
+    "sliding_window": "sliding_window",
+}
+_OPENAI_REALS = {
+    "swiglu_limit": "swiglu_limit",
+    "rope_theta": "rope_theta",
+    "rope_ntk_beta": "beta_fast",
+    "rope_ntk_alpha": "beta_slow",
+}
+_OPENAI_KEYS = frozenset(
+    {*_OPENAI_INTEGERS, *_OPENAI_REALS, "initial_context_length", "rope_scaling_factor"}
+)
+
+# What tells the layouts apart: keys that only one of them has. The published Hugging Face files
+# say experts_per_token and initial_context_length, too, so these only count without such a key.
+_OPENAI_ONLY = frozenset({"rope_scaling_factor", "rope_ntk_beta", "rope_ntk_alpha"})
+_OPENAI_SIGNS = frozenset({"num_experts", "experts_per_token", "initial_context_length"})
+_HF_ONLY = frozenset(
+    {
+        "architectures",
+        "layer_types",
+        "max_position_embeddings",
+        "model_type",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "rope_parameters",
+        "rope_scaling",
+    }
+)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mxforge.compile.config import FULL, SLIDING, ModelConfig
+from mxforge.compile.config import FULL, SLIDING, ModelConfig, config_layout
 from mxforge.compile.random_checkpoint import ODD_SHAPES, SHAPES, hf_config
 from mxforge.errors import ConfigError, UnknownArchitectureError
 
@@ -180,6 +180,114 @@ def test_frequencies_equal_those_of_transformers(name: str):
     assert np.abs(ours.view(np.int32) - theirs.view(np.int32)).max() <= 1
 
 
+# -- OpenAI's original keys --------------------------------------------------------------------
+
+# The published original/config.json of gpt-oss-20b.
+ORIGINAL = {
+    "num_hidden_layers": 24,
+    "num_experts": 32,
+    "experts_per_token": 4,
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "swiglu_limit": 7.0,
+    "head_dim": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "sliding_window": 128,
+    "initial_context_length": 4096,
+    "rope_theta": 150000,
+    "rope_scaling_factor": 32.0,
+    "rope_ntk_alpha": 1,
+    "rope_ntk_beta": 32,
+}
+# Without these the original code's values hold, which are the published ones.
+OPTIONAL = ("swiglu_limit", "rope_theta", "rope_ntk_alpha", "rope_ntk_beta")
+
+
+def parse_original(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_openai({**ORIGINAL, **changes})
+
+
+def test_original_config_means_the_published_one():
+    assert parse_original() == parse()
+    assert parse_original(num_hidden_layers=36, num_experts=128) == ModelConfig.from_hf(
+        hf_config("120b-2layers", {"num_hidden_layers": 36})
+    )
+
+
+@pytest.mark.parametrize("key", OPTIONAL)
+def test_original_config_without_what_never_changes(key: str):
+    assert parse_original(**{key: None}) == parse()
+
+
+def test_original_config_of_other_numbers():
+    config = parse_original(
+        rope_scaling_factor=2.5, initial_context_length=1001, rope_ntk_beta=8, rope_ntk_alpha=2
+    )
+    assert (config.max_position_embeddings, config.original_max_position_embeddings) == (2502, 1001)
+    assert (config.yarn_factor, config.beta_fast, config.beta_slow) == (2.5, 8.0, 2.0)
+    assert config.truncate is False
+
+
+@pytest.mark.parametrize("factor", [1, 1.0, 0.5])
+def test_original_config_without_scaling_is_plain_rope(factor: float):
+    config = parse_original(rope_scaling_factor=factor, rope_ntk_beta=8)
+    rope = {"rope_scaling": {"rope_type": "default"}, "max_position_embeddings": 4096}
+    assert config == parse(**rope)
+
+
+@pytest.mark.parametrize("key", [key for key in ORIGINAL if key not in OPTIONAL])
+def test_original_config_lacks_a_key(key: str):
+    with pytest.raises(ConfigError, match=f"{key} is missing"):
+        parse_original(**{key: None})
+
+
+@pytest.mark.parametrize("key", ORIGINAL)
+@pytest.mark.parametrize("value", [0, -1, "64", True, [64], {}, 1 << 62, 1e400, math.nan])
+def test_original_config_with_an_impossible_number(key: str, value: Any):
+    with pytest.raises(ConfigError, match=key):
+        parse_original(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 2896}, "hidden_size must be a multiple of 32"),
+        ({"num_key_value_heads": 7}, "num_attention_heads must be a multiple of"),
+        ({"experts_per_token": 33}, r"experts_per_token must be at most num_experts \(32\)"),
+        ({"initial_context_length": 1 << 24}, "initial_context_length · rope_scaling_factor"),
+        ({"bidirectional_context": True}, "does not know: bidirectional_context"),
+        ({"num_local_experts": 32}, "does not know: num_local_experts"),
+    ],
+)
+def test_original_config_in_contradiction(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        parse_original(**changes)
+
+
+def test_the_keys_tell_the_layout(tmp_path):
+    assert config_layout(published()) == "huggingface"
+    assert config_layout(ORIGINAL) == "openai"
+    assert config_layout({"num_experts": 32}) == "openai"
+    assert config_layout({"architectures": []}) == "huggingface"
+    for raw in (published(), ORIGINAL):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(raw))
+        assert ModelConfig.from_file(path) == parse()
+
+
+def test_keys_of_both_layouts_or_of_none():
+    with pytest.raises(ConfigError, match="mixes two layouts: .*, rope_scaling_factor of OpenAI's"):
+        config_layout(published(rope_scaling_factor=16.0))
+    other = {**ORIGINAL, "model_type": "openai_privacy_filter"}
+    with pytest.raises(UnknownArchitectureError, match="openai_privacy_filter"):
+        config_layout(other)
+    for raw in ({}, {"n_layer": 12}):
+        with pytest.raises(UnknownArchitectureError, match="OpenAI's original"):
+            config_layout(raw)
+
+
 # -- bad input ---------------------------------------------------------------------------------
 
 REQUIRED = (
@@ -263,12 +371,6 @@ def test_contradiction(changes: dict[str, Any], message: str):
 def test_unknown_architecture(changes: dict[str, Any]):
     with pytest.raises(UnknownArchitectureError, match="Expected a gpt-oss checkpoint"):
         parse(**changes)
-
-
-def test_openai_layout_is_named_as_unknown():
-    original = {"num_experts": 32, "experts_per_token": 4, "hidden_size": 2880}
-    with pytest.raises(UnknownArchitectureError):
-        ModelConfig.from_hf(original)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1}}', "[" * 100_000, "\udcff"])
