@@ -35,7 +35,8 @@ def compile_model(
 ) -> Path:
     """Compile `checkpoint` for `target` into an artifact; returns its folder.
 
-    checkpoint      a folder in the Hugging Face layout, or with `random_weights` a config.json
+    checkpoint      a folder in Hugging Face's layout or OpenAI's original one, which is found
+                    out; or with `random_weights` a config.json of either
     target          cpu, cpu:LEVEL, cuda, cuda:sm_XX or metal
     output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>
     numerics        "exact" (f32 throughout) or "fast" (what the target does best)
@@ -100,7 +101,10 @@ def _check_arguments(
 def _name(source: Path) -> str:
     # Not resolved: who gives a link asks for the link's name.
     path = Path(os.path.abspath(source))  # noqa: PTH100
-    return path.name if path.is_dir() else path.parent.name or path.stem
+    folder = path if path.is_dir() else path.parent
+    if folder.name == "original" and (folder / "dtypes.json").is_file():
+        folder = folder.parent  # OpenAI's files, inside a repository that has the model's name
+    return folder.name or path.stem
 
 
 def _slug(target: str) -> str:

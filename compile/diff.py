@@ -38,7 +38,7 @@ from mxforge.library import Library, default_threads
 from mxforge.manifest import Manifest
 from mxforge.model import kv_shape, layer_kinds, load_weights
 
-from .checkpoint import HFCheckpoint, expected_tensors, layer_prefix
+from .checkpoint import FolderCheckpoint, expected_tensors, layer_prefix, open_checkpoint
 from .checkpoint.fingerprint import fingerprint
 from .random_checkpoint import random_tokens
 from .reference import LayerTrace, ReferenceModel, rms_norm
@@ -185,7 +185,8 @@ def compare(
         raise UsageError(f"tokens must be from 1 to {manifest.limits.context}, found {tokens}.")
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, found {seed}.")
-    source = HFCheckpoint(checkpoint)
+    source = open_checkpoint(checkpoint)
+    source.check()
     _check_pair(opened, source)
     report = Report(
         str(artifact), manifest.target.name, manifest.numerics, tokens=tokens, seed=seed
@@ -205,7 +206,7 @@ def compare(
     return report
 
 
-def _check_pair(artifact: Artifact, checkpoint: HFCheckpoint) -> None:
+def _check_pair(artifact: Artifact, checkpoint: FolderCheckpoint) -> None:
     """ArtifactError where the artifact was not compiled from this checkpoint."""
     manifest = artifact.manifest
     if manifest.random_seed is not None:

@@ -25,10 +25,10 @@ from mxforge.tokenizer import HARMONY_VOCAB, tokenizer_files
 
 from . import library, pipeline, targets
 from .artifact_writer import ArtifactWriter
-from .checkpoint import HFCheckpoint
+from .checkpoint import FolderCheckpoint, open_checkpoint
 from .checkpoint.fingerprint import Fingerprint
-from .checkpoint.hf import HARMONY_STOP_IDS
-from .config import ModelConfig, read_json_object
+from .checkpoint.folder import HARMONY_STOP_IDS
+from .config import ModelConfig
 from .models.gpt_oss import GptOss, Limits, layer_kind
 from .targets import CompileTarget, Numerics, Precision
 from .weights import PackedWeight, packed_weights
@@ -52,7 +52,7 @@ class Job:
     dump: Path | None
     announce: Callable[[str], None]
     progress: bool
-    checkpoint: HFCheckpoint | None = field(init=False, default=None)
+    checkpoint: FolderCheckpoint | None = field(init=False, default=None)
     config: ModelConfig = field(init=False)
     target: CompileTarget = field(init=False)
     precision: Precision = field(init=False)
@@ -63,12 +63,12 @@ class Job:
         self.target = targets.resolve(self.target_name)
         if self.source.is_dir():
             self.announce("checking the checkpoint")
-            self.checkpoint = HFCheckpoint(self.source)
+            self.checkpoint = open_checkpoint(self.source)
             self.config = self.checkpoint.config
             if not self.random_weights:
                 self.checkpoint.check()
         else:
-            self.config = ModelConfig.from_hf(read_json_object(self.source))
+            self.config = ModelConfig.from_file(self.source)
         self.precision = self.target.precision(self.numerics, self.config)
         self.weights = packed_weights(self.config, self.target.kernels, self.precision)
         self.fingerprint = Fingerprint(self.config, self._stop_token_ids())
@@ -183,7 +183,8 @@ class Job:
         return HARMONY_STOP_IDS if self.config.vocab_size == HARMONY_VOCAB else ()
 
     def _source(self) -> SourceInfo:
-        kind = "config" if self.random_weights else "huggingface"
+        layout = "config" if self.checkpoint is None else self.checkpoint.layout
+        kind = "config" if self.random_weights else layout
         return SourceInfo(kind, self.fingerprint.hexdigest())
 
     def _weights_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Random gpt-oss checkpoints of any shape, in the published Hugging Face layout.
+"""Random gpt-oss checkpoints of any shape, in the Hugging Face layout or OpenAI's original one.
 
 Weights are scaled so that activations stay of order one, routing stays spread and some SwiGLU
 inputs reach their limit. Values come from raw PCG64 bits through integer arithmetic, not from a
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -28,18 +28,21 @@ from tqdm import tqdm
 from mxforge.errors import MxforgeError, OutputError, UsageError
 from mxforge.safetensors import SafetensorsWriter
 
-from .checkpoint.hf import (
+from .checkpoint import openai
+from .checkpoint.folder import (
     HARMONY_STOP_IDS,
     HARMONY_VOCABULARY,
     INDEX_FILE,
     PACKED_DTYPES,
     SINGLE_FILE,
     TensorSpec,
-    expected_tensors,
 )
-from .config import ModelConfig
+from .checkpoint.hf import expected_tensors
+from .checkpoint.openai import StoredTensor
+from .config import Layout, ModelConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
+_SHARD_NAME = "model-{number:05}-of-{count:05}.safetensors"
 
 # Primes, so that rows of no length begin at the same place of a pool twice in a row.
 _REAL_POOL = 4_194_301
@@ -291,6 +294,38 @@ def hf_config(shape: str | Shape, overrides: Mapping[str, Any] | None = None) ->
     return copy.deepcopy({key: value for key, value in raw.items() if value is not None})
 
 
+def openai_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of OpenAI's layout; UsageError where it has no key to say the same."""
+    yarn = config.rope_type == "yarn"
+    context = config.original_max_position_embeddings if yarn else config.max_position_embeddings
+    raw = {
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_experts": config.num_local_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "swiglu_limit": config.swiglu_limit,
+        "head_dim": config.head_dim,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "sliding_window": config.sliding_window,
+        "initial_context_length": context,
+        "rope_theta": config.rope_theta,
+        "rope_scaling_factor": config.yarn_factor if yarn else 1.0,
+        "rope_ntk_alpha": config.beta_slow,
+        "rope_ntk_beta": config.beta_fast,
+    }
+    said, wanted = ModelConfig.from_openai(raw).to_dict(), config.to_dict()
+    for name, value in wanted.items():
+        if said[name] != value:
+            raise UsageError(
+                f"OpenAI's layout cannot say {name} = {json.dumps(value)}, it means "
+                f"{json.dumps(said[name])}; override it or choose another shape."
+            )
+    return raw
+
+
 def named_shape(name: str) -> Shape:
     if name not in SHAPES:
         raise UsageError(f"Expected a shape out of {', '.join(SHAPES)}, found {name!r}.")
@@ -301,6 +336,7 @@ def write_checkpoint(
     out: str | Path,
     shape: str | Shape,
     *,
+    layout: Layout = "huggingface",
     seed: int = 0,
     overrides: Mapping[str, Any] | None = None,
     max_shard_bytes: int | None = None,
@@ -309,24 +345,37 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint folder: a hidden sibling first, renamed when it is complete.
 
-    seed ≥ 0; overrides: config.json keys to replace; max_shard_bytes: by default the shape's.
-    OutputError where `out` exists (without `force`) or the disk is full, ConfigError where the
-    overrides make no model.
+    layout: the same seed gives the same model in both; seed ≥ 0; overrides: keys of Hugging
+    Face's config.json to replace; max_shard_bytes: by default the shape's. OutputError where
+    `out` exists (without `force`) or the disk is full, ConfigError where the overrides make no
+    model, UsageError where the layout cannot say it.
     """
     out = Path(out)
     shape = named_shape(shape) if isinstance(shape, str) else shape
     raw = hf_config(shape, overrides)
     config = ModelConfig.from_hf(raw)
+    original = openai_config(config) if layout == "openai" else None
     if out.exists() and not force:
         raise OutputError(f"{out} exists already; remove it, or give --force to replace it.")
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         work.mkdir(parents=True)
-        _write_json(work / "config.json", raw)
-        _write_json(work / "generation_config.json", _generation_config(raw))
         source = _Source(shape, config, seed)
         limit = max_shard_bytes or shape.max_shard_bytes
-        _write_shards(work, source, expected_tensors(config), limit, progress)
+        if original is not None:
+            tensors = openai.stored_tensors(config)
+            _write_json(work / "config.json", original)
+            _write_json(work / "dtypes.json", _published_dtypes(tensors))
+            _write_shards(work, source, tensors, limit, openai.SHARD_NAME, progress)
+        else:
+            tensors = {n: StoredTensor(s, (n,)) for n, s in expected_tensors(config).items()}
+            _write_json(work / "config.json", raw)
+            _write_json(work / "generation_config.json", _generation_config(raw))
+            weight_map = _write_shards(work, source, tensors, limit, _SHARD_NAME, progress)
+            if len(set(weight_map.values())) > 1:
+                size = sum(_nbytes(tensor.spec) for tensor in tensors.values())
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                _write_json(work / INDEX_FILE, index)
         if out.is_dir() and not out.is_symlink():
             shutil.rmtree(out)
         elif out.exists():
@@ -346,6 +395,12 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _published_dtypes(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """What dtypes.json of the published original checkpoints says."""
+    packed = {"blocks": "FP4", "scales": "UE8"}
+    return {name: packed.get(name.rpartition(".")[2], "BF16") for name in tensors}
+
+
 def _generation_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw["vocab_size"] != HARMONY_VOCABULARY:
         return {"do_sample": True, "eos_token_id": [raw["eos_token_id"]]}
@@ -360,10 +415,13 @@ def _generation_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _write_shards(
     folder: Path,
     source: _Source,
-    specs: Mapping[str, TensorSpec],
+    tensors: Mapping[str, StoredTensor],
     max_bytes: int,
+    shard_name: str,
     progress: bool,
-) -> None:
+) -> dict[str, str]:
+    """Write the tensors; returns which file each is in."""
+    specs = {name: tensor.spec for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     sizes = {name: _nbytes(spec) for name, spec in specs.items()}
@@ -377,7 +435,7 @@ def _write_shards(
     files = (
         [SINGLE_FILE]
         if count == 1
-        else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        else [shard_name.format(number=i + 1, count=count) for i in range(count)]
     )
     # Wide elements first within a file, as the safetensors library writes: keeps all aligned.
     shards = [
@@ -389,16 +447,11 @@ def _write_shards(
             infos = [(name, _dtype(specs[name]), specs[name].shape) for name in names]
             with SafetensorsWriter(folder / file, infos, {"format": "pt"}) as writer:
                 for name in names:
-                    for piece in source.pieces(name, specs[name]):
-                        writer.write(name, piece)
-                        bar.update(piece.nbytes)
-    if count > 1:
-        weight_map = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
-        }
-        _write_json(
-            folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+                    for part in tensors[name].parts:
+                        for piece in source.pieces(part):
+                            writer.write(name, piece)
+                            bar.update(piece.nbytes)
+    return {name: file for file, names in zip(files, shards, strict=True) for name in names}
 
 
 def _dtype(spec: TensorSpec) -> str:
@@ -416,6 +469,7 @@ class _Source:
     shape: Shape
     config: ModelConfig
     seed: int
+    _specs: dict[str, TensorSpec] = field(init=False)
     _offsets: dict[str, int] = field(init=False)  # where in its pool each tensor begins
     _unit: np.ndarray = field(init=False)  # f32, mean 0, variance 1, bell-shaped
     _bytes: np.ndarray = field(init=False)  # u8, uniform
@@ -429,10 +483,12 @@ class _Source:
         total = four.sum(axis=1, dtype=np.int32) * 2 - 4 * 255
         self._unit = total.astype(np.float32) / np.float32(2 * math.sqrt((256**2 - 1) / 3))
         self._bytes = _raw_bytes(bits, (_BYTE_POOL + 7) // 8)[:_BYTE_POOL]
-        self._offsets = {name: int(bits.random_raw()) for name in expected_tensors(self.config)}
+        self._specs = expected_tensors(self.config)
+        self._offsets = {name: int(bits.random_raw()) for name in self._specs}
 
-    def pieces(self, name: str, spec: TensorSpec) -> Iterator[np.ndarray]:
-        """The tensor in flat pieces."""
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor of this canonical name in flat pieces."""
+        spec = self._specs[name]
         if name.endswith("mlp.router.bias") and self.shape.idle_experts:
             bias = self._pool(name, spec)[: self.config.num_local_experts].copy()
             idle = [e for e in self.shape.idle_experts if e < len(bias)]
@@ -494,12 +550,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shapes = "\n".join(f"  {name:13} {shape.why}" for name, shape in SHAPES.items())
     parser = argparse.ArgumentParser(
         prog="make_checkpoint",
-        description="Write a random gpt-oss checkpoint in the published Hugging Face layout.",
+        description="Write a random gpt-oss checkpoint, laid out as the published ones are.",
         epilog=f"shapes:\n{shapes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     parser.add_argument("--shape", default="tiny", choices=SHAPES, metavar="NAME")
+    parser.add_argument(
+        "--layout",
+        default="huggingface",
+        choices=get_args(Layout),
+        help="names of files, tensors and config keys (default: huggingface)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, help="short for --set num_hidden_layers=N")
     parser.add_argument(
@@ -507,7 +569,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=JSON",
-        help="replace a key of config.json, as in --set vocab_size=1000",
+        help="replace a key of Hugging Face's config.json, as in --set vocab_size=1000",
     )
     parser.add_argument("--shard-bytes", type=int, help="begin a new file past this size")
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
@@ -521,6 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = write_checkpoint(
             options.out,
             options.shape,
+            layout=options.layout,
             seed=options.seed,
             overrides=overrides,
             max_shard_bytes=options.shard_bytes,
@@ -553,6 +616,7 @@ __all__ = [
     "hf_config",
     "main",
     "named_shape",
+    "openai_config",
     "random_tokens",
     "write_checkpoint",
 ]

@@ -20,7 +20,13 @@ import numpy as np
 
 from mxforge.errors import TokenRangeError
 
-from .checkpoint import Checkpoint, HFCheckpoint, check_scales, layer_prefix
+from .checkpoint import (
+    Checkpoint,
+    HFCheckpoint,
+    check_scales,
+    layer_prefix,
+    open_checkpoint,
+)
 from .config import ModelConfig
 
 if TYPE_CHECKING:
@@ -117,7 +123,7 @@ class ReferenceModel:
 
     def __init__(self, checkpoint: Checkpoint | str | Path, dtype: Any = np.float32) -> None:
         if isinstance(checkpoint, str | Path):
-            checkpoint = HFCheckpoint(checkpoint)
+            checkpoint = open_checkpoint(checkpoint)
         self.checkpoint = checkpoint
         self.checkpoint.check()
         self.config: ModelConfig = self.checkpoint.config

@@ -17,7 +17,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises ArtifactError, CheckpointError or ConfigError where it is neither.
     """
     path = Path(path)
-    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+    configs = (path / "config.json", path / "original" / "config.json")
+    if any(file.is_file() for file in configs) and not (path / "manifest.json").is_file():
         return _checkpoint(path)
     return _artifact(read_manifest(path))
 
@@ -45,14 +46,14 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     with needs_compiler("Reading a checkpoint"):
-        from .compile.checkpoint import HFCheckpoint
-    checkpoint = HFCheckpoint(path)
+        from .compile.checkpoint import open_checkpoint
+    checkpoint = open_checkpoint(path)
     checkpoint.check()
     config = checkpoint.config
     return {
         "kind": "checkpoint",
         "name": path.resolve().name,
-        "format": "huggingface",
+        "format": checkpoint.layout,
         "files": [{"file": file.name, "bytes": file.stat().st_size} for file in checkpoint.files],
         "tokenizer": checkpoint.tokenizer_path is not None,
         "config": config.to_dict(),

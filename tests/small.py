@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mxforge.manifest import (
     TokenizerInfo,
     WeightInfo,
 )
+from mxforge.safetensors import SafetensorsWriter, dtype_name, open_safetensors
 
 SMALL_SHAPE = {
     "num_hidden_layers": 2,
@@ -86,3 +87,21 @@ def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) ->
     content = json.loads((artifact / MANIFEST).read_text())
     change(content)
     (artifact / MANIFEST).write_text(json.dumps(content))
+
+
+def rewrite(folder: Path, changes: Mapping[str, np.ndarray | None]) -> None:
+    """Replace, add or (None) remove tensors of a one-file checkpoint."""
+    path = folder / "model.safetensors"
+    source = open_safetensors(path)
+    arrays: dict[str, Any] = {name: source.array(name) for name in source.tensors}
+    arrays = {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+    infos = [(name, dtype_name(a.dtype), a.shape) for name, a in arrays.items()]
+    with SafetensorsWriter(path.with_suffix(".new"), infos) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+    path.with_suffix(".new").replace(path)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Replace or add keys of the JSON object in a file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

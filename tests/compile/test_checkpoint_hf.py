@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from small import edit_json, rewrite
 
 from mxforge.compile.checkpoint import HFCheckpoint, check_scales, expected_tensors
 from mxforge.compile.reference import ReferenceModel
@@ -20,7 +21,7 @@ from mxforge.errors import (
     TensorMissingError,
     TensorShapeError,
 )
-from mxforge.safetensors import SafetensorsWriter, dtype_name, open_safetensors
+from mxforge.safetensors import dtype_name
 
 BLOCKS = "model.layers.0.mlp.experts.gate_up_proj_blocks"
 SCALES = "model.layers.1.mlp.experts.down_proj_scales"
@@ -37,23 +38,6 @@ def folder(odd_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 def sharded(odd_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy of odd-3 (several shards) to damage."""
     return Path(shutil.copytree(odd_checkpoint("odd-3"), tmp_path / "odd-3"))
-
-
-def rewrite(folder: Path, changes: Mapping[str, np.ndarray | None]) -> None:
-    """Replace, add or (None) remove tensors of a one-file checkpoint."""
-    path = folder / "model.safetensors"
-    source = open_safetensors(path)
-    arrays: dict[str, Any] = {name: source.array(name) for name in source.tensors}
-    arrays = {name: array for name, array in {**arrays, **changes}.items() if array is not None}
-    infos = [(name, dtype_name(a.dtype), a.shape) for name, a in arrays.items()]
-    with SafetensorsWriter(path.with_suffix(".new"), infos) as writer:
-        for name, array in arrays.items():
-            writer.write(name, array)
-    path.with_suffix(".new").replace(path)
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("name", ["odd-1", "odd-3"])

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mxforge.compile.checkpoint import HFCheckpoint
+from mxforge.compile.checkpoint import HFCheckpoint, OpenAICheckpoint
+from mxforge.compile.config import ModelConfig
 from mxforge.compile.random_checkpoint import (
     SHAPES,
     hf_config,
     main,
+    openai_config,
     random_tokens,
     write_checkpoint,
 )
@@ -122,6 +124,45 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(out), "--force", "--set", "nonsense"]) == 2
     assert main([str(out), "--force", "--seed", "-1"]) == 2
     assert "make_checkpoint:" in capsys.readouterr().err
+
+
+def test_the_original_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "made"
+    assert main([str(out), "--shape", "odd-1", "--layout", "openai", "--shard-bytes", "90000"]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names[:3] == [
+        "config.json",
+        "dtypes.json",
+        f"model--00001-of-{len(names) - 2:05}.safetensors",
+    ]
+    checkpoint = OpenAICheckpoint(out)
+    checkpoint.check()
+    dtypes = json.loads((out / "dtypes.json").read_text())
+    assert dtypes.keys() == checkpoint.tensors.keys()
+    assert dtypes["block.0.mlp.mlp1_weight.blocks"] == "FP4"
+    assert dtypes["block.0.mlp.mlp1_weight.scales"] == "UE8"
+    assert dtypes["block.0.mlp.mlp1_bias"] == "BF16"
+    for name, info in checkpoint.tensors.items():
+        if info.dtype == "BF16":
+            assert info.begin % 2 == 0, name  # aligned views
+    assert main([str(tmp_path / "no"), "--shape", "odd-2", "--layout", "openai"]) == 2
+    assert "cannot say layer_types" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_original_config_of_the_published_models():
+    raw = openai_config(ModelConfig.from_hf(hf_config("20b")))
+    assert len(raw) == 16
+    assert (raw["num_experts"], raw["experts_per_token"]) == (32, 4)
+    assert (raw["initial_context_length"], raw["rope_scaling_factor"]) == (4096, 32.0)
+    assert (raw["rope_ntk_alpha"], raw["rope_ntk_beta"]) == (1.0, 32.0)
+    for changes, key in (
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ({"attention_bias": False}, "attention_bias"),
+        ({"max_position_embeddings": 4096}, "max_position_embeddings"),
+    ):
+        with pytest.raises(UsageError, match=f"cannot say {key}"):
+            openai_config(ModelConfig.from_hf(hf_config("20b", changes)))
 
 
 def test_script_lists_every_shape():
