@@ -132,6 +132,15 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument("--seed", type=int, default=0, metavar="S", help="of the input's token ids")
     _json_option(diff)
     diff.set_defaults(run=_diff)
+
+    export = commands.add_parser(
+        "export-onnx", help="write a checkpoint as an ONNX graph, for other runtimes"
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT")
+    export.add_argument("out", metavar="OUT", help="the graph; the weights go to OUT.data")
+    export.add_argument("--opset", type=int, default=18, metavar="N", help="18 to 24 (default: 18)")
+    export.add_argument("--force", action="store_true", help="replace what is there")
+    export.set_defaults(run=_export_onnx)
     return top
 
 
@@ -311,6 +320,20 @@ def _diff(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(report.to_json())
     report.check()
+
+
+def _export_onnx(args: argparse.Namespace) -> None:
+    with needs_compiler("mxforge export-onnx"):
+        from .compile.onnx_export import export_onnx
+    path = export_onnx(
+        args.checkpoint,
+        args.out,
+        opset=args.opset,
+        force=args.force,
+        announce=lambda text: print(f"mxforge export-onnx: {text}", file=sys.stderr, flush=True),
+        progress=sys.stderr.isatty(),
+    )
+    print(path)
 
 
 if __name__ == "__main__":
