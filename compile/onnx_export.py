@@ -40,7 +40,7 @@ from tqdm import tqdm
 from mxforge._version import __version__
 from mxforge.errors import OutputError, UsageError
 
-from .checkpoint import HFCheckpoint, check_scales, expected_tensors, layer_prefix
+from .checkpoint import Checkpoint, check_scales, expected_tensors, layer_prefix, open_checkpoint
 from .checkpoint.fingerprint import Fingerprint
 from .config import MXFP4_BLOCK, ModelConfig
 from .reference import dequantize_mxfp4
@@ -54,10 +54,10 @@ _ALIGNMENT = 4096  # of every tensor in the data file, so that it can be mapped 
 _PIECE = 1 << 24
 _GRAPH_ROOM = 64 << 20  # what the graph may take on disk
 _ONNX_DTYPES = {
-    "BF16": TensorProto.BFLOAT16,
-    "F16": TensorProto.FLOAT16,
-    "F32": TensorProto.FLOAT,
-    "U8": TensorProto.UINT8,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float16": TensorProto.FLOAT16,
+    "float32": TensorProto.FLOAT,
+    "uint8": TensorProto.UINT8,
 }
 
 
@@ -84,7 +84,7 @@ def export_onnx(
             f"opset must be a whole number from {OLDEST_OPSET} to {NEWEST_OPSET}, found {opset!r}."
         )
     announce("checking the checkpoint")
-    source = HFCheckpoint(checkpoint)
+    source = open_checkpoint(checkpoint)
     source.check()
     stored = _layout(source)
     with _Output(Path(output), force) as files:
@@ -101,7 +101,7 @@ def export_onnx(
     return Path(output)
 
 
-def _metadata(checkpoint: HFCheckpoint, source_sha256: str) -> dict[str, str]:
+def _metadata(checkpoint: Checkpoint, source_sha256: str) -> dict[str, str]:
     """Notes in the graph; `source_sha256` is the one in the manifest of a compiled artifact."""
     config = json.dumps(checkpoint.config.to_dict(), sort_keys=True)
     return {
@@ -504,19 +504,19 @@ class _Graph:
 # -- writing it ------------------------------------------------------------------------------------
 
 
-def _layout(checkpoint: HFCheckpoint) -> dict[str, _Stored]:
+def _layout(checkpoint: Checkpoint) -> dict[str, _Stored]:
     """The place of every tensor in the data file, in the order in which the model uses them."""
     stored, end = {}, 0
     for name in expected_tensors(checkpoint.config):
-        info = checkpoint.tensors[name]
+        tensor = checkpoint.tensor(name)
         begin = end + -end % _ALIGNMENT
-        end = begin + info.nbytes
-        stored[name] = _Stored(info.dtype, info.shape, begin, end)
+        end = begin + tensor.nbytes
+        stored[name] = _Stored(tensor.dtype.name, tensor.shape, begin, end)
     return stored
 
 
 def _write_data(
-    checkpoint: HFCheckpoint, stored: dict[str, _Stored], path: Path, progress: bool
+    checkpoint: Checkpoint, stored: dict[str, _Stored], path: Path, progress: bool
 ) -> str:
     """Copy the tensors to their places, one at a time; returns the checkpoint's fingerprint."""
     fingerprint = Fingerprint(checkpoint.config, checkpoint.generation_config.eos_token_ids)

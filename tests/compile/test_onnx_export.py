@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from small import small_checkpoint
+from small import SMALL_SHAPE, small_checkpoint
 
 from mxforge.artifact import read_manifest
 from mxforge.cli import main
@@ -24,7 +24,7 @@ from mxforge.compile import onnx_export
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.checkpoint.fingerprint import fingerprint
 from mxforge.compile.onnx_export import FLOAT4_OPSET, NEWEST_OPSET, OLDEST_OPSET, export_onnx
-from mxforge.compile.random_checkpoint import ODD_SHAPES, random_tokens
+from mxforge.compile.random_checkpoint import ODD_SHAPES, random_tokens, write_checkpoint
 from mxforge.compile.reference import ReferenceModel
 from mxforge.errors import (
     CheckpointError,
@@ -143,6 +143,18 @@ def test_other_dense_dtypes_and_absent_biases(tmp_path: Path):
 
 
 # -- the files -------------------------------------------------------------------------------------
+
+
+def test_both_layouts_give_the_same_model(tmp_path: Path):
+    exported = []
+    for layout in ("huggingface", "openai"):
+        folder = write_checkpoint(
+            tmp_path / layout / "gpt", "tiny", layout=layout, overrides=SMALL_SHAPE
+        )
+        graph = export_onnx(folder, tmp_path / layout / "m.onnx")
+        model = onnx.load(graph, load_external_data=False)
+        exported.append((model.graph, graph.with_name("m.onnx.data").read_bytes()))
+    assert exported[0] == exported[1]
 
 
 def test_the_data_file_is_the_checkpoints_tensors(odd_checkpoint: Checkpoints, tmp_path: Path):
