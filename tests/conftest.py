@@ -67,3 +67,28 @@ def compiled(
         return once(name, numerics, **options)  # a cache takes a default for another argument
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small checkpoint with a byte-level tokenizer.json; token 0 stops."""
+    from small import TEXT_VOCAB, small_checkpoint, write_tokenizer
+
+    checkpoint = small_checkpoint(tmp_path_factory.mktemp("text"), vocab_size=TEXT_VOCAB)
+    write_tokenizer(checkpoint / "tokenizer.json")
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def text_artifact(text_checkpoint: Path) -> Path:
+    """`text_checkpoint`, compiled with fast numerics."""
+    from small import MAX_BATCH, PREFILL_CHUNK
+
+    from mxforge import compile_model
+
+    return compile_model(
+        text_checkpoint,
+        output=text_checkpoint.parent / "artifact",
+        max_batch=MAX_BATCH,
+        prefill_chunk=PREFILL_CHUNK,
+    )

@@ -38,9 +38,20 @@ SMALL_SHAPE = {
     "sliding_window": 20,
     "vocab_size": 100,
 }
+MAX_BATCH, PREFILL_CHUNK = 4, 32  # of artifacts that several tests share
+SPECIAL_TOKENS = ("<|endoftext|>", "<|start|>", "<|message|>", "<|end|>")
+MERGES = (("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("a", "b"))
+TEXT_VOCAB = 256 + len(MERGES) + len(SPECIAL_TOKENS) + 3  # padded beyond the tokenizer
 SMALL_MANIFEST = Manifest(
     name="tiny",
-    config={"hidden_size": 64, "layer_types": ["full_attention"], "rope_theta": 150000.0},
+    config={
+        "vocab_size": 100,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 20,
+        "layer_types": ["full_attention"],
+        "rope_theta": 150000.0,
+    },
     target=TargetInfo("cpu", "cpu:x86-64", (), host_system()),
     numerics="exact",
     precision=PrecisionInfo("float32", "float32", "f32"),
@@ -61,6 +72,19 @@ SMALL_MANIFEST = Manifest(
 def small_checkpoint(folder: Path, **overrides: Any) -> Path:
     """A random checkpoint of `SMALL_SHAPE` and no tokenizer, in `folder`/small."""
     return write_checkpoint(folder / "small", "tiny", overrides=SMALL_SHAPE | overrides)
+
+
+def write_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer.json: 256 bytes, `MERGES`, `SPECIAL_TOKENS`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in MERGES)]
+    vocab = {word: token for token, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(MERGES)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
+    tokenizer.save(str(path))
 
 
 def fill_artifact(writer: ArtifactWriter) -> None:

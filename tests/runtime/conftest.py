@@ -8,57 +8,18 @@ from pathlib import Path
 
 import pytest
 from prompts import CONTEXT
-from small import small_checkpoint
+from small import MAX_BATCH, PREFILL_CHUNK
 
 import mxforge.engine
 from mxforge import Engine
 from mxforge.scheduler import Worker
 from mxforge.tokenizer import HARMONY_VOCAB
 
-MAX_BATCH, PREFILL_CHUNK = 4, 32
-SPECIAL_TOKENS = ("<|endoftext|>", "<|start|>", "<|message|>", "<|end|>")
-MERGES = (("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("a", "b"))
-TEXT_VOCAB = 256 + len(MERGES) + len(SPECIAL_TOKENS) + 3  # padded beyond the tokenizer
-
-
-def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer.json: 256 bytes, `MERGES`, `SPECIAL_TOKENS`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in MERGES)]
-    vocab = {word: token for token, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(MERGES)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
-    tokenizer.save(str(path))
-
 
 @pytest.fixture(scope="session")
 def odd_artifact(compiled: Callable[..., Path]) -> Path:
     """Shape odd-1 (window 5, odd sizes, vocabulary of 1003, no tokenizer), exact numerics."""
     return compiled("odd-1", max_batch=MAX_BATCH, prefill_chunk=PREFILL_CHUNK)
-
-
-@pytest.fixture(scope="session")
-def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A very small checkpoint with a byte-level tokenizer.json; token 0 stops."""
-    checkpoint = small_checkpoint(tmp_path_factory.mktemp("text"), vocab_size=TEXT_VOCAB)
-    write_tokenizer(checkpoint / "tokenizer.json")
-    return checkpoint
-
-
-@pytest.fixture(scope="session")
-def text_artifact(text_checkpoint: Path) -> Path:
-    """`text_checkpoint`, compiled with fast numerics."""
-    from mxforge import compile_model
-
-    return compile_model(
-        text_checkpoint,
-        output=text_checkpoint.parent / "artifact",
-        max_batch=MAX_BATCH,
-        prefill_chunk=PREFILL_CHUNK,
-    )
 
 
 @pytest.fixture(scope="session")
