@@ -13,6 +13,7 @@ Text never becomes a special id, whatever stands in it: only who builds a prompt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import lzma
@@ -124,14 +125,16 @@ class O200kHarmony(_Decoding):
     def __init__(self, special_tokens: Mapping[str, int] = HARMONY_SPECIAL_TOKENS) -> None:
         named = {token: name for name, token in special_tokens.items()}
         outside = sorted(token for token in named if not _RANKS <= token < HARMONY_VOCAB)
-        if outside or len(named) != len(special_tokens):
-            raise TokenizerError(
-                f"o200k_harmony's special ids are distinct numbers from {_RANKS} to "
-                f"{HARMONY_VOCAB - 1}, but {outside or 'one'} "
-                f"{'lies outside' if outside else 'has two names'}."
-            )
         names = [named.get(i, f"<|reserved_{i}|>") for i in range(_RANKS, HARMONY_VOCAB)]
         self.special_tokens = dict(zip(names, range(_RANKS, HARMONY_VOCAB), strict=True))
+        if outside or len(named) != len(special_tokens) or len(self.special_tokens) != len(names):
+            found = (
+                f"{str(outside[0])[:20]} lies outside" if outside else "one has two names or ids"
+            )
+            raise TokenizerError(
+                f"o200k_harmony's special ids are distinct numbers from {_RANKS} to "
+                f"{HARMONY_VOCAB - 1} with distinct names, but {found}."
+            )
         ranks, self._encoding = _o200k()
         self._bytes = [*ranks, *(name.encode() for name in names)]
 
@@ -156,15 +159,12 @@ class HFTokenizer(_Decoding):
         """Raises TokenizerError where `path` is missing or not a tokenizer."""
         import tokenizers
 
-        try:
+        with _named(f"{path} should hold a tokenizer of the Hugging Face tokenizers format"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare exceptions only
-            raise TokenizerError(
-                f"{path} should hold a tokenizer of the Hugging Face tokenizers format, but could "
-                f"not be read ({error}); take the file from the model's source again."
-            ) from None
-        # This setting is not stored in the file.
+        # This setting is not stored in the file; those two are, and would bend every prompt.
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
@@ -180,7 +180,8 @@ class HFTokenizer(_Decoding):
         return self._encode(_encodable(text))
 
     def _encode(self, text: str) -> list[int]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with _named("The model's tokenizer should turn text into ids"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if self._forbidden.isdisjoint(ids):
             return ids
@@ -210,7 +211,9 @@ class HFTokenizer(_Decoding):
         return all(self.token_bytes(i) == rank for i, rank in enumerate(_o200k()[0]))
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        with _named("The model's tokenizer should turn ids into text"):
+            text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
 
     def token_bytes(self, token: int) -> bytes:
         if token in self._added:
@@ -225,6 +228,21 @@ class HFTokenizer(_Decoding):
             return bytes.fromhex(byte[1])
         # Between words a decoder adds or drops spaces, so look at the token in company.
         return self._decode([self._anchor, token])[len(self._anchor_text) :].encode()
+
+
+@contextlib.contextmanager
+def _named(expected: str) -> Iterator[None]:
+    """TokenizerError for what the `tokenizers` library raises: bare exceptions, and panics of its
+    Rust code, which are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"{expected}, but could not ({_reason(error)}); take tokenizer.json from the model's "
+            "source again."
+        ) from None
 
 
 class NoTokenizer(_Decoding):
@@ -284,12 +302,14 @@ def tokenizer_files(
 def _read_special_tokens(path: Path) -> dict[str, int]:
     try:
         content: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(
-            f"{path} should list the special tokens, but could not be read ({error}); "
+            f"{path} should list the special tokens, but could not be read ({_reason(error)}); "
             "compile the model again."
         ) from None
-    if not isinstance(content, dict) or any(type(token) is not int for token in content.values()):
+    if not isinstance(content, dict) or not all(
+        type(token) is int and name.isprintable() for name, token in content.items()
+    ):
         raise TokenizerError(
             f"{path} should map names of special tokens to ids, but holds something else; "
             "compile the model again."
@@ -322,6 +342,11 @@ def _o200k() -> tuple[list[bytes], tiktoken.Encoding]:
         special_tokens={},  # so that none can come out of text
     )
     return ranks, encoding
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, which may quote the file, as a short line of ASCII."""
+    return ascii(str(error))[1:-1][:200]
 
 
 def _encodable(text: str) -> str:

@@ -208,15 +208,58 @@ def test_an_unreadable_file_is_named(tmp_path, content):
         tokenizer_files(tmp_path / "tokenizer.json", 10)
 
 
+def test_a_panic_of_the_library_is_named(tmp_path):
+    """Of its Rust code: it is no Exception."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated")
+    tokenizer.save(str(path))
+    with pytest.raises(TokenizerError, match="turn text into ids.*retry-limit"):
+        load_tokenizer(tmp_path, "tokenizers").encode("a" * 40 + "!")
+
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json .*charsmap"):
+        load_tokenizer(tmp_path, "tokenizers")
+
+
+def test_what_the_library_quotes_is_shown_as_ascii(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "\\u001b[2J\\n"}')
+    with pytest.raises(TokenizerError, match=r"x1b\[2J") as caught:
+        load_tokenizer(tmp_path, "tokenizers")
+    assert str(caught.value).isprintable()
+
+
+def test_truncation_and_padding_of_the_file_are_not_taken_over(byte_level_file, tmp_path):
+    from tokenizers import Tokenizer
+
+    stored = Tokenizer.from_file(str(byte_level_file))
+    stored.enable_truncation(3)
+    stored.enable_padding(length=1000)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HFTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.decode_bytes(tokenizer.encode("hello world xyz")) == b"hello world xyz"
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b'{"<|end|>": "1"}', b'{"<|end|>": 5}', b'{"a":200001,"b":200001}', None],
-)
+    [
+        b"", b"[]", b'{"<|end|>": "1"}', b'{"<|end|>": 5}', b'{"a":200001,"b":200001}', None,
+        b"[" * 100_000, b'{"\\ud800": 200001}', b'{"\\u001b[2J": 200001}',
+        b'{"a": 1' + b"0" * 4000 + b"}", b'{"<|reserved_200001|>": 200003}',
+    ],
+    ids=range(11),
+)  # fmt: skip
 def test_a_damaged_list_of_special_tokens_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "special_tokens.json").write_bytes(content)
-    with pytest.raises(TokenizerError):
+    with pytest.raises(TokenizerError) as caught:
         load_tokenizer(tmp_path, "o200k_harmony")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
 
 
 def test_without_a_tokenizer_there_are_ids_only(tmp_path):
