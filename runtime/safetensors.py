@@ -169,7 +169,10 @@ def _broken(path: Path, problem: str) -> SafetensorsError:
 
 def _short(name: object) -> str:
     """repr, so that control characters and lone surrogates of hostile names stay printable."""
-    text = repr(name)
+    try:
+        text = repr(name)
+    except RecursionError:  # close to it, the parser can still take what cannot be shown
+        text = "something nested too deeply"
     return text if len(text) <= 120 else text[:100] + "…" + text[-1]
 
 
@@ -233,6 +236,8 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
         not isinstance(shape, list)
         or len(shape) > MAX_DIMENSIONS
         or not all(_is_size(v) for v in shape)
+        # NumPy's limit, which holds for empty arrays, too.
+        or math.prod(max(v, 1) for v in shape) * _DTYPES[dtype][0] >= 1 << 63
     ):
         raise _broken(path, f"{label} has the impossible shape {_short(shape)}")
     if (

@@ -328,6 +328,7 @@ def test_header_is_not_the_expected_json(tmp_path: Path, header: bytes):
         entry(shape=[1] * 33 + [4]),
         entry(shape=[1 << 63, 0]),
         entry(shape=[1 << 32, 1 << 32]),
+        entry(shape=[0, 1 << 62, 2], offsets=(0, 0)),
         entry(shape=[5]),
         entry(dtype="F32"),
         entry(offsets=4),
@@ -376,6 +377,13 @@ def test_hostile_names_stay_printable(tmp_path: Path):
     str(caught.value).encode()
     assert "\x1b" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_nesting_that_can_be_read_but_not_shown(tmp_path: Path):
+    for depth in range(900, 1000):
+        header = b'{"a": ' + b"[" * depth + b"]" * depth + b"}"
+        with pytest.raises(SafetensorsError):
+            open_safetensors(craft(tmp_path / "x", header))
 
 
 def test_damaged_bytes_never_raise_anything_else(tmp_path: Path):
