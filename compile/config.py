@@ -438,9 +438,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
         raise ConfigError(f"{path} is not valid JSON ({reason}). Fetch it again.") from error
+    if _deeper(value, _NESTING):  # close to Python's limit it could be read, but not shown
+        raise ConfigError(f"{path} is not valid JSON (nested too deeply). Fetch it again.")
     if not isinstance(value, dict):
         raise _wrong(str(path), "a JSON object", value)
     return value
+
+
+_NESTING = 64
+
+
+def _deeper(value: object, most: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    entries = value.values() if isinstance(value, dict) else value
+    return most == 0 or any(_deeper(entry, most - 1) for entry in entries)
 
 
 def _wrong(name: str, expected: str, found: object) -> ConfigError:
@@ -560,7 +572,7 @@ def _rope(raw: Mapping[str, Any], positions: Any) -> dict[str, Any]:
     original = rope.get("original_max_position_embeddings")
     original = positions if original is None else original
     factor = rope.get("factor")
-    if factor is None and type(positions) is int and type(original) is int and original > 0:
+    if factor is None and _in_range("max_position_embeddings", positions, original):
         factor = positions / original
     parsed |= {"yarn_factor": factor, "original_max_position_embeddings": original}
     parsed |= {name: rope.get(name) or default for name, default in _BETAS.items()}
@@ -574,6 +586,11 @@ def _rope(raw: Mapping[str, Any], positions: Any) -> dict[str, Any]:
             factor, _real("mscale", mscale, bounds)
         ) / _yarn_mscale(factor, _real("mscale_all_dim", mscale_all, bounds))
     return parsed
+
+
+def _in_range(name: str, *values: object) -> bool:
+    low, high = _INTEGERS[name]
+    return all(type(value) is int and low <= value <= high for value in values)
 
 
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}

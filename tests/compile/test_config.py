@@ -348,6 +348,13 @@ def test_impossible_real(key: str, value: Any):
         ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type must be"),
         ({"rope_scaling": [1]}, "rope_scaling must be a JSON object"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "yarn_factor must be"),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 1},
+                "max_position_embeddings": 10**400,
+            },
+            "max_position_embeddings must be",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "32"}}, "yarn_factor must be"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": 0}}, "truncate must be"),
         ({"rope_scaling": {SLIDING: {}, FULL: {}}}, "one set for all layers"),
@@ -373,7 +380,9 @@ def test_unknown_architecture(changes: dict[str, Any]):
         parse(**changes)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1}}', "[" * 100_000, "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"a": 1}}', "[" * 100_000, "\udcff", "[" * 65 + "]" * 65]
+)
 def test_unreadable_file(tmp_path, text: str):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from prompts import CONTEXT
-from small import MAX_BATCH, PREFILL_CHUNK
+from small import MAX_BATCH, PREFILL_CHUNK, small_checkpoint
 
 import mxforge.engine
 from mxforge import Engine
