@@ -253,7 +253,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         if (
             not isinstance(file, str)
             or not file.endswith(".safetensors")
-            or any(c in file for c in "/\\:\0")
+            or not file.isprintable()
+            or any(c in file for c in "/\\:")
         ):
             raise CheckpointError(
                 f"{index} must name .safetensors files of its own folder, found {file!r:.120}; "

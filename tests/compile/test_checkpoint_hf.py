@@ -235,6 +235,8 @@ def test_shards_in_each_others_place(sharded: Path):
         "c:x.safetensors",
         "config.json",
         "x\0.safetensors",
+        "\x1b[2J.safetensors",
+        "\ud800.safetensors",
         "",
         7,
         None,
