@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mxforge.errors import CheckpointError, UsageError, needs_compiler
+from mxforge.manifest import MOST
 
 if TYPE_CHECKING:
     from .targets import Numerics
 
 DEFAULT_OUTPUT = Path("artifacts")
-MAX_BATCH = 1024
-MAX_PREFILL_CHUNK = 8192
+MAX_BATCH = MOST.max_batch
+MAX_PREFILL_CHUNK = MOST.prefill_chunk
 
 Announce = Callable[[str], None]
 

@@ -29,6 +29,7 @@ from .errors import (
 from .kv import PageNeeds, available_memory, check_memory, page_needs
 from .library import default_threads, usable_cores
 from .manifest import Manifest
+from .model import check_memory_plan
 from .results import Completion, Piece
 from .sampling import SamplingParams, TokenHistory, new_seed
 from .scheduler import Request, Worker
@@ -70,6 +71,7 @@ class Engine:
         prefill_chunk: int | None = None,
     ) -> None:
         manifest = artifact.manifest
+        check_memory_plan(manifest)
         self.manifest: Manifest = manifest
         self.threads = _checked_threads(threads)
         self.vocab_size = int(manifest.config["vocab_size"])

@@ -21,6 +21,7 @@ import numpy as np
 
 from .artifact import device_code_name
 from .errors import ArtifactTargetError, MxforgeError
+from .manifest import short
 
 
 @contextlib.contextmanager
@@ -91,7 +92,8 @@ def _load_device(kind: str) -> _DeviceKind:
     device = _DEVICES.get(kind)
     if device is None:
         raise ArtifactTargetError(
-            f"This runtime has the devices {', '.join(_DEVICES)}, but the artifact is for {kind}."
+            f"This runtime has the devices {', '.join(_DEVICES)}, but the artifact is for "
+            f"{short(kind)}."
         )
     name = f"device_api.{kind}"
     if device.sidecar and tvm_ffi.get_global_func(name, allow_missing=True) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
 import typing
@@ -20,6 +21,17 @@ ABI_VERSION = 1
 MANIFEST = "manifest.json"
 
 REMEDY = "compile the model again, or copy the artifact again."
+
+# What the runtime reads of a model's config -> the most it can be.
+CONFIG_SIZES = {
+    "vocab_size": 1 << 24,
+    "num_key_value_heads": 4096,
+    "head_dim": 1024,
+    "sliding_window": 1 << 24,
+}
+LAYER_TYPES = ("sliding_attention", "full_attention")
+KV_BYTES = {"float32": 4, "float16": 2}  # of an element
+WEIGHT_BYTES = {"bfloat16": 2, "float32": 4, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,10 @@ class Limits:
     max_batch: int
     prefill_chunk: int
     context: int
+
+
+# What any artifact may be compiled for.
+MOST = Limits(max_batch=1024, prefill_chunk=8192, context=1 << 24)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,8 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `config` is the model's (ModelConfig.to_dict()), left to the compiler to read.
+    """manifest.json. `config` is the model's (ModelConfig.to_dict()); only `CONFIG_SIZES` and
+    layer_types are checked here, which the runtime reads, the rest is left to the compiler.
 
     weights         every argument of the library, with or without a file
     weights_order   their names in the library's argument order
@@ -169,8 +186,8 @@ class Manifest:
             version = content.get(name)
             if type(version) is int and version != known:
                 raise ArtifactVersionError(
-                    f"{where} has {name} {version}, this mxforge ({__version__}) reads {known}; "
-                    f"compile the model again, or use the mxforge that wrote it "
+                    f"{where} has {name} {short(version)}, this mxforge ({__version__}) reads "
+                    f"{known}; compile the model again, or use the mxforge that wrote it "
                     f"({short(content.get('mxforge_version', 'unknown'))})."
                 )
         try:
@@ -196,18 +213,63 @@ class Manifest:
         for weight in self.weights:
             if weight.file is not None and weight.file not in self.files:
                 raise _FieldError(f"weights[{short(weight.name)}].file is not among files")
-            if weight.file is None and self.random_seed is None:
-                raise _FieldError(f"weights[{short(weight.name)}] has neither file nor seed")
+            if weight.file is None:
+                self._check_fill(weight)
+        self._check_config()
         sizes = {
             **{f"limits.{k}": v - 1 for k, v in asdict(self.limits).items()},
             **{f"memory.{k}": v for k, v in asdict(self.memory).items()},
             **{f"files[{short(k)}].bytes": v.bytes for k, v in self.files.items()},
             **{f"weights[{short(w.name)}].shape": min((0, *w.shape)) for w in self.weights},
             "stop_token_ids": min((0, *self.stop_token_ids)),
+            "random_seed": self.random_seed or 0,
         }
         for label, size in sizes.items():
             if size < 0:
                 raise _FieldError(f"{label} is too small")
+        for label, most in asdict(MOST).items():
+            if getattr(self.limits, label) > most:
+                raise _FieldError(f"limits.{label} is beyond {most}")
+
+    def _check_config(self) -> None:
+        for name, most in CONFIG_SIZES.items():
+            size = self.config.get(name)
+            if type(size) is not int or not 1 <= size <= most:
+                raise _FieldError(
+                    f"config.{name} should be a whole number from 1 to {most}, but is {short(size)}"
+                )
+        layers = self.config.get("layer_types")
+        if type(layers) is not list or any(kind not in LAYER_TYPES for kind in layers):
+            raise _FieldError(f"config.layer_types should list layers, but is {short(layers)}")
+        if self.precision.kv_dtype not in KV_BYTES:
+            raise _FieldError(
+                f"precision.kv_dtype should be one of {', '.join(KV_BYTES)}, but is "
+                f"{short(self.precision.kv_dtype)}"
+            )
+
+    def _check_fill(self, weight: WeightInfo) -> None:
+        label = f"weights[{short(weight.name)}]"
+        if self.random_seed is None:
+            raise _FieldError(f"{label} has neither file nor seed")
+        if weight.dtype not in WEIGHT_BYTES:
+            raise _FieldError(f"{label}.dtype should be one of {', '.join(WEIGHT_BYTES)}")
+        if not _is_fill(weight.fill or {}):
+            raise _FieldError(f"{label}.fill cannot be {short(weight.fill)}")
+
+
+def _is_fill(fill: Mapping[str, Any]) -> bool:
+    """Whether `mxforge.random_weights` can make a weight of it."""
+    if len(fill) != 1:
+        return False
+    ((kind, value),) = fill.items()
+    if kind in ("constant", "normal"):
+        return type(value) in (int, float)
+    if type(value) is not list or not value:
+        return False
+    if kind == "values":
+        return all(type(number) in (int, float) for number in value)
+    whole = kind == "bytes" and all(type(number) is int for number in value)
+    return whole and len(value) == 2 and 0 <= value[0] <= value[1] <= 255
 
 
 class _FieldError(Exception):
@@ -221,7 +283,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     """`value`, out of JSON, as the type `kind` of a manifest's field called `where`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return value
+        return _plain(value, where)
     if is_dataclass(kind):
         return _decode_dataclass(typing.cast(type, kind), value, where)
     if origin in (typing.Union, types.UnionType):
@@ -238,6 +300,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return tuple(_decode(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is Mapping:
         _expect(dict, value, where)
+        for key in value:
+            _expect(str, key, f"a name in {where}")
         return {k: _decode(arguments[1], v, f"{where}[{short(k)}]") for k, v in value.items()}
     _expect(kind, value, where)
     return value
@@ -260,6 +324,17 @@ def _type_hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+def _plain(value: Any, where: str) -> Any:
+    """`value` where it is a scalar or a list of scalars: nothing else stands in open fields."""
+    for entry in value if isinstance(value, list) else [value]:
+        if entry is None or (type(entry) in (bool, float) and math.isfinite(entry)):
+            continue
+        if type(entry) not in (int, str):
+            raise _FieldError(f"{where} should be plain and finite, but is {short(value)}")
+        _expect(type(entry), entry, where)
+    return value
+
+
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
 
@@ -268,6 +343,8 @@ def _expect(kind: type, value: Any, where: str) -> None:
         raise _FieldError(f"{where} should be {_KINDS[kind]}, but is {short(value)}")
     if isinstance(value, str) and not value.isprintable():  # it may be shown
         raise _FieldError(f"{where} should be printable, but is {short(value)}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise _FieldError(f"{where} should fit into 64 bits, but is {short(value)}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -283,7 +360,10 @@ def _no_constant(text: str) -> Any:
 
 def short(value: Any) -> str:
     """ascii(), so that no foreign file can garble a terminal, cut to a readable length."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:  # close to it, a parser can still take what cannot be shown
+        text = "something nested too deeply"
     return text if len(text) <= 80 else text[:60] + "..." + text[-1]
 
 

@@ -15,7 +15,7 @@ from .artifact import Artifact
 from .errors import ArtifactCorruptError
 from .kv import PageNeeds, PageTables
 from .library import Library, aligned_empty
-from .manifest import Manifest, WeightInfo
+from .manifest import KV_BYTES, REMEDY, WEIGHT_BYTES, Manifest, WeightInfo
 from .random_weights import fill_random
 from .results import TokenLogprob
 from .sampling import SampleArguments
@@ -144,6 +144,31 @@ def kv_shape(manifest: Manifest, pages: int) -> tuple[int, int, int, int]:
     return (pages, 2, heads, PAGE_TOKENS * head_dim)
 
 
+def check_memory_plan(manifest: Manifest) -> None:
+    """Raise ArtifactCorruptError where loading would take more memory than the plan says."""
+    memory, kinds = manifest.memory, layer_kinds(manifest)
+    page = math.prod(kv_shape(manifest, 1)) * KV_BYTES[manifest.precision.kv_dtype]
+    made = [weight for weight in manifest.weights if weight.file is None]
+    for name, planned, needed in (
+        ("kv_bytes_per_page_full", memory.kv_bytes_per_page_full, page * kinds.count("full")),
+        (
+            "kv_bytes_per_page_sliding",
+            memory.kv_bytes_per_page_sliding,
+            page * kinds.count("sliding"),
+        ),
+        ("weights_bytes", memory.weights_bytes, sum(map(_nbytes, made))),
+    ):
+        if planned < needed:
+            raise ArtifactCorruptError(
+                f"The manifest's memory.{name} should be at least {needed}, but is {planned}; "
+                f"{REMEDY}"
+            )
+
+
+def _nbytes(weight: WeightInfo) -> int:
+    return math.prod(weight.shape) * WEIGHT_BYTES[weight.dtype]
+
+
 def load_weights(library: Library, artifact: Artifact) -> dict[str, Any]:
     """Every weight by name: views of the mapped files, or random ones made here."""
     files = {
@@ -162,12 +187,8 @@ def load_weights(library: Library, artifact: Artifact) -> dict[str, Any]:
 
 
 def _made(weight: WeightInfo, manifest: Manifest) -> np.ndarray:
-    if weight.fill is None or manifest.random_seed is None:
-        raise ArtifactCorruptError(
-            f"The weight {weight.name} should say what to fill it with, and does not; "
-            "compile the model again."
-        )
-    itemsize = {"bfloat16": 2}.get(weight.dtype) or np.dtype(weight.dtype).itemsize
-    content = aligned_empty([math.prod(weight.shape) * itemsize], np.uint8)
+    assert weight.fill is not None  # the manifest was checked
+    assert manifest.random_seed is not None
+    content = aligned_empty([_nbytes(weight)], np.uint8)
     fill_random(content, weight.name, weight.dtype, weight.fill, manifest.random_seed)
     return content

@@ -100,6 +100,17 @@ def test_random_weights_count_as_memory(
         Engine.load(artifact)
 
 
+@pytest.mark.parametrize("name", ["kv_bytes_per_page_full", "kv_bytes_per_page_sliding"])
+def test_a_plan_of_less_memory_than_is_needed_is_refused(
+    odd_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    artifact = copied(odd_artifact, tmp_path)
+    edit_manifest(artifact, lambda manifest: manifest["memory"].update({name: 8}))
+    monkeypatch.setattr("mxforge.engine.Worker", NothingIsBuilt)
+    with pytest.raises(ArtifactCorruptError, match=rf"{name} should be at least \d+, but is 8"):
+        Engine.load(artifact)
+
+
 def _weights(artifact: Path) -> Path:
     (path,) = artifact.glob("weights-*.safetensors")
     return path

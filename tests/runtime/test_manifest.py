@@ -38,6 +38,14 @@ def test_another_version_is_named_before_anything_else(made, name):
         (lambda c: c["limits"].update(context=True), r"limits\.context"),
         (lambda c: c["limits"].update(context=1.0), r"limits\.context"),
         (lambda c: c["limits"].update(context=0), r"limits\.context is too small"),
+        (lambda c: c["limits"].update(max_batch=1025), r"limits\.max_batch is beyond 1024"),
+        (lambda c: c["memory"].update(workspace_bytes=1 << 63), "fit into 64 bits"),
+        (lambda c: c["precision"].update(kv_dtype="int4"), "kv_dtype should be one of float32"),
+        (lambda c: c["config"].pop("vocab_size"), r"config\.vocab_size should be.*is None"),
+        (lambda c: c["config"].update(head_dim=1025), r"config\.head_dim.*from 1 to 1024"),
+        (lambda c: c["config"].update(layer_types=["full"]), r"config\.layer_types should list"),
+        (lambda c: c["config"].update(more={"a": 1}), r"config\['more'\] should be plain"),
+        (lambda c: c["config"].update({"\x1b": 1}), "a name in config should be printable"),
         (lambda c: c["memory"].update(weights_bytes=-1), r"memory\.weights_bytes is too small"),
         (lambda c: c.update(format_version="1"), "format_version"),
         (lambda c: c.update(numerics="slow"), "numerics should be one of"),
@@ -70,6 +78,49 @@ def test_a_damaged_manifest_names_the_field(made, change, field):
         open_artifact(made)
 
 
+def from_a_seed(fill, dtype="float32"):
+    def change(content):
+        content["random_seed"] = 0
+        content["weights"][0].update(file=None, fill=fill, dtype=dtype)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        None, {}, {"more": 1}, {"normal": "x"}, {"normal": [1.0]}, {"constant": None},
+        {"values": []}, {"values": ["x"]}, {"bytes": [0, 256]}, {"bytes": [2, 1]},
+        {"bytes": [0.0, 1]}, {"normal": 1.0, "constant": 1.0},
+    ],
+)  # fmt: skip
+def test_a_fill_that_nothing_can_be_made_of(made, fill):
+    edit_manifest(made, from_a_seed(fill))
+    with pytest.raises(ArtifactCorruptError, match=r"a\.weight.*fill"):
+        open_artifact(made)
+
+
+def test_a_made_weight_of_unknown_dtype(made):
+    edit_manifest(made, from_a_seed({"normal": 1.0}, "float8"))
+    with pytest.raises(ArtifactCorruptError, match=r"a\.weight.*dtype should be one of bfloat16"):
+        open_artifact(made)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_a_number_beyond_floats(made, number):
+    text = (made / MANIFEST).read_text().replace("150000.0", number)
+    (made / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactCorruptError, match=r"config\['rope_theta'\].*finite"):
+        open_artifact(made)
+
+
+def test_a_version_of_many_digits_is_cut(made):
+    edit_manifest(made, lambda content: content.update(format_version=10**4000))
+    with pytest.raises(ArtifactVersionError) as caught:
+        open_artifact(made)
+    assert len(str(caught.value)) < 500 + len(str(made))
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"{", b"[]", b"\xff", b'{"a":1,"a":2}', b"[" * 100_000, b'{"a":NaN}', b"1" * 9999],
@@ -78,6 +129,15 @@ def test_an_unreadable_manifest(made, text):
     (made / MANIFEST).write_bytes(text)
     with pytest.raises(ArtifactCorruptError, match=MANIFEST):
         open_artifact(made)
+
+
+def test_nesting_that_can_be_read_but_not_shown(made):
+    content = json.loads((made / MANIFEST).read_text())
+    content["target"]["kind"] = "@"
+    text = json.dumps(content)
+    for depth in range(900, 1000):
+        with pytest.raises(ArtifactCorruptError):
+            Manifest.from_json(text.replace('"@"', "[" * depth + "]" * depth))
 
 
 def test_random_damage_is_always_a_named_error(made):
