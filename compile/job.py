@@ -122,7 +122,8 @@ class Job:
         name = f"model{library.SUFFIX}"
         library.export(executable, writer.path(name))
         writer.add(name)
-        for file, code in library.device_code(executable, self.target).items():
+        folder = writer.path(name).parent
+        for file, code in library.device_code(executable, self.target, folder).items():
             writer.write(file, code)
         self.announce(f"library compiled in {time.perf_counter() - started:.1f} s")
         return pipeline.kernel_table(module, self.target), pipeline.workspace_bytes(module)

@@ -9,6 +9,7 @@ hash of the text.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -34,21 +35,26 @@ _FLAGS = {
 
 
 def export(executable: relax.VMExecutable, path: Path) -> None:
-    """Write `executable` as a shared library; TargetError where nothing here can link."""
-    with tempfile.TemporaryDirectory(prefix="mxforge-link-") as scratch:
+    """Write `executable` as a shared library; TargetError where nothing here can link.
+
+    What the linker needs meanwhile lies beside it, where a killed compilation is cleaned up.
+    """
+    with tempfile.TemporaryDirectory(prefix="link-", dir=path.parent) as scratch:
         executable.export_library(str(path), fcompile=_link, workspace_dir=scratch)
 
 
-def device_code(executable: relax.VMExecutable, target: CompileTarget) -> dict[str, bytes]:
+def device_code(
+    executable: relax.VMExecutable, target: CompileTarget, folder: Path
+) -> dict[str, bytes]:
     """Compiled device code by file name; empty for targets whose library needs no such file.
 
-    Raises TargetError where nvcc fails.
+    `folder` is for what nvcc needs meanwhile. Raises TargetError where nvcc fails.
     """
     arch = target.tvm.get("arch")
     if target.kernels.kind != "cuda" or arch is None:
         return {}
     sources = [str(module.inspect_source()) for module in _imports(executable.mod, "cuda")]
-    return {device_code_name(source): _nvcc(source, arch) for source in sources}
+    return {device_code_name(source): _nvcc(source, arch, folder) for source in sources}
 
 
 def _imports(module: tvm.runtime.Module, kind: str) -> list[tvm.runtime.Module]:
@@ -58,17 +64,17 @@ def _imports(module: tvm.runtime.Module, kind: str) -> list[tvm.runtime.Module]:
     return found
 
 
-def _nvcc(source: str, arch: str) -> bytes:
+def _nvcc(source: str, arch: str, folder: Path) -> bytes:
     """A fatbin of machine code for `arch` and, where that is portable, PTX for later ones."""
     virtual = arch.replace("sm_", "compute_")
     codes = arch if arch.endswith("a") else f"{arch},{virtual}"
-    with tempfile.TemporaryDirectory(prefix="mxforge-nvcc-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="nvcc-", dir=folder) as scratch:
         text, binary = Path(scratch, "device.cu"), Path(scratch, "device.fatbin")
         text.write_text(source)
         # No fast math: denormals, division and square roots stay exact.
         command = ["nvcc", "--fatbin", "-O3", f"-gencode=arch={virtual},code=[{codes}]"]
         command += ["-o", binary.name, text.name]
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        result = _run(command, scratch)
         if result.returncode != 0:
             raise TargetError(
                 f"nvcc could not compile the kernels for {arch}: {_errors(result.stderr)}"
@@ -88,11 +94,19 @@ def _link(output: str, objects: Sequence[str], **_options: object) -> None:
     inputs = [str(Path(name).name) for name in objects]
     folder = Path(objects[0]).parent
     command = [*_linker(), *flags, "-o", str(Path(output).resolve()), *inputs]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    result = _run(command, folder)
     if result.returncode != 0:
         raise TargetError(
             f"Linking the library with {command[0]} failed: {result.stderr.strip()[-400:]}"
         )
+
+
+def _run(command: Sequence[str], folder: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a tool in `folder`, its temporary files included."""
+    environment = {**os.environ, "TMPDIR": str(Path(folder).resolve())}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def _linker() -> list[str]:
