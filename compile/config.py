@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -191,7 +191,7 @@ class ModelConfig:
         if unknown := sorted(map(str, raw.keys() - _OPENAI_KEYS)):
             raise ConfigError(
                 f"config.json has keys that OpenAI's layout does not know: "
-                f"{', '.join(unknown)[:200]}; remove them, or give a gpt-oss checkpoint."
+                f"{_named(unknown)}; remove them, or give a gpt-oss checkpoint."
             )
         # Checked under the names that the file has, so that an error finds its line.
         parsed: dict[str, Any] = {
@@ -253,7 +253,7 @@ class ModelConfig:
         known = {field.name: field for field in fields(cls)}
         needed = {name for name, field in known.items() if field.default is MISSING}
         if unknown := sorted(map(str, raw.keys() - known.keys())):
-            raise ConfigError(f"Unknown config fields: {', '.join(unknown)[:200]}; remove them.")
+            raise ConfigError(f"Unknown config fields: {_named(unknown)}; remove them.")
         if absent := sorted(needed - raw.keys()):
             raise ConfigError(f"Missing config fields: {', '.join(absent)}; add them.")
         return cls(**raw)
@@ -423,7 +423,7 @@ def config_layout(raw: Mapping[str, Any]) -> Layout:
     raise UnknownArchitectureError(
         "Expected the config.json of a gpt-oss checkpoint, in Hugging Face's layout (model_type "
         "'gpt_oss') or OpenAI's original (num_experts, rope_scaling_factor), found "
-        f"{', '.join(map(str, raw))[:160] or 'no keys'}; no other architecture can be compiled."
+        f"{_named(raw) or 'no keys'}; no other architecture can be compiled."
     )
 
 
@@ -453,6 +453,11 @@ def _deeper(value: object, most: int) -> bool:
         return False
     entries = value.values() if isinstance(value, dict) else value
     return most == 0 or any(_deeper(entry, most - 1) for entry in entries)
+
+
+def _named(keys: Iterable[str]) -> str:
+    """Foreign keys, as a terminal can show them."""
+    return ", ".join(ascii(key)[1:-1] for key in keys)[:160]
 
 
 def _wrong(name: str, expected: str, found: object) -> ConfigError:

@@ -20,9 +20,9 @@ from fuzz.mutations import damage_bytes, damage_safetensors, damage_text
 from small import SMALL_SHAPE, make_artifact, small_checkpoint
 
 from mxforge.artifact import open_artifact, verify
-from mxforge.compile.checkpoint import HFCheckpoint, expected_tensors
+from mxforge.compile.checkpoint import expected_tensors, open_checkpoint
 from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.random_checkpoint import hf_config, write_checkpoint
 from mxforge.inspect import describe
 from mxforge.manifest import MANIFEST, Manifest
 from mxforge.safetensors import SafetensorsWriter, dtype_name, open_safetensors
@@ -97,6 +97,10 @@ class Configs(Subject):
         self._index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
         self._write_index(json.dumps(self._index).encode())
         self._generation = {"eos_token_id": [2, 5, 200], "pad_token_id": 1}
+        self._original = write_checkpoint(
+            folder / "original", "tiny", layout="openai", overrides=SMALL_SHAPE
+        )
+        self._original_config = json.loads((self._original / "config.json").read_bytes())
 
         small = hf_config("tiny", SMALL_SHAPE)
         newer = copy.deepcopy(small)
@@ -118,7 +122,10 @@ class Configs(Subject):
         config = json.dumps(self._configs[0]).encode()
         self._opened = self._single
         draw = rng.random()
-        if draw < 0.8:
+        if draw < 0.2:
+            self._opened = self._original
+            config = damage_text(rng, self._original_config)
+        elif draw < 0.8:
             config = damage_text(rng, rng.choice(self._configs))
         elif draw < 0.9:
             generation.write_bytes(damage_text(rng, self._generation))
@@ -135,7 +142,7 @@ class Configs(Subject):
         assert 0 < config.active_parameter_count <= config.parameter_count
         assert config.decode_bytes(1000) < 1 << 63
         expected_tensors(config)
-        checkpoint = HFCheckpoint(self._opened)
+        checkpoint = open_checkpoint(self._opened)
         checkpoint.check()
         checkpoint.unexpected()
         assert all(0 <= v < config.vocab_size for v in checkpoint.generation_config.eos_token_ids)
