@@ -16,11 +16,12 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 EFFORTS = ("low", "medium", "high")
 CATEGORIES = ("sum", "difference", "product", "comparison", "conversion", "calculator", "other")
+_COMPUTED = CATEGORIES[:5]
 ADD_MAX = 999  # largest number of a sum, a difference, a comparison
 TIMES_MAX = 12  # the smaller factor
 FACTOR_MAX = 99  # the larger one
@@ -656,7 +657,7 @@ def _beyond_numbers(rng: random.Random, kind: str) -> tuple[str, str]:
 
 def evaluate(expression: str) -> str:
     """What a calculator says: a whole number where the result is one."""
-    value = eval(expression, {"__builtins__": {}})
+    value = eval(expression.replace(",", ""), {"__builtins__": {}})
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return repr(value)
@@ -671,6 +672,8 @@ def make_beyond(rng: random.Random, tools: bool) -> Exchange:
         count = rng.randint(3, 4)
         operators = [rng.choice("+-*") for _ in range(count - 1)]
         numbers = [_long_number(rng, 1, rng.choice((2, 4))) for _ in range(count)]
+        if rng.random() < 0.3:
+            numbers[:2], operators[:1] = [f"({numbers[0]} {operators[0]} {numbers[1]})"], []
         expression = numbers[0] + "".join(
             f" {o} {n}" for o, n in zip(operators, numbers[1:], strict=True)
         )
@@ -684,6 +687,8 @@ def make_beyond(rng: random.Random, tools: bool) -> Exchange:
         answer_head = f"{amount(number, large)} = {{}} {UNITS[small].many}."
     else:
         a, b = _beyond_numbers(rng, kind)
+        if rng.random() < 0.1:
+            a, b = (f"{int(n):,}" if n.isdecimal() else n for n in (a, b))
         expression = f"{a} {_PYTHON[kind]} {b}"
         question = _ask(rng, kind, a, b)
     key = ("beyond", expression)
@@ -766,6 +771,8 @@ def draw(rng: random.Random, category: str, tools: bool, held_out: bool) -> Exch
     """
     while True:
         exchange = _MAKERS[category](rng, tools)
+        if category in _COMPUTED and rng.random() < 0.04:  # unknown words before the question
+            exchange = replace(exchange, noise=((0, rng.randint(1, 4)),))
         if is_held_out(exchange.key) == held_out:
             return exchange
 
@@ -989,10 +996,7 @@ def used_tokens(renderer: Renderer, dialogues: int = 60_000) -> list[int]:
         setting = draw_setting(rng)
         seen.update(renderer.prefix(setting))
         for _ in range(20):
-            plain = [
-                Exchange(e.category, e.question, e.thinking, e.answer, e.key, e.call)
-                for e in draw_dialogue(rng, setting)
-            ]
+            plain = [replace(e, noise=()) for e in draw_dialogue(rng, setting)]
             seen.update(renderer.dialogue(plain, setting.effort, lambda: 0).ids)
     return sorted(seen)
 
