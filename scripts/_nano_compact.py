@@ -19,12 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mxforge.compile.checkpoint.hf import (
-    HARMONY_STOP_IDS,
-    PACKED_DTYPES,
-    SINGLE_FILE,
-    expected_tensors,
-)
+from mxforge.compile.checkpoint.folder import HARMONY_STOP_IDS, PACKED_DTYPES, SINGLE_FILE
+from mxforge.compile.checkpoint.hf import expected_tensors
 from mxforge.compile.config import ModelConfig
 from mxforge.compile.random_checkpoint import Shape
 from mxforge.compile.random_checkpoint import hf_config as config_of_shape

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mxforge.compile.checkpoint.hf import HARMONY_VOCABULARY
+from mxforge.compile.checkpoint.folder import HARMONY_VOCABULARY
 from mxforge.compile.config import ModelConfig
 
 BLOCK = 32

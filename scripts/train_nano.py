@@ -42,7 +42,7 @@ try:
     )
     from tqdm import tqdm
 
-    from mxforge.compile.checkpoint.hf import HARMONY_VOCABULARY
+    from mxforge.compile.checkpoint.folder import HARMONY_VOCABULARY
     from mxforge.compile.config import ModelConfig
     from mxforge.tokenizer import O200kHarmony
 except ModuleNotFoundError as error:

@@ -3,7 +3,8 @@ somewhere.
 
 A code block under `<!-- run -->` is run as it stands, and a block under `<!-- prints -->` is what
 the block before it printed. All blocks of a page run in one folder, which holds a small random
-checkpoint twice: as `gpt-oss-20b`, and as `artifacts/tiny`, the one of scripts/demo.
+checkpoint twice, as `gpt-oss-20b` and as `artifacts/tiny`, and what scripts/demo compiles,
+`artifacts/nano-cpu`.
 """
 
 from __future__ import annotations
@@ -54,12 +55,21 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("docs") / "tiny", "tiny")
 
 
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nano")
+    expand = ROOT / "scripts" / "expand_nano"
+    subprocess.run([sys.executable, expand, folder / "nano"], check=True, capture_output=True)
+    return mxforge.compile_model(folder / "nano", output=folder / "nano-cpu")
+
+
 @pytest.mark.parametrize(
     "page", named([page for page in PAGES if any(block.mark for block in blocks(page))])
 )
-def test_examples_run_and_print_what_the_page_says(page, checkpoint, tmp_path):
+def test_examples_run_and_print_what_the_page_says(page, checkpoint, nano, tmp_path):
     for name in ("gpt-oss-20b", "artifacts/tiny"):
         shutil.copytree(checkpoint, tmp_path / name, copy_function=os.link)
+    shutil.copytree(nano, tmp_path / "artifacts" / "nano-cpu", copy_function=os.link)
     printed = None
     for block in blocks(page):
         if block.mark == "run":

@@ -573,3 +573,15 @@ def test_the_demo_question_is_answered(numerics: str, nano: Path, tmp_path: Path
         "<|start|>assistant<|channel|>final<|message|>17 + 25 = 42.<|return|>"
     )
     assert answer.finish_reason == "stop"
+
+
+@needs_nano
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="runs in ./scripts/test only")
+def test_the_demo_answers():
+    result = subprocess.run(
+        [ROOT / "scripts" / "demo"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "\n17 + 25 = 42.\n" in result.stdout
+    assert "→ 7006652]" in result.stdout
+    assert f"artifact   {ROOT / 'artifacts' / 'nano-cpu'}" in result.stdout
