@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ TOOL: dict[str, Any] = {
 
 _LONGEST = 1000  # characters of an expression
 _LARGEST = 10**1000  # of any result on the way
+
+_CHARACTERS = re.compile(r"[0-9eE.+\-*/%()\s]*")
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -63,6 +66,8 @@ def evaluate(expression: str) -> str:
     if len(expression) > _LONGEST:
         raise ValueError(f"the expression is longer than {_LONGEST} characters")
     text = expression.replace(",", "").replace("×", "*").replace("÷", "/").replace("^", "**")
+    if not _CHARACTERS.fullmatch(text):
+        raise ValueError("only numbers, + - * / // % ** and parentheses can be evaluated")
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError:
@@ -87,7 +92,7 @@ def _value(node: ast.expr) -> int | float:
 
 def _power(base: int | float, exponent: int | float) -> Any:
     if isinstance(base, int) and isinstance(exponent, int) and exponent >= 0:
-        if base.bit_length() * exponent > _LARGEST.bit_length():
+        if (abs(base).bit_length() - 1) * exponent > _LARGEST.bit_length():
             raise ValueError("the result is too large")
         return base**exponent
     return float(base) ** exponent

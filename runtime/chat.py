@@ -88,6 +88,7 @@ class ChatStream(Iterator[ChatPiece]):
         self._stream = stream
         self._parser = parser
         self._matcher = StopMatcher(stops)
+        self._tokens = 0  # handed out
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
@@ -96,18 +97,20 @@ class ChatStream(Iterator[ChatPiece]):
 
     def __next__(self) -> ChatPiece:
         piece = next(self._stream)
-        deltas = [delta for token in piece.token_ids for delta in self._parser.push(token)]
         reason = piece.finish_reason
+        # Stop strings are matched here and not below, so that "stop" means a stop id.
+        tokens = piece.token_ids[:-1] if reason == "stop" else piece.token_ids
+        deltas = [delta for token in tokens for delta in self._parser.push(token)]
+        self._tokens += len(piece.token_ids)
         if reason is not None:
             deltas += self._parser.finish()
-        content = self._matcher.push(_joined(deltas, "content"))
-        if self._matcher.matched is not None and reason is None:
-            # What else was asked for together with this token is of no interest.
-            piece, reason = self._cancelled(piece), "stop"
+        content = "".join(self._matched(delta) for delta in deltas if delta.kind == "content")
+        if self._matcher.matched is not None:
+            piece, reason = (self._cancelled(piece) if reason is None else piece), "stop"
         elif reason is not None:
             content += self._matcher.finish()
         return ChatPiece(
-            thinking=_joined(deltas, "thinking"),
+            thinking="".join(delta.text for delta in deltas if delta.kind == "thinking"),
             content=content,
             tool_calls=self._calls(deltas),
             token_ids=piece.token_ids,
@@ -117,11 +120,22 @@ class ChatStream(Iterator[ChatPiece]):
             timings=piece.timings,
         )
 
+    def _matched(self, delta: Delta) -> str:
+        """What of the content is certainly output; a stop string lies within one message."""
+        if not delta.parting:
+            return self._matcher.push(delta.text)
+        return "" if self._matcher.matched is not None else self._matcher.finish() + delta.text
+
     def _cancelled(self, piece: Piece) -> Piece:
-        """`piece` with the usage and the times that a request has when it ends."""
+        """`piece` with the usage and the times that a request has when it ends.
+
+        The engine may be some tokens ahead; what was not handed out does not count.
+        """
         self._stream.cancel()
         *_, last = self._stream
-        return replace(piece, usage=last.usage, timings=last.timings)
+        assert last.usage is not None
+        usage = replace(last.usage, completion_tokens=self._tokens)
+        return replace(piece, usage=usage, timings=last.timings)
 
     def _calls(self, deltas: Sequence[Delta]) -> tuple[ToolCallPiece, ...]:
         calls = self._parser.tool_calls
@@ -172,7 +186,7 @@ def chat_stream(
     header: Sequence[int] = ()
     if choice.mode == "required":
         headers = [harmony.call_header(name) for name in names if choice.name in (None, name)]
-        header = _chosen(engine, prompt, headers, params)
+        header = _chosen(engine, prompt, headers, params, cancel)
     stops = params.stop_strings
     params = replace(params, stop=(), stop_token_ids=(*params.stop_token_ids, *STOPS))
     stream = engine.stream([*prompt, *header], params, cancel=cancel)
@@ -197,7 +211,11 @@ def chat(stream: ChatStream, wants_logprobs: bool) -> ChatCompletion:
 
 
 def _chosen(
-    engine: Engine, prompt: Sequence[int], headers: Sequence[list[int]], params: SamplingParams
+    engine: Engine,
+    prompt: Sequence[int],
+    headers: Sequence[list[int]],
+    params: SamplingParams,
+    cancel: threading.Event | None,
 ) -> list[int]:
     """Which of the headers the model chooses, going down their common beginnings."""
     begun: list[int] = []
@@ -206,13 +224,12 @@ def _chosen(
         if len(following) > 1:
             mask = token_bitmask(following, engine.vocab_size)
             one = replace(params, max_tokens=1, bitmask=mask, logprobs=None, stop=())
-            token = engine.generate([*prompt, *begun], one).token_ids[0]
+            told = engine.generate([*prompt, *begun], one, cancel=cancel).token_ids
+            if not told:  # cancelled, as the stream to come will be
+                break
+            token = told[0]
         else:
             token = following.pop()
         begun.append(token)
         headers = [header for header in headers if header[: len(begun)] == begun]
     return list(headers[0])
-
-
-def _joined(deltas: Sequence[Delta], kind: str) -> str:
-    return "".join(delta.text for delta in deltas if delta.kind == kind)

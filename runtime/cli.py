@@ -31,6 +31,8 @@ def run_command(name: str, run: Callable[[], None]) -> int:
 
     (With MXFORGE_TRACEBACK set, those that are nobody's fault but ours bring one.)
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What a terminal's encoding lacks is no reason to stop.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -198,7 +200,10 @@ def _sampling(args: argparse.Namespace, *names: str) -> SamplingParams:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from .text import printable
+
     params = _sampling(args, "max_tokens", "temperature", "top_p", "top_k", "seed")
+    clean = printable if sys.stdout.isatty() else str
     with _load(args) as engine:
         # (piece, its thinking, its text)
         pieces: Iterator[tuple[Piece | ChatPiece, str, str]]
@@ -212,10 +217,10 @@ def _generate(args: argparse.Namespace) -> None:
         tokens: list[int] = []
         for last, thought, said in pieces:
             if not args.json:
-                print(thought, end="", file=sys.stderr, flush=True)
+                print(printable(thought), end="", file=sys.stderr, flush=True)
                 if said and thinking and not text:
                     print("\n", file=sys.stderr, flush=True)
-                print(said, end="", flush=True)
+                print(clean(said), end="", flush=True)
             thinking, text = thinking + thought, text + said
             tokens += last.token_ids
         assert last is not None and last.usage is not None and last.timings is not None
@@ -243,8 +248,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    from .harmony import iso_date
     from .terminal import Chat, may_style, run
 
+    date = None if args.date is None else iso_date(args.date)
     params = _sampling(args, "max_tokens", "temperature", "seed")
     with _load(args) as engine:
         engine.harmony  # noqa: B018 (loaded now: a model that cannot chat should say so at once)
@@ -253,7 +260,7 @@ def _chat(args: argparse.Namespace) -> None:
             params,
             reasoning_effort=args.reasoning,
             hide_thinking=args.hide_thinking,
-            date=args.date,
+            date=date,
             style=may_style(),
         )
         run(chat, f"{engine.manifest.name} on {engine.manifest.target.name}; /help, Ctrl-D ends")

@@ -237,7 +237,8 @@ class Engine:
         """Answer a conversation in the harmony format.
 
         messages          OpenAI's: {"role": "user", "content": "…"} and so on; see messages.py
-        params            stop strings end the content; everything else holds for all tokens
+        params            stop strings end the content, everything else holds for all tokens;
+                          an answer ends where the format ends it, whatever ignore_eos says
         reasoning_effort  "low", "medium" or "high"
         tools             functions that the model may call, in OpenAI's form
         tool_choice       "auto", "none", "required", or {"type": "function",

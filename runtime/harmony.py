@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import regex
 
 from .errors import ChatError, TokenizerError
-from .messages import Message, Tool, ToolCall
+from .messages import Message, Tool, ToolCall, is_name
 from .text import IncrementalDecoder
 from .tokenizer import HARMONY_SPECIAL_TOKENS, RANKS_FILE, Tokenizer
 
@@ -53,7 +53,7 @@ _FIRST_SPECIAL = min(HARMONY_SPECIAL_TOKENS.values())
 
 _NAMESPACE = "functions"
 _INSTRUCTIONS = "mxforge-instructions"  # stands for them while the library renders
-_LONGEST_RUN = 10_000  # characters of tools without a blank, or of blanks
+_LONGEST_RUN = 1000  # characters of tools without a blank, or of blanks
 
 
 # ------------------------------------------------------------------------------------- rendering
@@ -109,12 +109,12 @@ class Harmony:
     def _system(self, effort: str, tools: bool, date: Any) -> list[int]:
         import openai_harmony as library
 
-        if effort not in get_args(ReasoningEffort):
+        if not isinstance(effort, str) or effort not in get_args(ReasoningEffort):
             raise ChatError(f"reasoning_effort must be low, medium or high, found {effort!r}.")
         content = library.SystemContent.new()
         content = content.with_reasoning_effort(library.ReasoningEffort(effort.capitalize()))
         if date is not None:
-            content = content.with_conversation_start_date(_iso_date(date))
+            content = content.with_conversation_start_date(iso_date(date))
         message = library.Message.from_role_and_content(library.Role.SYSTEM, content)
         options = library.RenderOptions(conversation_has_function_tools=tools)
         ids: list[int] = self._library.render(message, options)
@@ -188,11 +188,12 @@ class Harmony:
         return [*ids[:-1], *self._tokenizer.encode(text), *ids[-1:]]
 
 
-def _iso_date(date: Any) -> str:
+def iso_date(date: Any) -> str:
+    """A date, or its text, as YYYY-MM-DD; ChatError where it is none."""
     try:
         if not isinstance(date, datetime.date):
             date = datetime.date.fromisoformat(date)
-        return str(date.strftime("%Y-%m-%d"))
+        return datetime.date(date.year, date.month, date.day).isoformat()
     except (TypeError, ValueError):
         raise ChatError(f"date must be a day such as 2026-01-31, found {date!r}.") from None
 
@@ -259,20 +260,23 @@ def _load_encoding() -> openai_harmony.HarmonyEncoding:
 @dataclass(frozen=True)
 class Delta:
     """What a token added: to the thinking, to the content, or to the arguments of tool call number
-    `call`, which begin with an empty text."""
+    `call`, which begin with an empty text. `parting`: it is the empty line between messages."""
 
     kind: Literal["thinking", "content", "arguments"]
     text: str
     call: int = 0
+    parting: bool = False
 
 
 # A header up to where it may still become one. Only these authors, so that text is told from
 # them; a content type follows <|constrain|> or, as the model sometimes writes, a recipient.
 _HEADER = regex.compile(
     r"(?P<author>assistant|user|system|developer|tool|functions\.[\w.\-]{0,64})"
-    r"(?:\s+to=(?P<to>[\w.\-]{1,128}))?"
-    r"\s*(?:<\|channel\|>\s*(?P<channel>[\w\-]{0,32})(?:\s+to=(?P<to>[\w.\-]{1,128}))?)?"
-    r"(?P<type>\s*<\|constrain\|>\s*[\w\-]{0,32}|\s+(?:json|code|text))?\s*"
+    r"(?:\s+to=(?P<to>[^\W\d][\w.\-]{0,127}))?"
+    r"\s*(?:<\|channel\|>\s*"
+    r"(?P<channel>analysis|commentary|final|(?!analysis|commentary|final)[\w\-]{0,32})"
+    r"(?:\s+to=(?P<to>[^\W\d][\w.\-]{0,127}))?)?"
+    r"(?:\s*<\|constrain\|>\s*[\w\-/+.]{0,32}|(?(to)\s+(?:json|code|text)|(?!)))?\s*"
 )
 _LONGEST_HEADER = 64  # tokens
 _SPELLED = regex.compile(r"<\|(?:channel|constrain)\|>")
@@ -287,6 +291,7 @@ class AnswerParser:
         a header that is cut off                nothing, as it holds no text
         a channel of another name, or none      content
         a call on any channel                   a call, if functions were offered; else text
+        a call of what is no function's name    text
         a new header without <|end|>            ends the message before it
         a message of another author             content
         other special tokens                    nothing
@@ -310,11 +315,15 @@ class AnswerParser:
         self._written: set[str] = set()  # kinds that have text already
         self._parting = False  # an empty line is due before the next text
         self.tool_calls: list[ToolCall] = []
-        for token in header:
-            self.push(token)
+        self._due: list[Delta] = []
+        self._due = [delta for token in header for delta in self.push(token)]
 
     def push(self, token: int) -> list[Delta]:
         """What the token adds, possibly nothing."""
+        due, self._due = self._due, []
+        return due + self._push(token)
+
+    def _push(self, token: int) -> list[Delta]:
         if token < _FIRST_SPECIAL:
             return self._push_text(token)
         if token in (END, *STOPS):
@@ -339,7 +348,8 @@ class AnswerParser:
 
     def finish(self) -> list[Delta]:
         """What was held back, at the end of the answer."""
-        return self._end("between")
+        due, self._due = self._due, []
+        return due + self._end("between")
 
     def _push_text(self, token: int) -> list[Delta]:
         if self._state == "between":
@@ -390,7 +400,7 @@ class AnswerParser:
     ) -> list[Delta]:
         self._state = "content"
         name = (to or "").removeprefix(f"{_NAMESPACE}.")
-        called = name in self._tools or (bool(self._tools) and name != to and name != "")
+        called = name in self._tools or (bool(self._tools) and name != to and is_name(name))
         if author == "assistant" and called:
             self._kind = "arguments"
             self.tool_calls.append(ToolCall(f"call_{secrets.token_hex(12)}", name, ""))
@@ -406,11 +416,10 @@ class AnswerParser:
             call = self.tool_calls[-1]
             self.tool_calls[-1] = replace(call, arguments=call.arguments + text)
             return [Delta("arguments", text, len(self.tool_calls) - 1)]
-        if self._parting:
-            text = "\n\n" + text
+        parting = [Delta(self._kind, "\n\n", parting=True)] if self._parting else []
         self._parting = False
         self._written.add(self._kind)
-        return [Delta(self._kind, text)]
+        return [*parting, Delta(self._kind, text)]
 
     def _header_text(self) -> str:
         return self._tokenizer.decode_bytes(self._header).decode(errors="replace")

@@ -25,7 +25,7 @@ from .errors import ChatError
 
 Role = Literal["developer", "user", "assistant", "tool"]
 
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")  # of a function
 _THINKING = ("thinking", "reasoning_content", "reasoning")
 
 
@@ -71,6 +71,11 @@ class ToolChoice:
     name: str | None = None
 
 
+def is_name(text: str) -> bool:
+    """Whether a function may have this name."""
+    return _NAME.fullmatch(text) is not None
+
+
 def read_messages(messages: Any) -> list[Message]:
     """The conversation as Messages; a system message is harmony's developer message."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
@@ -82,13 +87,13 @@ def read_messages(messages: Any) -> list[Message]:
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         read = _read_message(_mapping(message, where), where, callers)
-        callers |= {call.id: call.name for call in read.tool_calls}
+        callers |= {call.id: call.name for call in read.tool_calls if call.id}
         found.append(read)
     return found
 
 
 def _read_message(message: Mapping[str, Any], where: str, callers: Mapping[str, str]) -> Message:
-    role = message.get("role")
+    role = message.get("role") if isinstance(message.get("role"), str) else None
     content = _text(message.get("content"), f"{where}.content")
     if role in ("system", "developer"):
         return Message("developer", content)
@@ -109,7 +114,8 @@ def _read_message(message: Mapping[str, Any], where: str, callers: Mapping[str, 
     if role == "tool":
         return Message("tool", content, name=_caller(message, where, callers))
     raise ChatError(
-        f"{where}.role must be system, developer, user, assistant or tool, found {_short(role)}."
+        f"{where}.role must be system, developer, user, assistant or tool, "
+        f"found {_short(message.get('role'))}."
     )
 
 
@@ -119,14 +125,14 @@ def _read_call(call: Any, where: str) -> ToolCall:
     if isinstance(arguments, Mapping):
         arguments = _json(arguments, f"{where}.function.arguments")
     return ToolCall(
-        id=str(call.get("id") or ""),
+        id=_text(call.get("id"), f"{where}.id"),
         name=_name(function.get("name"), f"{where}.function.name"),
         arguments=_text(arguments, f"{where}.function.arguments"),
     )
 
 
 def _caller(message: Mapping[str, Any], where: str, callers: Mapping[str, str]) -> str:
-    known = callers.get(str(message.get("tool_call_id")))
+    known = callers.get(_text(message.get("tool_call_id"), f"{where}.tool_call_id"))
     if known is None and message.get("name") is None:
         raise ChatError(
             f"{where} must answer a call: its tool_call_id should be that of an earlier assistant "
@@ -166,10 +172,12 @@ def read_tools(tools: Any) -> tuple[Tool, ...]:
 
 def read_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
     """`choice` is "auto", "none", "required", or ``{"type": "function", "function": {"name"}}``."""
-    if choice in (None, "auto", "none"):
+    if choice is None:
+        return ToolChoice("auto")
+    if isinstance(choice, str) and choice in ("auto", "none"):
         return ToolChoice("none" if choice == "none" else "auto")
     names = [tool.name for tool in tools]
-    if choice == "required":
+    if isinstance(choice, str) and choice == "required":
         if not names:
             raise ChatError('tool_choice "required" needs tools to choose from, found none.')
         return ToolChoice("required", names[0] if len(names) == 1 else None)
@@ -205,7 +213,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
+    if not isinstance(value, str) or not is_name(value):
         raise ChatError(
             f"{where} must be 1 to 64 letters, digits, dots, dashes or underscores, "
             f"found {_short(value)}."
@@ -229,7 +237,7 @@ def _list(value: Any, where: str) -> Sequence[Any]:
 
 def _json(value: Any, where: str) -> str:
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ChatError(f"{where} must be JSON, but {reason}.") from None

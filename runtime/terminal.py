@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from . import calculator
 from .errors import ChatError, ContextLengthError
 from .harmony import ReasoningEffort
+from .text import printable
 
 if TYPE_CHECKING:
     from .chat import ChatPiece
@@ -34,8 +35,8 @@ HELP = """\
   /quit                      end, as Ctrl-D does
 Enter sends, Alt-Enter (or Esc, Enter) begins a new line, Ctrl-C stops an answer."""
 
+_COMMANDS = ("/new", "/reasoning", "/thinking", "/stats", "/help", "/quit", "/exit")
 _MOST_CALLS = 8  # of the calculator, for one message
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # could garble a terminal
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -50,7 +51,7 @@ class Chat:
         reasoning_effort: ReasoningEffort = "medium",
         hide_thinking: bool = False,
         date: str | None = None,
-        write: Callable[[str], object] = sys.stdout.write,
+        write: Callable[[str], object] | None = None,
         style: bool = False,
     ) -> None:
         self._engine = engine
@@ -58,7 +59,7 @@ class Chat:
         self._effort: ReasoningEffort = reasoning_effort
         self._hide_thinking = hide_thinking
         self._date = date
-        self._write = write
+        self._write = sys.stdout.write if write is None else write
         self._style = style
         self._messages: list[dict[str, Any]] = []
         self._last: ChatPiece | None = None
@@ -68,7 +69,7 @@ class Chat:
         line = line.strip()
         if not line:
             return True
-        if line.startswith("/"):
+        if line.startswith("/") and (line.split()[0] in _COMMANDS or " " not in line):
             return self._command(*line[1:].split())
         self._answer(line)
         return True
@@ -96,22 +97,30 @@ class Chat:
         before = len(self._messages)
         self._messages.append({"role": "user", "content": text})
         try:
-            for _ in range(_MOST_CALLS):
-                calls = self._turn()
-                if not calls:
-                    return
-                for call in calls:
-                    result = calculator.call(call.arguments)
-                    self._say(f"{call.name} {call.arguments} → {result}")
-                    self._messages.append(
-                        {"role": "tool", "tool_call_id": call.id, "content": result}
-                    )
+            with _ctrl_c() as stopped:
+                for _ in range(_MOST_CALLS):
+                    calls = self._turn(stopped)
+                    for call in calls:
+                        self._serve(call)
+                    if not calls or stopped.is_set():
+                        return
             self._say(f"stopped after {_MOST_CALLS} calls")
-        except (ContextLengthError, ChatError) as error:
+        except ContextLengthError as error:
             del self._messages[before:]
             self._say(f"{error} /new begins a new conversation.")
+        except ChatError as error:
+            del self._messages[before:]
+            self._say(str(error))
 
-    def _turn(self) -> tuple[ToolCall, ...]:
+    def _serve(self, call: ToolCall) -> None:
+        if call.name == calculator.TOOL["function"]["name"]:
+            result = calculator.call(call.arguments)
+        else:
+            result = f"error: there is no function {call.name}"
+        self._say(f"{call.name} {call.arguments} → {result}")
+        self._messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+
+    def _turn(self, stopped: threading.Event) -> tuple[ToolCall, ...]:
         """One answer, shown as it comes; its calls, if it ended in them."""
         stream = self._engine.chat_stream(
             self._messages,
@@ -119,20 +128,22 @@ class Chat:
             reasoning_effort=self._effort,
             tools=[calculator.TOOL],
             date=self._date,
+            cancel=stopped,
         )
-        thinking, content = "", ""
-        with _on_ctrl_c(stream.cancel):
-            for piece in stream:
-                if piece.thinking and not self._hide_thinking:
-                    self._write(self._dim(_clean(piece.thinking)))
-                if piece.content:
-                    if not content and thinking and not self._hide_thinking:
-                        self._write("\n\n")
-                    self._write(_clean(piece.content))
-                thinking += piece.thinking
-                content += piece.content
-                self._last = piece
-                sys.stdout.flush()
+        thinking, content, shown = "", "", ""
+        for piece in stream:
+            for kind, text in (("thinking", piece.thinking), ("content", piece.content)):
+                if not text or (kind == "thinking" and self._hide_thinking):
+                    continue
+                if shown not in ("", kind):
+                    self._write("\n\n")
+                shown = kind
+                text = printable(text)
+                self._write(self._dim(text) if kind == "thinking" else text)
+            thinking += piece.thinking
+            content += piece.content
+            self._last = piece
+            sys.stdout.flush()
         self._write("\n")
         last = self._last
         assert last is not None
@@ -157,7 +168,7 @@ class Chat:
         )
 
     def _say(self, text: str) -> None:
-        self._write(self._dim(f"[{_clean(text)}]") + "\n")
+        self._write(self._dim(f"[{printable(text)}]") + "\n")
 
     def _dim(self, text: str) -> str:
         return f"{_DIM}{text}{_PLAIN}" if self._style else text
@@ -165,6 +176,8 @@ class Chat:
 
 def run(chat: Chat, greeting: str) -> None:
     """Read lines until /quit or the end of the input, and let `chat` take them."""
+    if sys.stdin is None:  # closed
+        return
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         for line in sys.stdin:
             if not chat.take(line):
@@ -174,45 +187,64 @@ def run(chat: Chat, greeting: str) -> None:
     read = _editor()
     while True:
         try:
-            line = read()
+            if not chat.take(read()):
+                return
         except KeyboardInterrupt:
             continue  # an empty line again
         except EOFError:
             return
-        if not chat.take(line):
-            return
 
 
 @contextlib.contextmanager
-def _on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
-    """Let Ctrl-C do this and nothing else."""
-    before = signal.signal(signal.SIGINT, lambda *_: act())
+def _ctrl_c() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, and does nothing else."""
+    pressed = threading.Event()
+
+    def press(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Event.set cannot be interrupted by itself
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, press)
     try:
-        yield
+        yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def may_style() -> bool:
     """Whether stdout is a terminal that wants colours (https://no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
 
 
 def _editor() -> Callable[[], str]:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
 
-    keys = KeyBindings()
-    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
-    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    file = Path(base) / "mxforge" / "chat-history"
+    class Forgiving(FileHistory):  # type: ignore[misc]
+        """A history on disk; one that cannot be read or written is no reason to stop."""
+
+        def load_history_strings(self) -> Iterator[str]:
+            with contextlib.suppress(OSError):
+                yield from super().load_history_strings()
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
+    keys, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)  # and not searching
+    keys.add("enter", filter=typing)(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter", filter=typing)(lambda event: event.current_buffer.insert_text("\n"))
     history: Any = InMemoryHistory()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        file = Path(base) / "mxforge" / "chat-history"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
-        history = FileHistory(str(file))
+        history = Forgiving(str(file))
     session: PromptSession[str] = PromptSession(history=history, multiline=True, key_bindings=keys)
     return lambda: session.prompt("> ", prompt_continuation="  ")
 
@@ -220,7 +252,3 @@ def _editor() -> Callable[[], str]:
 def _room(last: ChatPiece) -> str:
     assert last.usage is not None
     return f"the context or --max-tokens is used up after {last.usage.completion_tokens} tokens"
-
-
-def _clean(text: str) -> str:
-    return _CONTROL.sub("", text)

@@ -7,7 +7,15 @@ a later one. So both hold back what they cannot decide yet; `finish` gives out t
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """`text` without the control characters that could garble a terminal."""
+    return _CONTROL.sub("", text)
 
 
 class IncrementalDecoder:

@@ -40,6 +40,7 @@ class Script:
         return self.harmony._tokenizer.decode_bytes(tokens).decode()
 
     def stream(self, prompt, params, *, cancel=None) -> ScriptStream:
+        self.cancelled = cancel or threading.Event()
         self.prompts.append(self._shown(prompt))
         self.params.append(params)
         if len(self.answers) > 1:
@@ -48,7 +49,7 @@ class Script:
             self.tokens = self.answers[0]
         return ScriptStream(self, len(prompt))
 
-    def generate(self, prompt, params):
+    def generate(self, prompt, params, *, cancel=None):
         """The allowed token with the highest id, so that a choice can be told."""
         self.prompts.append(self._shown(prompt))
         allowed = np.flatnonzero(np.unpackbits(params.bitmask.view(np.uint8), bitorder="little"))

@@ -87,6 +87,32 @@ def test_stop_strings_end_the_content_and_not_the_thinking(harmony: Harmony, sto
     assert answer.usage.completion_tokens < len(script.tokens)
 
 
+def test_a_stop_string_may_end_with_the_last_token(harmony: Harmony) -> None:
+    script = Script(harmony, FINAL + "Yes.", reason="length")
+    answer = chat(script.ask(params=SamplingParams(stop=".")), False)
+    assert (answer.content, answer.finish_reason) == ("Yes", "stop")
+
+
+def test_a_stop_string_lies_within_one_message(harmony: Harmony) -> None:
+    text = "<|channel|>commentary<|message|>First.<|end|><|start|>assistant" + FINAL + "Then."
+    answer = chat(Script(harmony, text).ask(params=SamplingParams(stop="\n\n")), False)
+    assert answer.content == "First.\n\nThen"  # its last token stands for a stop id
+
+
+def test_a_stop_id_that_is_text_is_no_content(harmony: Harmony) -> None:
+    script = Script(harmony, FINAL + "Hello world")
+    params = SamplingParams(stop_token_ids=[script.tokens[-1]])
+    assert chat(script.ask(params=params), False).content == "Hello"
+
+
+def test_what_was_not_handed_out_is_not_counted(harmony: Harmony) -> None:
+    stream = Script(harmony, FINAL + "Well, yes. And no.").ask(params=SamplingParams(stop="yes"))
+    pieces = list(stream)
+    assert pieces[-1].usage is not None
+    tokens = sum(len(piece.token_ids) for piece in pieces)
+    assert pieces[-1].usage.completion_tokens == tokens
+
+
 def test_half_a_stop_string_is_given_out_at_the_end(harmony: Harmony) -> None:
     script = Script(harmony, FINAL + "Well, yes<|return|>")
     assert chat(script.ask(params=SamplingParams(stop="yes!")), False).content == "Well, yes"
@@ -101,6 +127,9 @@ def test_tool_choices(harmony: Harmony) -> None:
     assert script.prompts[-1].endswith(
         "<|start|>assistant to=functions.get_time<|channel|>commentary <|constrain|>json<|message|>"
     )
+    script = Script(harmony, "<|call|>")
+    pieces = list(script.ask(tools=tools, tool_choice={"function": {"name": "f"}}))
+    assert [part.name for piece in pieces for part in piece.tool_calls] == ["f"]
     script = Script(harmony, "{}<|call|>")
     answer = chat(script.ask(tools=tools, tool_choice="required"), False)
     assert answer.tool_calls[0].name in ("f", "get_weather", "get_time")
@@ -149,7 +178,7 @@ def test_a_required_call_is_made(engine: Engine) -> None:
 
 def test_cancelling_ends_an_answer(engine: Engine) -> None:
     cancel = threading.Event()
-    stream = engine.chat_stream([USER], SamplingParams(ignore_eos=True), cancel=cancel)
+    stream = engine.chat_stream([USER], cancel=cancel)
     list(itertools.islice(stream, 3))
     cancel.set()
     assert list(stream)[-1].finish_reason in ("cancelled", "stop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import os
@@ -191,6 +192,12 @@ def test_tools_that_overflow_the_library_are_refused() -> None:
         prompt([{"role": "user", "content": "hi"}], [tool])
 
 
+def test_dates() -> None:
+    for date in ("2026-01-31", datetime.date(2026, 1, 31), datetime.datetime(2026, 1, 31, 12)):
+        text = prompt([{"role": "user", "content": "hi"}], date=date)
+        assert "Current date: 2026-01-31\n" in text
+
+
 @pytest.mark.parametrize(
     ("options", "found"),
     [
@@ -247,6 +254,11 @@ GOOD = (
         ("Hello <|channel|>final<|message|>Yes.", "", "Hello \n\nYes."),
         ("<|message|>Yes.<|return|>", "", "Yes."),
         ("<|channel|>analysis We add them.<|end|>", "We add them.", ""),
+        ("<|channel|>finalHello there.<|return|>", "", "Hello there."),
+        ("<|channel|>final42<|return|>", "", "42"),
+        ("<|channel|>analysisThe user asks.<|end|>", "The user asks.", ""),
+        ("<|channel|>final text is good", "", "text is good"),
+        (" to=5 is odd", "", "to=5 is odd"),
         ("<|channel|>musing<|message|>Yes.<|return|>", "", "Yes."),
         ("<|channel|><|message|>Yes.<|return|>", "", "Yes."),
         ("<|channel|>final<|message|>Yes.<|end|>And more.", "", "Yes.\n\nAnd more."),
@@ -294,6 +306,8 @@ def test_a_call_is_found_on_every_channel(header: str) -> None:
 
 
 def test_several_calls_and_one_to_a_function_nobody_offered() -> None:
+    odd = " to=functions.größe<|channel|>commentary<|message|>{}<|call|>"
+    assert read(ids(odd), ("weather",)) == ("", "{}", [])
     one = " to=functions.weather<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
     other = one.replace("weather", "news")
     text = one + "<|start|>assistant" + other + "<|start|>assistant" + one.replace("{}", "")
@@ -356,5 +370,8 @@ def test_any_sequence_of_tokens_ends_as_text() -> None:
         text = thinking + content + "".join(arguments for _, arguments in calls)
         text.encode()  # no half characters
         assert tools or not calls
+        called = [{"id": str(i), "function": {"name": n, "arguments": a}} for i, (n, a) in
+                  enumerate(calls)]  # fmt: skip
+        read_messages([{"role": "assistant", "content": content, "tool_calls": called}])
         if (MESSAGE, hello) in itertools.pairwise(tokens):
             assert "Hello" in text

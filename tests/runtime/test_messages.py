@@ -41,14 +41,16 @@ def test_every_role_is_read() -> None:
 
 
 def test_arguments_may_be_an_object() -> None:
-    call = {"function": {"name": "f", "arguments": {"a": [1]}}}
+    call = {"function": {"name": "f", "arguments": {"a": ["é"]}}}
     (message,) = read_messages([{"role": "assistant", "tool_calls": [call]}])
-    assert message.tool_calls == (ToolCall("", "f", '{"a": [1]}'),)
+    assert message.tool_calls == (ToolCall("", "f", '{"a": ["é"]}'),)
 
 
 @pytest.mark.parametrize(
     ("messages", "found"),
     [
+        ([{"role": "assistant", "tool_calls": [CALL | {"id": 7}]}], "id must be text"),
+        ([{"role": "assistant", "tool_calls": [CALL | {"id": None}]}, {"role": "tool"}], "answer"),
         ("hello", "messages must be a list"),
         (None, "messages must be a list"),
         ({}, "messages must be a list"),

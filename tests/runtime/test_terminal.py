@@ -21,7 +21,7 @@ from scripted import Script
 from mxforge import SamplingParams
 from mxforge.errors import ContextLengthError
 from mxforge.harmony import Harmony
-from mxforge.terminal import Chat
+from mxforge.terminal import Chat, _editor
 from mxforge.tokenizer import O200kHarmony
 
 THINK = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
@@ -90,6 +90,18 @@ def test_a_model_that_only_calls_is_stopped(talk) -> None:
     assert "stopped after 8 calls" in shown[-1]
 
 
+def test_only_the_calculator_answers_calls(talk) -> None:
+    chat, script, _ = talk(CALL.replace("functions.calculator", "functions.search"), YES)
+    chat.take("?")
+    assert "error: there is no function search" in script.prompts[1]
+
+
+def test_what_only_looks_like_a_command_is_a_message(talk) -> None:
+    chat, script, _ = talk(YES)
+    chat.take("/etc/passwd is what?")
+    assert "/etc/passwd is what?" in script.prompts[0]
+
+
 def test_commands(talk) -> None:
     chat, script, shown = talk(YES)
     assert chat.take("/stats")
@@ -126,7 +138,6 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_there_is(talk, monkeypatch) -> N
     assert chat.take("hi")
     assert shown[-1] == "[stopped]\n"
     assert 1 <= "".join(shown).count("word") < 50
-    script.cancelled.clear()
     chat.take("go on")
     assert "word" in script.prompts[1]
 
@@ -182,6 +193,47 @@ def test_a_model_without_harmony_says_so_at_once(text_artifact: Path) -> None:
     assert done.stderr.startswith("mxforge chat: This model's tokenizer has no harmony format")
 
 
+def test_input_that_is_no_text_and_no_input(chat_artifact: Path) -> None:
+    command = [*MXFORGE, "chat", str(chat_artifact), "--max-tokens", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        command, input=b"a\xff\n", capture_output=True, env=environment, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    closed = ["bash", "-c", '"$@" <&-', "bash", *command]
+    done = subprocess.run(closed, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_day_that_is_none_is_told_at_once(chat_artifact: Path) -> None:
+    command = [*MXFORGE, "chat", str(chat_artifact), "--date", "tomorrow"]
+    done = subprocess.run(command, input="hi", capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("mxforge chat: date must be a day such as 2026-01-31")
+
+
+def test_a_user_without_a_home_has_no_history(monkeypatch, tmp_path: Path) -> None:
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with create_pipe_input() as typed, create_app_session(typed, DummyOutput()):
+        read = _editor()
+        typed.send_text("hi\r")
+        assert read() == "hi"
+        (tmp_path / "mxforge").mkdir()
+        (tmp_path / "mxforge" / "chat-history").mkdir()
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        read = _editor()
+        typed.send_text("hi\r")
+        assert read() == "hi"
+
+
 def test_a_real_terminal(chat_artifact: Path, tmp_path: Path) -> None:
     """Two lines in one message, Ctrl-C at the prompt, history kept, Ctrl-D ends."""
     master, slave = pty.openpty()
@@ -204,14 +256,19 @@ def test_a_real_terminal(chat_artifact: Path, tmp_path: Path) -> None:
                 if b"\x1b[6n" in data:  # where is the cursor?
                     os.write(master, b"\x1b[1;1R")
                 seen += data
+        seen = seen.partition(text)[2]
 
+    reads = b"\x1b[?2004h"  # what is typed before would be read by nobody
     until(b"Ctrl-D ends")
-    until(b">")
+    until(reads)
     os.write(master, b"never sent\x03")
+    until(reads)
     os.write(master, b"one\x1b\rtwo\r")
     until(b"used up")
+    until(reads)
     os.write(master, b"/stats\r")
     until(b"tok/s")
+    until(reads)
     os.write(master, b"\x04")
     assert process.wait(timeout=60) == 0
     os.close(master)
