@@ -25,7 +25,8 @@ from mxforge.compile.reference import (
     transformers_model,
 )
 from mxforge.errors import CheckpointError, OutputError
-from mxforge.prompt import single_turn
+from mxforge.harmony import Harmony
+from mxforge.messages import read_messages
 from mxforge.tokenizer import O200kHarmony
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +212,8 @@ def test_the_same_seed_gives_the_same_text(renderer: Any):
 def test_prompts_are_those_of_the_command_line(tokenizer: O200kHarmony, renderer: Any):
     exchange = text.Exchange("sum", "What is 17 + 25?", text.sum_thinking(17, 25), "")
     ids = [*renderer.prefix(text.Setting()), *renderer.question(exchange, lambda: 0)]
-    assert ids == single_turn(tokenizer, "What is 17 + 25?")
+    messages = read_messages([{"role": "user", "content": "What is 17 + 25?"}])
+    assert ids == Harmony(tokenizer).prompt(messages)
 
 
 @pytest.mark.parametrize("effort", ["low", "medium", "high"])
@@ -565,13 +567,9 @@ def test_the_demo_question_is_answered(numerics: str, nano: Path, tmp_path: Path
     artifact = mxforge.compile_model(nano, output=tmp_path / "nano", numerics=numerics)
     params = mxforge.SamplingParams(temperature=0, max_tokens=100)
     with mxforge.Engine.load(artifact, context_length=512, max_batch=1) as engine:
-        prompt = single_turn(engine.tokenizer, "What is 17 + 25?")
-        answer = engine.generate(prompt, params)
-    said = engine.tokenizer.decode_bytes(answer.token_ids).decode()
-    assert said == (
-        "<|channel|>analysis<|message|>17+25: ones 7+5=12, tens 1+2+1=4, so 42.<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>17 + 25 = 42.<|return|>"
-    )
+        answer = engine.chat([{"role": "user", "content": "What is 17 + 25?"}], params)
+    assert answer.thinking == "17+25: ones 7+5=12, tens 1+2+1=4, so 42."
+    assert answer.content == "17 + 25 = 42."
     assert answer.finish_reason == "stop"
 
 
