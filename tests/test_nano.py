@@ -539,6 +539,44 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_nano
+@pytest.mark.live
+def test_tracked_model_agrees_with_transformers_and_with_the_trained_module(
+    nano: Path, renderer: Any
+):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model_of = script("_nano_model")
+    stored = compact.Compact(NANO)
+    setting = text.Setting("high", True)
+    exchange = text.draw(random.Random(2), "calculator", True, True)
+    tokens = renderer.dialogue([exchange], "high", lambda: 0)
+    prefix = renderer.prefix(setting)
+    checkpoint = HFCheckpoint(nano)
+    ours = ReferenceModel(checkpoint).logits([*prefix, *tokens.ids])
+    truth, _ = transformers_logits(transformers_model(checkpoint), [*prefix, *tokens.ids])
+    assert np.linalg.norm(ours - truth) / np.linalg.norm(truth) < 1e-5
+    model = model_of.load(stored.config, stored.floats())
+    batch = model_of.make_batch(prefix, [(tokens.ids, tokens.trained)], stored.rows())
+    with torch.no_grad():
+        module = model.logits(model.hidden(batch, quantized=False)[0]).numpy()
+    n = len(prefix) + len(tokens.ids)
+    module = module[:n][:, stored.rows()]
+    assert np.linalg.norm(module - truth) / np.linalg.norm(truth) < 1e-5
+
+
+@needs_nano
+@pytest.mark.full
+def test_the_evaluation_runs_and_fast_is_as_good_as_exact(tmp_path: Path):
+    words = [sys.executable, ROOT / "scripts" / "eval_nano", "--count", "20"]
+    words += ["--only", "fast", "--only", "exact", "--json", tmp_path / "nano.json"]
+    result = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    share = json.loads((tmp_path / "nano.json").read_text())["percent_right"]["all"]
+    assert share["fast"] >= 85
+    assert abs(share["fast"] - share["exact"]) <= 1.5  # two of 140
+
+
+@needs_nano
 def test_a_token_without_a_row_never_wins(nano: Path, renderer: Any):
     stored = compact.Compact(NANO)
     used = frozenset(map(int, stored.used))
