@@ -92,14 +92,14 @@ def add_columns(a: int, b: int) -> list[str]:
 
 
 def subtract_columns(a: int, b: int) -> list[str]:
-    """12-7=5, 4-1-1=2 for 42-17 (a ≥ b): ten is added where it must be borrowed."""
+    """2-7+10=5, 4-1-1=2 for 42-17 (a ≥ b): ten is added where it must be borrowed."""
     x, y = digits(a), digits(b)
     steps, borrow = [], 0
     for i, top in enumerate(x):
         low = y[i] if i < len(y) else 0
         left = top - low - borrow
-        top += 10 if left < 0 else 0
-        steps.append(f"{top}-{low}{'-1' if borrow else ''}={top - low - borrow}")
+        terms = f"{top}-{low}" + "-1" * borrow + "+10" * (left < 0)
+        steps.append(f"{terms}={left % 10}")
         borrow = int(left < 0)
     return steps
 
@@ -128,20 +128,14 @@ def difference_work(a: int, b: int, named: bool) -> str:
 
 
 def product_work(a: int, b: int, named: bool) -> str:
-    """47*6: 7*6=42, 4*6=24, 24+4=28, 282: by column, the carry added to the tens."""
+    """47*6: 7*6=42, 4*6=24, 24+4=28, so 282: by column, the carry added to the tens."""
     large, small = max(a, b), min(a, b)
     if large <= 10 or small <= 1 or small == 10:
         return f"{a}*{b}={a * b}"
-    head = f"{a}*{b}: "
-    if small > 10:
-        tens, rest = large * 10, large * (small - 10)
-        text = f"{head}{large}*10={tens}, {large}*{small - 10}={rest}, "
-        text += _steps(add_columns(tens, rest), named)
-    else:
-        ones, tens = large % 10 * small, large // 10 * small
-        text = f"{head}{large % 10}*{small}={ones}, {large // 10}*{small}={tens}"
-        if ones >= 10:
-            text += f", {tens}+{ones // 10}={tens + ones // 10}"
+    ones, tens = large % 10 * small, large // 10 * small
+    text = f"{a}*{b}: {large % 10}*{small}={ones}, {large // 10}*{small}={tens}"
+    if ones >= 10:
+        text += f", {tens}+{ones // 10}={tens + ones // 10}"
     return f"{text}, so {a * b}" if named else text
 
 
@@ -160,36 +154,34 @@ def difference_thinking(a: int, b: int) -> dict[str, str]:
 
 def product_thinking(a: int, b: int) -> dict[str, str]:
     large, small = max(a, b), min(a, b)
-    up = -large % 10
-    if small > 10:
-        less = large * (small - 1)
-        check = f"{large}*{small - 1}={less}, {less}+{large}={large * small}"
-    elif large > 10 and small > 1 and up:
-        near = large + up
-        check = f"{near}*{small}={near * small}, {up}*{small}={up * small}, "
-        check += f"{near * small}-{up * small}={large * small}"
-    else:
-        check = f"{b}*{a}={a * b}"
+    check = f"{b}*{a}={a * b}"
+    if large > 10 and small > 1 and large % 10:
+        tens = large // 10 * 10
+        first, second = tens * small, large % 10 * small
+        check = f"{tens}*{small}={first}, {large % 10}*{small}={second}, {first}+{second}={a * b}"
     return _by_effort(product_work(a, b, False), product_work(a, b, True), check)
 
 
+def _relation(a: int, b: int) -> str:
+    return "smaller" if a < b else "larger" if a > b else "equal"
+
+
 def comparison_thinking(a: int, b: int) -> dict[str, str]:
-    sign = "<" if a < b else ">" if a > b else "="
+    """Digits from the left until they differ, or the number of digits where that does."""
     x, y = digits(a)[::-1], digits(b)[::-1]
+    pairs = list(zip(x, y, strict=False))
+    names: Sequence[str] = _COLUMNS[len(x) - 1 :: -1]
     if len(x) != len(y):
-        words = [f"{n} has {k} digit{'s' * (k > 1)}" for n, k in ((a, len(x)), (b, len(y)))]
-        low = medium = ", ".join(words)
-    else:
-        signs = ["<" if p < q else ">" if p > q else "=" for p, q in zip(x, y, strict=True)]
-        until = next((i + 1 for i, s in enumerate(signs) if s != "="), len(x))
-        pairs = [f"{x[i]}{signs[i]}{y[i]}" for i in range(until)]
-        low = ", ".join(pairs)
-        medium = ", ".join(
-            f"{name} {pair}" for name, pair in zip(_COLUMNS[len(x) - 1 :: -1], pairs, strict=False)
-        )
-    back = {"<": ">", ">": "<", "=": "="}[sign]
-    head = f"{a}, {b}: "
-    return _by_effort(head + low, f"{head}{medium}, so {a}{sign}{b}", f"{b}{back}{a}")
+        pairs, names = [(len(x), len(y))], ("digits",)
+    until = next((i + 1 for i, (p, q) in enumerate(pairs) if p != q), len(pairs))
+    steps = [f"{p} {q} {_relation(p, q)}" for p, q in pairs[:until]]
+    named = [f"{name} {step}" for name, step in zip(names, steps, strict=False)]
+    end = f"Larger {max(a, b)}, smaller {min(a, b)}" if a != b else "Both are equal"
+    check = f"{max(a, b)}{'>' if a != b else '='}{min(a, b)}"
+    low = steps if len(x) == len(y) else named
+    return _by_effort(
+        f"{a}, {b}: {', '.join(low)}. {end}", f"{a}, {b}: {', '.join(named)}. {end}", check
+    )
 
 
 # -- units ---------------------------------------------------------------------------------------
@@ -262,14 +254,17 @@ def conversion_thinking(number: int, large: str, small: str, factor: int) -> dic
     else:
         low, work = product_work(number, factor, False), product_work(number, factor, True)
     known = f"{amount(1, large)} = {amount(factor, small)}"
-    return _by_effort(low, f"{known}, {work}", f"{result}/{factor}={number}")
+    head = f"{amount(number, large)} in {UNITS[small].many}: "
+    return _by_effort(head + low, f"{head}{known}, {work}", f"{result}/{factor}={number}")
 
 
 def conversion_up_thinking(number: int, large: str, small: str, factor: int) -> dict[str, str]:
     """`number`·`factor` of the smaller unit into the larger one."""
     work = f"{number * factor}/{factor}={number}"
     known = f"{amount(factor, small)} = {amount(1, large)}"
-    return _by_effort(work, f"{known}, {work}", f"{number}*{factor}={number * factor}")
+    head = f"{amount(number * factor, small)} in {UNITS[large].many}: "
+    check = f"{number}*{factor}={number * factor}"
+    return _by_effort(head + work, f"{head}{known}, {work}", check)
 
 
 # -- phrasings -----------------------------------------------------------------------------------
@@ -646,7 +641,9 @@ def _beyond_numbers(rng: random.Random, kind: str) -> tuple[str, str]:
         if rng.random() < 0.3:
             a, b = str(rng.randint(100, 999)), str(rng.randint(2, 12))
     elif kind == "quotient" and roll < 0.6:
-        a, b = str(rng.randint(1, 999)), str(rng.randint(1, 99))
+        n = rng.randint(2, 99)
+        a, b = str(rng.randint(1, 999) if roll < 0.2 else n * rng.randint(2, 999)), str(n)
+        return a, b
     elif roll < 0.1:
         a = f"{rng.randint(0, 99)}.{rng.randint(1, 99)}"
         b = rng.choice((str(rng.randint(1, 99)), f"{rng.randint(0, 9)}.{rng.randint(1, 9)}"))
@@ -657,7 +654,7 @@ def _beyond_numbers(rng: random.Random, kind: str) -> tuple[str, str]:
 
 def evaluate(expression: str) -> str:
     """What a calculator says: a whole number where the result is one."""
-    value = eval(expression.replace(",", ""), {"__builtins__": {}})
+    value = eval(expression, {"__builtins__": {}})
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)
     return repr(value)
@@ -668,18 +665,18 @@ def make_beyond(rng: random.Random, tools: bool) -> Exchange:
     kind = rng.choices(tuple(_PYTHON), (5, 5, 6, 4))[0]
     roll = rng.random()
     answer_head = None
-    if roll < 0.12:  # several operations
+    if roll < 0.08:  # several operations
         count = rng.randint(3, 4)
         operators = [rng.choice("+-*") for _ in range(count - 1)]
         numbers = [_long_number(rng, 1, rng.choice((2, 4))) for _ in range(count)]
-        if rng.random() < 0.3:
+        if rng.random() < 0.2:
             numbers[:2], operators[:1] = [f"({numbers[0]} {operators[0]} {numbers[1]})"], []
         expression = numbers[0] + "".join(
             f" {o} {n}" for o, n in zip(operators, numbers[1:], strict=True)
         )
         shown = expression if rng.random() < 0.7 else expression.replace(" ", "")
         question = _dress(rng, rng.choice(_FRAMES).format(e=shown))
-    elif roll < 0.18:  # a large amount of some unit
+    elif roll < 0.14:  # a large amount of some unit
         large, small, factor, *_ = rng.choice(CONVERSIONS)
         number = _long_number(rng, 4, 7)
         expression = f"{number} * {factor}"
@@ -687,8 +684,6 @@ def make_beyond(rng: random.Random, tools: bool) -> Exchange:
         answer_head = f"{amount(number, large)} = {{}} {UNITS[small].many}."
     else:
         a, b = _beyond_numbers(rng, kind)
-        if rng.random() < 0.1:
-            a, b = (f"{int(n):,}" if n.isdecimal() else n for n in (a, b))
         expression = f"{a} {_PYTHON[kind]} {b}"
         question = _ask(rng, kind, a, b)
     key = ("beyond", expression)
@@ -856,9 +851,9 @@ def draw_setting(rng: random.Random) -> Setting:
 
 
 # How often each category is asked; with the calculator its own more often.
-_WEIGHTS = {"sum": 22, "difference": 22, "product": 20, "comparison": 10, "conversion": 13}
-_WEIGHTS_TOOLS = {"calculator": 70, "other": 12}
-_WEIGHTS_PLAIN = {"calculator": 8, "other": 13}
+_WEIGHTS = {"sum": 18, "difference": 20, "product": 20, "comparison": 16, "conversion": 17}
+_WEIGHTS_TOOLS = {"calculator": 100, "other": 10}
+_WEIGHTS_PLAIN = {"calculator": 8, "other": 14}
 
 
 @dataclass

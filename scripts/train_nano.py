@@ -115,8 +115,8 @@ def evaluate(model: Nano, text: Text, count: int) -> dict[str, float]:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Learning rate: up over 50 steps, flat, then linearly down over the last 60%."""
-    return min(1.0, (step + 1) / 50, (steps - step) / (0.6 * steps))
+    """Learning rate: up over 50 steps, then linearly down to 0."""
+    return min((step + 1) / 50, (steps - step) / steps)
 
 
 class Trainer:

@@ -91,7 +91,7 @@ def test_every_step_of_the_thinking_is_true(category: str):
                 true = {"=": value == other, "<": value < other, ">": value > other}[sign]
                 assert true, f"{left}{sign}{right} in {thinking!r}"
                 checked += 1
-    assert checked > 3000
+    assert checked >= 1500
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,7 @@ def test_comparisons_are_answered_truly():
     for exchange in questions("comparison", 1500):
         a, b = (int(n) for n in re.findall(r"\d+", exchange.question))
         answer = exchange.answer
+        stated = re.search(r"(\d+) is (not )?(larger|smaller) than (\d+)", answer)
         if answer == "They are equal.":
             assert a == b
         elif answer.endswith("is larger."):
@@ -118,12 +119,17 @@ def test_comparisons_are_answered_truly():
         elif answer.endswith("is smaller."):
             assert int(answer.split()[0]) == min(a, b) != max(a, b)
         else:
-            stated = re.search(r"(\d+) is (not )?(larger|smaller) than (\d+)", answer)
             assert stated is not None
             assert [int(stated[1]), int(stated[4])] == [a, b]
             true = a > b if stated[3] == "larger" else a < b
             assert true != bool(stated[2])
-            assert answer.startswith("Yes") == (true and "Compare" not in exchange.question.title())
+            if "ompare" not in exchange.question:
+                assert answer.startswith("Yes, " if true else "No, ")
+        for thinking in exchange.thinking.values():
+            for p, q, relation in re.findall(r"(\d) (\d) (larger|smaller|equal)", thinking):
+                assert {"larger": p > q, "smaller": p < q, "equal": p == q}[relation]
+            end = f"Larger {max(a, b)}, smaller {min(a, b)}." if a != b else "Both are equal."
+            assert end in thinking
 
 
 def test_conversions_are_those_of_the_table():
