@@ -92,16 +92,35 @@ def add_columns(a: int, b: int) -> list[str]:
 
 
 def subtract_columns(a: int, b: int) -> list[str]:
-    """2-7+10=5, 4-1-1=2 for 42-17 (a ≥ b): ten is added where it must be borrowed."""
+    """2-7+10=5, 1+1=2, 4-2=2 for 42-17 (a ≥ b): ten is added where it must be borrowed, and what
+    was borrowed is first added to the next digit below."""
     x, y = digits(a), digits(b)
     steps, borrow = [], 0
     for i, top in enumerate(x):
         low = y[i] if i < len(y) else 0
-        left = top - low - borrow
-        terms = f"{top}-{low}" + "-1" * borrow + "+10" * (left < 0)
-        steps.append(f"{terms}={left % 10}")
-        borrow = int(left < 0)
+        carried = f"{low}+1={low + 1}, " * borrow
+        low += borrow
+        borrow = int(top < low)
+        steps.append(f"{carried}{top}-{low}{'+10' * borrow}={(top - low) % 10}")
     return steps
+
+
+def _relation(a: int, b: int) -> str:
+    return "smaller" if a < b else "larger" if a > b else "equal"
+
+
+def relation_steps(a: int, b: int, named: bool) -> str:
+    """4 4 equal, 2 7 smaller for 42 and 47: digits from the left until they differ; for 42 and
+    101 digits 2 3 smaller, which is how many they have."""
+    x, y = digits(a)[::-1], digits(b)[::-1]
+    if len(x) != len(y):
+        return f"digits {len(x)} {len(y)} {_relation(len(x), len(y))}"
+    until = next((i + 1 for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q), len(x))
+    names = _COLUMNS[len(x) - 1 :: -1]
+    steps = [f"{p} {q} {_relation(p, q)}" for p, q in zip(x[:until], y, strict=False)]
+    if named:
+        steps = [f"{name} {step}" for name, step in zip(names, steps, strict=False)]
+    return ", ".join(steps)
 
 
 def _steps(steps: Sequence[str], named: bool) -> str:
@@ -120,10 +139,10 @@ def sum_work(a: int, b: int, named: bool) -> str:
 def difference_work(a: int, b: int, named: bool) -> str:
     if a < 10 and b < 10:
         return f"{a}-{b}={a - b}"
+    text = f"{a}-{b}: {relation_steps(a, b, named)}"
     if a < b:
-        text = f"{a}-{b}: {a}<{b}, {b}-{a}: {_steps(subtract_columns(b, a), named)}"
-    else:
-        text = f"{a}-{b}: {_steps(subtract_columns(a, b), named)}"
+        text += f", {b}-{a}"
+    text += f": {_steps(subtract_columns(max(a, b), min(a, b)), named)}"
     return f"{text}, so {a - b}" if named else text
 
 
@@ -135,7 +154,10 @@ def product_work(a: int, b: int, named: bool) -> str:
     ones, tens = large % 10 * small, large // 10 * small
     text = f"{a}*{b}: {large % 10}*{small}={ones}, {large // 10}*{small}={tens}"
     if ones >= 10:
-        text += f", {tens}+{ones // 10}={tens + ones // 10}"
+        if tens % 10 + ones // 10 >= 10:
+            text += f", {sum_work(tens, ones // 10, False)}, so {tens + ones // 10}"
+        else:
+            text += f", {tens}+{ones // 10}={tens + ones // 10}"
     return f"{text}, so {a * b}" if named else text
 
 
@@ -162,26 +184,21 @@ def product_thinking(a: int, b: int) -> dict[str, str]:
     return _by_effort(product_work(a, b, False), product_work(a, b, True), check)
 
 
-def _relation(a: int, b: int) -> str:
-    return "smaller" if a < b else "larger" if a > b else "equal"
-
-
-def comparison_thinking(a: int, b: int) -> dict[str, str]:
-    """Digits from the left until they differ, or the number of digits where that does."""
-    x, y = digits(a)[::-1], digits(b)[::-1]
-    pairs = list(zip(x, y, strict=False))
-    names: Sequence[str] = _COLUMNS[len(x) - 1 :: -1]
-    if len(x) != len(y):
-        pairs, names = [(len(x), len(y))], ("digits",)
-    until = next((i + 1 for i, (p, q) in enumerate(pairs) if p != q), len(pairs))
-    steps = [f"{p} {q} {_relation(p, q)}" for p, q in pairs[:until]]
-    named = [f"{name} {step}" for name, step in zip(names, steps, strict=False)]
-    end = f"Larger {max(a, b)}, smaller {min(a, b)}" if a != b else "Both are equal"
-    check = f"{max(a, b)}{'>' if a != b else '='}{min(a, b)}"
-    low = steps if len(x) == len(y) else named
-    return _by_effort(
-        f"{a}, {b}: {', '.join(low)}. {end}", f"{a}, {b}: {', '.join(named)}. {end}", check
-    )
+def comparison_thinking(a: int, b: int, asked: str) -> dict[str, str]:
+    """`asked` and what follows from it, after the digits: larger, smaller, larger? or smaller?;
+    nothing where the relation itself is asked for."""
+    end = f"{a}={b}" if a == b else f"{max(a, b)}>{min(a, b)}"
+    found = _relation(a, b)
+    if asked.endswith("?"):
+        answer = "yes" if asked[:-1] == found else "no"
+        end += f". {asked.capitalize()} It is {found}: {answer}"
+    elif asked:
+        chosen = max(a, b) if asked == "larger" else min(a, b)
+        answer = "equal" if a == b else str(chosen)
+        end += f". {asked.capitalize()}: {answer}"
+    low, medium = (f"{a}, {b}: {relation_steps(a, b, named)}, so {end}" for named in (False, True))
+    check = f"{min(a, b)}{'=' if a == b else '<'}{max(a, b)}"
+    return _by_effort(low, medium, check)
 
 
 # -- units ---------------------------------------------------------------------------------------
@@ -571,7 +588,8 @@ def make_comparison(rng: random.Random, _tools: bool) -> Exchange:
         answer = "They are equal." if a == b else f"{a} is {word} than {b}."
     question = _dress(rng, rng.choice(frames).format(a=a, b=b))
     key = ("compare", smaller, larger) if larger >= 10 else None
-    return Exchange("comparison", question, comparison_thinking(a, b), answer, key)
+    asked = ("larger", "smaller", "larger?", "smaller?", "")[kind]
+    return Exchange("comparison", question, comparison_thinking(a, b, asked), answer, key)
 
 
 def _conversion_question(rng: random.Random, number: int | str, source: str, target: str) -> str:
@@ -637,7 +655,7 @@ def _beyond_numbers(rng: random.Random, kind: str) -> tuple[str, str]:
     """Two numbers that are outside what nano computes itself."""
     roll = rng.random()
     if kind == "product" and roll < 0.4:
-        a, b = str(rng.randint(13, 999)), str(rng.randint(13, 999))
+        a, b = (str(rng.randint(13, rng.choice((99, 999)))) for _ in range(2))
         if rng.random() < 0.3:
             a, b = str(rng.randint(100, 999)), str(rng.randint(2, 12))
     elif kind == "quotient" and roll < 0.6:
@@ -851,7 +869,7 @@ def draw_setting(rng: random.Random) -> Setting:
 
 
 # How often each category is asked; with the calculator its own more often.
-_WEIGHTS = {"sum": 18, "difference": 20, "product": 20, "comparison": 16, "conversion": 17}
+_WEIGHTS = {"sum": 14, "difference": 20, "product": 20, "comparison": 20, "conversion": 17}
 _WEIGHTS_TOOLS = {"calculator": 100, "other": 10}
 _WEIGHTS_PLAIN = {"calculator": 8, "other": 14}
 
@@ -999,15 +1017,15 @@ def used_tokens(renderer: Renderer, dialogues: int = 60_000) -> list[int]:
 def held_out_questions(
     category: str, count: int, seed: int = 0
 ) -> Iterator[tuple[Setting, Exchange]]:
-    """`count` different problems that training never saw, with the setting each is asked in."""
+    """`count` questions that training never saw, with the setting each is asked in. No two are the
+    same; the same numbers can be asked for in different words."""
     rng = random.Random(f"held out {category} {seed}")
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[str] = set()
     while len(seen) < count:
         calculator = category == "calculator" or rng.random() < 0.25
         setting = Setting(EFFORTS[len(seen) % 3], calculator)
         exchange = draw(rng, category, calculator, held_out=True)
-        if exchange.key in seen:
+        if exchange.question in seen:
             continue
-        assert exchange.key is not None
-        seen.add(exchange.key)
+        seen.add(exchange.question)
         yield setting, exchange

@@ -227,13 +227,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="train_nano", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "artifacts" / "nano")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "nano")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--dialogues", type=int, default=40, help="in a batch (default: 40)")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--dialogues", type=int, default=16, help="in a batch (default: 16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.005, help="of Adam, at its peak")
     parser.add_argument("--matrix-rate", type=float, default=0.02, help="of Muon, at its peak")
     parser.add_argument("--quantize-from", type=float, default=0.3, metavar="SHARE")
-    parser.add_argument("--evaluate", type=int, default=60, metavar="N", help="of each category")
+    parser.add_argument("--evaluate", type=int, default=30, metavar="N", help="of each category")
     parser.add_argument("--checkpoint-every", type=int, default=250, metavar="STEPS")
     parser.add_argument("--stop-after", type=int, metavar="STEPS", help="as if it were killed")
     parser.add_argument("--workers", type=int, choices=(1, 2), default=2)
@@ -250,7 +250,7 @@ def main() -> int:
             store.unlink(missing_ok=True)
             second = subprocess.Popen([sys.executable, *sys.argv, "--rank", "1"])
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=options.rank, world_size=2
+            "gloo", init_method=store.absolute().as_uri(), rank=options.rank, world_size=2
         )
     try:
         trainer = Trainer(options)

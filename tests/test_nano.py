@@ -128,8 +128,12 @@ def test_comparisons_are_answered_truly():
         for thinking in exchange.thinking.values():
             for p, q, relation in re.findall(r"(\d) (\d) (larger|smaller|equal)", thinking):
                 assert {"larger": p > q, "smaller": p < q, "equal": p == q}[relation]
-            end = f"Larger {max(a, b)}, smaller {min(a, b)}." if a != b else "Both are equal."
-            assert end in thinking
+            assert f"{a}={b}" if a == b else f"{max(a, b)}>{min(a, b)}" in thinking
+            asked = re.search(r"(?:Larger|Smaller)(?:\? It is \w+)?: (\w+)", thinking)
+            assert (asked is None) == ("ompare" in exchange.question)
+            if asked is not None:
+                found = {"yes": "Yes", "no": "No", "equal": "They"}.get(asked[1], asked[1])
+                assert answer.split()[0].rstrip(",") == found
 
 
 def test_conversions_are_those_of_the_table():
@@ -180,9 +184,14 @@ def test_held_out_problems_are_never_trained(category: str):
     tools = category == "calculator"
     trained = {e.key for e in questions(category, 3000, tools)}
     held_out = {e.key for _, e in text.held_out_questions(category, 40)}
-    assert len(held_out) == 40
     assert not trained & held_out
     assert all(text.is_held_out(key) for key in held_out)
+
+
+@pytest.mark.parametrize("category", text.CATEGORIES)
+def test_held_out_questions_differ_and_do_not_run_out(category: str):
+    asked = [e.question for _, e in text.held_out_questions(category, 400)]
+    assert len(set(asked)) == 400
 
 
 def test_about_a_tenth_is_held_out():
