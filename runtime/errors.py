@@ -16,12 +16,14 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── TokenizerError              a tokenizer is unreadable, or text came without one
     ├── CompilerMissingError        the compiler's packages, mxforge[compile], are not installed
     ├── TargetError                 the target is unknown, or a tool it needs is absent
+    ├── VulkanCodegenError          a kernel holds what cannot be said in SPIR-V for Vulkan
     ├── UnscheduledError            a primitive function would reach code generation unscheduled
     ├── OutputError                 the output exists already, the disk is full or unwritable
     ├── ArtifactError               an artifact cannot be used
     │   ├── ArtifactVersionError        it was written in another format or for another ABI
     │   ├── ArtifactCorruptError        a file is missing, changed or unreadable
     │   └── ArtifactTargetError         it was compiled for another CPU, GPU or system
+    ├── VulkanError                 Vulkan, its library here or a device of it cannot be used
     ├── KVMemoryError               the KV pool does not fit, or its pages are used up
     ├── ContextLengthError          a prompt is longer than the context
     ├── TokenRangeError             a token id lies outside the vocabulary
@@ -96,6 +98,10 @@ class TargetError(MxforgeError):
     """The target is unknown, or something that compiling for it needs (nvcc) is absent."""
 
 
+class VulkanCodegenError(MxforgeError):
+    """A kernel for Vulkan holds a construct that the SPIR-V generator refuses, which it names."""
+
+
 class UnscheduledError(MxforgeError):
     """A primitive function without a schedule would have reached code generation."""
 
@@ -118,6 +124,10 @@ class ArtifactCorruptError(ArtifactError):
 
 class ArtifactTargetError(ArtifactError):
     """The artifact was compiled for a CPU, GPU or operating system that this machine is not."""
+
+
+class VulkanError(MxforgeError):
+    """Vulkan is not installed, not built here, or has no device that can be used."""
 
 
 class KVMemoryError(MxforgeError):

@@ -92,3 +92,11 @@ def text_artifact(text_checkpoint: Path) -> Path:
         max_batch=MAX_BATCH,
         prefill_chunk=PREFILL_CHUNK,
     )
+
+
+@pytest.fixture(scope="session")
+def vulkan(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """vulkan:0 as a `vulkan_device.VulkanDevice`; skips, saying why, where there is none."""
+    from vulkan_device import open_device
+
+    return open_device(tmp_path_factory.mktemp("vulkan"))

@@ -1,0 +1,244 @@
+#include "device.h"
+
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <thread>
+
+namespace mxforge {
+namespace vulkan {
+namespace {
+
+constexpr int kMostDevices = 16;
+constexpr uint64_t kExitNanoseconds = 10'000'000'000;
+
+/*! \brief Opened devices. Leaked: threads and Python's destructors run until the very end. */
+struct Registry {
+  std::array<std::atomic<Device*>, kMostDevices> devices{};
+  std::mutex opening;
+};
+
+Registry& TheRegistry() {
+  static auto* const registry = new Registry();
+  return *registry;
+}
+
+// Set when the process's exit handlers have begun: the driver's come next, and after them nothing
+// may be given back to it. The system takes it all.
+std::atomic<bool> exiting{false};
+
+void AtExit() {
+  for (Device* device : Device::Opened()) {
+    device->WaitAtExit();
+    device->cache().SaveAtExit();
+  }
+  exiting.store(true);
+}
+
+thread_local int current_id = 0;
+
+}  // namespace
+
+Device* Device::Get(int id) {
+  Registry& registry = TheRegistry();
+  if (id >= 0 && id < kMostDevices) {
+    Device* device = registry.devices[id].load(std::memory_order_acquire);
+    if (device != nullptr) return device;
+  }
+  const std::lock_guard<std::mutex> lock(registry.opening);
+  Instance::Get().Chosen(id);  // throws where there is no such device
+  if (id >= kMostDevices) {
+    TVM_FFI_THROW(RuntimeError) << "vulkan:" << id << " is beyond the " << kMostDevices
+                                << " devices that one process may use.";
+  }
+  Device* device = registry.devices[id].load(std::memory_order_acquire);
+  if (device != nullptr) return device;
+  device = new Device(id);
+  registry.devices[id].store(device, std::memory_order_release);
+  // Registered after the driver was loaded, and therefore called before its own exit handlers,
+  // which take down what pending work still runs on.
+  static const bool registered = std::atexit(&AtExit) == 0;
+  (void)registered;
+  return device;
+}
+
+std::vector<Device*> Device::Opened() {
+  std::vector<Device*> opened;
+  for (auto& each : TheRegistry().devices) {
+    if (Device* device = each.load(std::memory_order_acquire)) opened.push_back(device);
+  }
+  return opened;
+}
+
+int Device::CurrentId() { return current_id; }
+
+void Device::SetCurrentId(int id) { current_id = id; }
+
+Device::Device(int id)
+    : core_(Instance::Get().Chosen(id)),
+      cache_(&core_),
+      memory_(&core_),
+      copier_(&core_, &memory_, &mutex_) {
+  memory_.SetReclaim([this](bool recording) { Reclaim(recording); });
+  memory_.SetForget([this](uint32_t resource) {
+    for (const auto& stream : streams_) stream->hazards.Forget(resource);
+  });
+  streams_.push_back(std::make_unique<Stream>(&core_, &memory_, &streams_));
+}
+
+void* Device::Allocate(uint64_t bytes, uint64_t alignment) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  return reinterpret_cast<void*>(memory_.Allocate(bytes, alignment)->address);
+}
+
+void Device::Free(void* address) noexcept {
+  if (exiting.load(std::memory_order_relaxed)) return;
+  // Called from destructors: there is nobody to hear of a failure.
+  try {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    memory_.Free(reinterpret_cast<uint64_t>(address));
+  } catch (const std::exception&) {
+  }
+}
+
+void Device::Reclaim(bool recording) {
+  for (const auto& stream : streams_) {
+    if (!recording) stream->Submit();
+    stream->Wait(stream->submitted());
+  }
+  memory_.Collect();
+}
+
+Stream* Device::Known(void* handle) {
+  if (handle == nullptr) return streams_.front().get();
+  for (const auto& stream : streams_) {
+    if (stream.get() == handle && stream->in_use) return stream.get();
+  }
+  TVM_FFI_THROW(RuntimeError) << core_.Label() << " has no stream " << handle
+                              << "; it was freed, or belongs to another device.";
+  TVM_FFI_UNREACHABLE();
+}
+
+Stream* Device::StreamOf(void* handle) {
+  if (handle == nullptr) handle = TVMFFIEnvGetStream(kDLVulkan, core_.physical.device_id);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return Known(handle);
+}
+
+void Device::Launch(const Dispatch& dispatch, const PointerUse* pointers, size_t count) {
+  void* handle = TVMFFIEnvGetStream(kDLVulkan, core_.physical.device_id);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  Stream* stream = Known(handle);
+  accesses_.clear();
+  buffers_.clear();
+  for (size_t i = 0; i < count; ++i) {
+    const PointerUse& pointer = pointers[i];
+    if (pointer.address == 0) continue;  // an optional argument that is not there
+    Buffer* buffer = memory_.Find(pointer.address);
+    if (buffer == nullptr) {
+      TVM_FFI_THROW(RuntimeError)
+          << "Kernel " << *dispatch.name << " got the address " << pointer.address << " for "
+          << *pointer.name << ", where " << core_.Label()
+          << " has no tensor: it was freed, or lies on another device or the host.";
+    }
+    const uint64_t begin = pointer.address - buffer->address;
+    if (pointer.read) {
+      accesses_.push_back({buffer->resource, false, begin, buffer->size});
+      buffers_.push_back(buffer);
+    }
+    if (pointer.write) {
+      accesses_.push_back({buffer->resource, true, begin, buffer->size});
+      buffers_.push_back(buffer);
+    }
+  }
+  stream->Launch(dispatch, accesses_.data(), buffers_.data(), accesses_.size());
+}
+
+Stream* Device::CreateStream() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  for (const auto& stream : streams_) {
+    if (stream->in_use) continue;
+    stream->in_use = true;
+    return stream.get();
+  }
+  streams_.push_back(std::make_unique<Stream>(&core_, &memory_, &streams_));
+  return streams_.back().get();
+}
+
+size_t Device::stream_count() const {
+  return static_cast<size_t>(std::count_if(streams_.begin(), streams_.end(),
+                                           [](const auto& stream) { return stream->in_use; }));
+}
+
+void Device::FreeStream(void* handle) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Stream* stream = Known(handle);
+  if (stream == streams_.front().get()) {
+    TVM_FFI_THROW(RuntimeError) << "The default stream of " << core_.Label()
+                                << " lives as long as the device and cannot be freed.";
+  }
+  stream->in_use = false;
+  // Its timeline only grows: what still names it finds its old values ended, and who gets it next
+  // comes behind whatever another thread may still have recorded.
+  if (!core_.lost()) stream->Wait(stream->Submit(), &lock);
+  memory_.Collect();
+}
+
+void Device::Synchronize(void* handle) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  void* current = TVMFFIEnvGetStream(kDLVulkan, core_.physical.device_id);
+  // Null means the default stream to some callers and the thread's own to others: both, then.
+  // Found before the first wait, during which another thread may free them.
+  Stream* const streams[] = {Known(handle), Known(handle == nullptr ? current : handle)};
+  for (Stream* stream : streams) stream->Wait(stream->Submit(), &lock);
+  memory_.Collect();
+}
+
+void Device::SynchronizeFromTo(void* from, void* to) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  Known(to)->RunAfter(Known(from));
+}
+
+void Device::Retire(std::shared_ptr<void> remains) {
+  if (exiting.load(std::memory_order_relaxed)) {
+    new std::shared_ptr<void>(std::move(remains));  // never let go of
+    return;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Use> uses;
+  for (const auto& stream : streams_) uses.push_back({stream.get(), stream->Latest(), 0});
+  memory_.Bury(std::move(remains), std::move(uses));
+}
+
+void Device::LogHazards(bool on) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (on) log_ = HazardLog();
+  default_stream()->hazards.LogTo(on ? &log_ : nullptr);
+}
+
+std::string Device::HazardLogJson() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return log_.Json();
+}
+
+void Device::WaitAtExit() noexcept {
+  // Another thread may hold the mutex and never let go: the process is ending under it.
+  std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+  for (int attempt = 0; attempt < 100 && !lock.try_lock(); ++attempt) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  if (!lock.owns_lock()) return;
+  for (const auto& stream : streams_) stream->WaitAtExit(kExitNanoseconds);
+}
+
+}  // namespace vulkan
+}  // namespace mxforge

@@ -1,0 +1,17 @@
+/*!
+ * \file device_api.h
+ * \brief What is registered as `device_api.vulkan`.
+ */
+#ifndef MXFORGE_VULKAN_DEVICE_API_H_
+#define MXFORGE_VULKAN_DEVICE_API_H_
+
+namespace mxforge {
+namespace vulkan {
+
+/*! \brief A pointer to tvm::runtime::DeviceAPI, as TVM wants to find it. */
+void* TheDeviceAPI();
+
+}  // namespace vulkan
+}  // namespace mxforge
+
+#endif  // MXFORGE_VULKAN_DEVICE_API_H_

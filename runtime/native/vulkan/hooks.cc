@@ -1,0 +1,290 @@
+/*!
+ * \file hooks.cc
+ * \brief Every function that this library registers; README.md lists them for their users.
+ */
+#include <tvm/ffi/extra/json.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/reflection/registry.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "border.h"
+#include "device.h"
+#include "device_api.h"
+#include "module.h"
+
+#ifndef MXFORGE_VULKAN_BUILD_ID
+#define MXFORGE_VULKAN_BUILD_ID ""  // of what another hand has built
+#endif
+
+namespace mxforge {
+namespace vulkan {
+namespace {
+
+namespace ffi = tvm::ffi;
+namespace json = tvm::ffi::json;
+using ffi::String;
+
+int64_t Signed(uint64_t number) {
+  return number > INT64_MAX ? INT64_MAX : static_cast<int64_t>(number);
+}
+
+template <typename Texts>
+json::Array TextArray(const Texts& texts) {
+  json::Array array;
+  for (const std::string& text : texts) array.push_back(String(text));
+  return array;
+}
+
+json::Object Described(const PhysicalDevice& device) {
+  json::Array heaps;
+  for (uint32_t i = 0; i < device.memory.memoryHeapCount; ++i) {
+    const VkMemoryHeap& heap = device.memory.memoryHeaps[i];
+    json::Object each;
+    each.Set(String("bytes"), Signed(heap.size));
+    each.Set(String("device_local"), (heap.flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT) != 0);
+    heaps.push_back(each);
+  }
+  json::Object described;
+  described.Set(String("index"), device.index);
+  described.Set(String("device_id"),
+                device.device_id < 0 ? ffi::Any(nullptr) : ffi::Any(device.device_id));
+  described.Set(String("name"), String(device.name));
+  described.Set(String("type"), String(DeviceTypeName(device.type)));
+  described.Set(String("api_version"), String(VersionText(device.api_version)));
+  described.Set(String("driver"), String(device.driver));
+  described.Set(String("heaps"), heaps);
+  described.Set(String("max_allocation_bytes"), Signed(device.max_allocation_bytes));
+  described.Set(String("shared_memory_bytes"),
+                static_cast<int64_t>(device.limits.maxComputeSharedMemorySize));
+  described.Set(String("max_threads_per_block"),
+                static_cast<int64_t>(device.limits.maxComputeWorkGroupInvocations));
+  described.Set(String("subgroup_size"),
+                json::Array{static_cast<int64_t>(device.min_subgroup_size),
+                            static_cast<int64_t>(device.max_subgroup_size)});
+  described.Set(String("subgroup_operations"), TextArray(device.subgroup_operations));
+  described.Set(String("features"), TextArray(device.features));
+  described.Set(String("usable"), device.unusable.empty());
+  described.Set(String("reason"), String(device.unusable));
+  return described;
+}
+
+String Devices() {
+  json::Array devices;
+  for (const PhysicalDevice& device : Instance::Get().devices()) {
+    devices.push_back(Described(device));
+  }
+  return json::Stringify(devices);
+}
+
+String StatisticsOf(int id) {
+  Device* device = Device::Get(id);
+  const std::lock_guard<std::mutex> lock(device->mutex());
+  const Statistics& counted = device->core().statistics;
+  const std::pair<const char*, uint64_t> numbers[] = {
+      {"dispatches", counted.dispatches},
+      {"copies", counted.copies},
+      {"staged_bytes", counted.staged_bytes},
+      {"direct_bytes", counted.direct_bytes},
+      {"barriers", counted.barriers},
+      {"submits", counted.submits},
+      {"waits", counted.waits},
+      {"semaphore_waits", counted.semaphore_waits},
+      {"argument_buffers", counted.argument_buffers},
+      {"allocations", counted.allocations},
+      {"allocated_bytes", counted.allocated_bytes},
+      {"deferred_frees", counted.deferred_frees},
+      {"reclaims", counted.reclaims},
+      {"live_allocations", device->memory().live()},
+      {"device_allocations", device->memory().allocations},
+      {"pending_frees", device->memory().buried()},
+      {"batches_in_flight", device->default_stream()->InFlight()},
+      {"streams", device->stream_count()},
+      {"pipeline_cache_loaded_bytes", device->cache().loaded_bytes()},
+      {"pipeline_cache_saves", device->cache().saves()},
+  };
+  json::Object statistics;
+  for (const auto& [name, number] : numbers) statistics.Set(String(name), Signed(number));
+  statistics.Set(String("pipeline_cache"), String(device->cache().path().string()));
+  statistics.Set(String("pipeline_cache_status"), String(device->cache().status()));
+  return json::Stringify(statistics);
+}
+
+void Configure(int id, const String& name, int64_t value) {
+  Device* device = Device::Get(id);
+  const std::lock_guard<std::mutex> lock(device->mutex());
+  Settings& settings = device->core().settings;
+  const std::string setting = name;
+  const auto count = static_cast<uint32_t>(std::max<int64_t>(value, 1));
+  if (setting == "direct_copies") {
+    settings.direct_copies = value != 0;
+  } else if (setting == "batch_commands") {
+    settings.batch_commands = count;
+  } else if (setting == "first_batch_commands") {
+    settings.first_batch_commands = count;
+  } else if (setting == "batches_in_flight") {
+    settings.batches_in_flight = count;
+  } else if (setting == "staging_chunk_bytes") {
+    settings.staging_chunk_bytes = (static_cast<uint64_t>(count) + 15) / 16 * 16;
+  } else if (setting == "staging_chunks") {
+    settings.staging_chunks = count;
+  } else if (setting == "pipeline_threads") {
+    settings.pipeline_threads = static_cast<uint32_t>(std::max<int64_t>(value, 0));
+  } else {
+    TVM_FFI_THROW(ValueError) << "There is no setting " << setting
+                              << "; README.md lists those that there are.";
+  }
+}
+
+void Simulate(int id, const String& event, int64_t count) {
+  Device* device = Device::Get(id);
+  const std::lock_guard<std::mutex> lock(device->mutex());
+  if (event == "device_lost") {
+    device->default_stream()->answer_to_simulate = count != 0 ? VK_ERROR_DEVICE_LOST : VK_SUCCESS;
+  } else if (event == "out_of_memory_at_submit") {
+    device->default_stream()->answer_to_simulate =
+        count != 0 ? VK_ERROR_OUT_OF_DEVICE_MEMORY : VK_SUCCESS;
+  } else if (event == "out_of_memory") {
+    device->memory().failures_to_simulate = static_cast<uint32_t>(count);
+  } else if (event == "allocation_limit") {
+    const uint32_t limit = device->core().physical.limits.maxMemoryAllocationCount;
+    device->memory().allocation_limit = count == 0 ? limit : static_cast<uint64_t>(count);
+  } else {
+    TVM_FFI_THROW(ValueError) << "There is no event " << event
+                              << " to simulate; README.md lists those that there are.";
+  }
+}
+
+void Profile(int id, bool on) {
+  Device* device = Device::Get(id);
+  const std::lock_guard<std::mutex> lock(device->mutex());
+  device->default_stream()->Submit();  // a batch has timestamps from its beginning or not at all
+  device->core().profiling = on;
+  if (on) device->core().times.clear();
+}
+
+String ProfileRead(int id) {
+  Device* device = Device::Get(id);
+  device->Synchronize(nullptr);
+  const std::lock_guard<std::mutex> lock(device->mutex());
+  json::Object times;
+  for (const auto& [name, time] : device->core().times) {
+    json::Object each;
+    each.Set(String("count"), Signed(time.count));
+    each.Set(String("ns"), time.nanoseconds);
+    times.Set(String(name), each);
+  }
+  return json::Stringify(times);
+}
+
+String ValidationMessages() {
+  json::Object result;
+  result.Set(String("watching"), Instance::Get().HasMessenger());
+  result.Set(String("messages"), TextArray(Instance::Get().ValidationMessages()));
+  return json::Stringify(result);
+}
+
+/*! \brief Feed a list of commands to a tracker alone, without a device; returns its log.
+ *
+ * Each is ["compute" | "transfer", [[resource, "r" | "w", begin, end], ...]], or
+ * ["host", [[...]]] (for each the barrier, a wait for everything, the access), or ["wait"].
+ */
+String SimulateHazards(const String& commands) {
+  HazardTracker tracker;
+  HazardLog log;
+  tracker.LogTo(&log);
+  for (const ffi::Any& each : json::Parse(commands).cast<json::Array>()) {
+    const auto command = each.cast<json::Array>();
+    const std::string kind = command[0].cast<String>();
+    if (kind == "wait") {
+      tracker.Waited(tracker.Position());
+      continue;
+    }
+    std::vector<Access> accesses;
+    for (const ffi::Any& value : command[1].cast<json::Array>()) {
+      const auto access = value.cast<json::Array>();
+      accesses.push_back({static_cast<uint32_t>(access[0].cast<int64_t>()),
+                          access[1].cast<String>() == "w",
+                          static_cast<uint64_t>(access[2].cast<int64_t>()),
+                          static_cast<uint64_t>(access[3].cast<int64_t>())});
+    }
+    if (kind == "host") {
+      for (const Access& access : accesses) {
+        tracker.BeforeHost(access);
+        tracker.Waited(tracker.Position());
+        tracker.Host(access, kind);
+      }
+    } else {
+      const Stage stage = kind == "compute" ? Stage::kCompute : Stage::kTransfer;
+      tracker.Command(stage, accesses.data(), accesses.size(), kind);
+    }
+  }
+  return String(log.Json());
+}
+
+/*! \brief The types of memory for buffers of a kind, best first, on a device that is described by
+ *  [[property flags of a type, ...], unified, "device" | "upload" | "readback"]. */
+String PlanMemory(const String& described) {
+  const auto values = json::Parse(described).cast<json::Array>();
+  VkPhysicalDeviceMemoryProperties memory{};
+  for (const ffi::Any& flags : values[0].cast<json::Array>()) {
+    if (memory.memoryTypeCount == VK_MAX_MEMORY_TYPES) break;
+    memory.memoryTypes[memory.memoryTypeCount++].propertyFlags =
+        static_cast<VkMemoryPropertyFlags>(flags.cast<int64_t>());
+  }
+  const std::string kind = values[2].cast<String>();
+  json::Array types;
+  for (uint32_t type :
+       MemoryTypes(memory, values[1].cast<bool>(),
+                   kind == "device"   ? MemoryKind::kDevice
+                   : kind == "upload" ? MemoryKind::kUpload
+                                      : MemoryKind::kReadback)) {
+    types.push_back(static_cast<int64_t>(type));
+  }
+  return json::Stringify(types);
+}
+
+/*! \brief (function, n, arguments...) -> nanoseconds a call, without Python's share of it. */
+void TimeCalls(ffi::PackedArgs arguments, ffi::Any* result) {
+  const auto function = arguments[0].cast<ffi::Function>();
+  const auto count = arguments[1].cast<int64_t>();
+  ffi::Any ignored;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < count; ++i) {
+    function.CallPacked(arguments.Slice(2), &ignored);
+  }
+  const std::chrono::duration<double, std::nano> elapsed = std::chrono::steady_clock::now() - begin;
+  *result = elapsed.count() / static_cast<double>(std::max<int64_t>(count, 1));
+}
+
+TVM_FFI_STATIC_INIT_BLOCK() {
+  // Registering a name twice ends the process, and some other library may have brought Vulkan.
+  if (ffi::Function::GetGlobal("device_api.vulkan").has_value()) return;
+  // Called by tvm_ffi's own code, with bytes from anywhere.
+  ffi::Function::SetGlobal("ffi.Module.load_from_bytes.vulkan",
+                           AcrossBorder(ffi::Function::FromTyped(&LoadModule)));
+  namespace refl = tvm::ffi::reflection;
+  refl::GlobalDef()
+      .def_packed("device_api.vulkan",
+                  [](ffi::PackedArgs, ffi::Any* result) { *result = TheDeviceAPI(); })
+      .def("mxforge.vulkan.module", &LoadModule)
+      .def("mxforge.vulkan.devices", &Devices)
+      .def("mxforge.vulkan.statistics", &StatisticsOf)
+      .def("mxforge.vulkan.configure", &Configure)
+      .def("mxforge.vulkan.simulate", &Simulate)
+      .def("mxforge.vulkan.profile", &Profile)
+      .def("mxforge.vulkan.profile_read", &ProfileRead)
+      .def("mxforge.vulkan.hazard_log", [](int id, bool on) { Device::Get(id)->LogHazards(on); })
+      .def("mxforge.vulkan.hazard_log_read",
+           [](int id) { return String(Device::Get(id)->HazardLogJson()); })
+      .def("mxforge.vulkan.hazard_simulate", &SimulateHazards)
+      .def("mxforge.vulkan.memory_plan", &PlanMemory)
+      .def_packed("mxforge.vulkan.time_calls", &TimeCalls)
+      .def("mxforge.vulkan.build_id", [] { return String(MXFORGE_VULKAN_BUILD_ID); })
+      .def("mxforge.vulkan.validation_messages", &ValidationMessages);
+}
+
+}  // namespace
+}  // namespace vulkan
+}  // namespace mxforge

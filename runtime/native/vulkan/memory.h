@@ -1,0 +1,134 @@
+/*!
+ * \file memory.h
+ * \brief Buffers with device addresses, found again by address, freed behind pending commands.
+ */
+#ifndef MXFORGE_VULKAN_MEMORY_H_
+#define MXFORGE_VULKAN_MEMORY_H_
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "core.h"
+
+namespace mxforge {
+namespace vulkan {
+
+class Memory;
+class Stream;
+
+enum class MemoryKind {
+  kDevice,    // tensors
+  kUpload,    // written by the host, read by the device: staging, argument blocks
+  kReadback,  // written by the device, read by the host
+};
+
+/*! \brief Types of memory for buffers of a kind, best first; the next is for when one is full.
+ *
+ * `unified` is for devices whose memory is the host's own: there any of it serves tensors. On
+ * others only what is local to the device does, if there is such a thing.
+ */
+std::vector<uint32_t> MemoryTypes(const VkPhysicalDeviceMemoryProperties& memory, bool unified,
+                                  MemoryKind kind);
+
+/*! \brief Up to which value of a stream's timeline something is in use. */
+struct Use {
+  Stream* stream;    // never destroyed
+  uint64_t any;      // read or written
+  uint64_t written;  // 0: only read
+};
+
+/*! \brief A VkBuffer over memory of its own. */
+class Buffer {
+ public:
+  Buffer(Memory* memory, uint64_t bytes, MemoryKind kind);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  uint64_t size = 0;
+  uint64_t address = 0;
+  uint8_t* mapped = nullptr;  // null where the host cannot reach it, or not without flushing
+  bool cached = false;        // mapped, and the host reads it at its usual speed
+  uint32_t resource = 0;      // its number in the hazard trackers
+  VkBuffer handle = VK_NULL_HANDLE;
+  std::vector<Use> uses;  // by stream; as a rule there is one
+
+  void Mark(Stream* stream, uint64_t value, bool write);
+
+ private:
+  Memory* memory_;
+  VkDeviceMemory backing_ = VK_NULL_HANDLE;
+
+  /*! \brief Memory of the first type that has room. */
+  VkResult AllocateBacking(const std::vector<uint32_t>& types, uint64_t bytes, uint32_t* type);
+  void Release();
+};
+
+/*! \brief All buffers of a device. The device's mutex is held whenever this is called. */
+class Memory {
+ public:
+  explicit Memory(Core* core);
+
+  /*! \brief Called when memory is short: bring all commands to an end and Collect. True where a
+   *  command is being recorded, whose batch must stay as it is. */
+  void SetReclaim(std::function<void(bool)> reclaim) { reclaim_ = std::move(reclaim); }
+  /*! \brief Called with the number of a buffer that is no more. */
+  void SetForget(std::function<void(uint32_t)> forget) { forget_ = std::move(forget); }
+
+  /*! \brief A tensor's memory; throws an error that names what was asked and what is left. */
+  Buffer* Allocate(uint64_t bytes, uint64_t alignment);
+  /*! \brief Free it once pending commands are done with it. */
+  void Free(uint64_t address);
+  /*! \brief The buffer that holds this address, or null. */
+  Buffer* Find(uint64_t address);
+
+  /*! \brief A buffer that is not a tensor. */
+  std::unique_ptr<Buffer> Create(uint64_t bytes, MemoryKind kind);
+
+  /*! \brief Keep something alive until these uses have ended. */
+  void Bury(std::shared_ptr<void> remains, std::vector<Use> uses);
+  /*! \brief Let go of what is in use no longer. */
+  void Collect();
+
+  size_t live() const { return live_.size(); }
+  size_t buried() const { return graves_.size(); }
+
+  /*! \brief For tests: the next so many allocations find no memory. */
+  uint32_t failures_to_simulate = 0;
+  /*! \brief Allocations that may exist at once (maxMemoryAllocationCount). */
+  uint64_t allocation_limit = 0;
+  uint64_t allocations = 0;  // that exist
+
+  Core& core() { return *core_; }
+  std::vector<uint32_t> TypesFor(uint32_t allowed_types, MemoryKind kind) const;
+  VkMemoryPropertyFlags Properties(uint32_t type) const;
+  uint64_t HeapBytes(uint32_t type) const;
+  uint32_t AcquireResource();
+  void ReleaseResource(uint32_t resource);
+
+ private:
+  struct Grave {
+    std::vector<Use> uses;
+    std::shared_ptr<void> remains;
+  };
+
+  Core* core_;
+  std::map<uint64_t, std::unique_ptr<Buffer>> live_;  // by address
+  std::array<Buffer*, 64> recent_{};  // where an address was found last, by its hash
+  std::vector<Grave> graves_;
+  std::vector<uint32_t> free_resources_;
+  uint32_t resources_ = 0;
+  std::function<void(bool)> reclaim_;
+  std::function<void(uint32_t)> forget_;
+
+  std::unique_ptr<Buffer> TryTwice(uint64_t bytes, MemoryKind kind);
+};
+
+}  // namespace vulkan
+}  // namespace mxforge
+
+#endif  // MXFORGE_VULKAN_MEMORY_H_

@@ -1,0 +1,167 @@
+#include "module.h"
+
+#include <tvm/ffi/cast.h>
+
+#include <cstring>
+
+#include "arguments.h"
+#include "border.h"
+
+namespace mxforge {
+namespace vulkan {
+namespace {
+
+namespace ffi = tvm::ffi;
+
+constexpr size_t kInlineBlock = 256;
+constexpr size_t kInlinePointers = 32;
+
+}  // namespace
+
+ModuleNode::ModuleNode(const ffi::Bytes& bytes)
+    : bytes_(bytes.data(), bytes.size()), kernels_(ParseModule(bytes_)) {
+  for (size_t i = 0; i < kernels_.size(); ++i) by_name_[kernels_[i].name] = i;
+}
+
+ModuleNode::~ModuleNode() {
+  for (int id = 0; id < kMostDevices; ++id) {
+    Pipelines* pipelines = pipelines_[id].load();
+    if (pipelines == nullptr) continue;
+    try {
+      Device::Get(id)->Retire(std::shared_ptr<Pipelines>(pipelines));
+    } catch (const std::exception&) {  // nobody could hear of it here
+    }
+  }
+}
+
+ffi::Optional<ffi::Function> ModuleNode::GetFunction(const ffi::String& name) {
+  const auto found = by_name_.find(std::string(name));
+  if (found == by_name_.end()) return std::nullopt;
+  const size_t kernel = found->second;
+  // The function keeps the module alive.
+  ffi::ObjectPtr<ModuleNode> self = ffi::GetObjectPtr<ModuleNode>(this);
+  return AcrossBorder(ffi::Function::FromPacked(
+      [self, kernel](const ffi::AnyView* arguments, int32_t count, ffi::Any*) {
+        static_assert(sizeof(ffi::AnyView) == sizeof(TVMFFIAny));
+        self->Launch(kernel, reinterpret_cast<const TVMFFIAny*>(arguments), count);
+      }));
+}
+
+bool ModuleNode::ImplementsFunction(const ffi::String& name) {
+  return by_name_.count(std::string(name)) != 0;
+}
+
+ffi::Bytes ModuleNode::SaveToBytes() const { return ffi::Bytes(bytes_); }
+
+ffi::String ModuleNode::InspectSource(const ffi::String& format) const {
+  if (!format.empty() && format != "json") return "";
+  uint32_t bytes = 0;
+  for (int i = 3; i >= 0; --i) bytes = bytes << 8 | static_cast<uint8_t>(bytes_[12 + i]);
+  return ffi::String(bytes_.substr(16, bytes));
+}
+
+Pipelines* ModuleNode::PipelinesFor(Device* device) {
+  auto& slot = pipelines_[device->core().physical.device_id];
+  Pipelines* known = slot.load(std::memory_order_acquire);
+  if (known != nullptr) return known;
+  const std::lock_guard<std::mutex> lock(preparing_);
+  known = slot.load(std::memory_order_acquire);
+  if (known != nullptr) return known;
+  // The kernels' description must outlive pipelines that are retired after the module is gone,
+  // but those only destroy what they made.
+  auto made = std::make_unique<Pipelines>(&device->core(), &device->cache(), &kernels_);
+  slot.store(made.get(), std::memory_order_release);
+  return made.release();
+}
+
+void ModuleNode::Launch(size_t index, const TVMFFIAny* arguments, int count) {
+  const KernelInfo& kernel = kernels_[index];
+  const size_t expected = kernel.arguments.size() + kernel.launch.size();
+  if (static_cast<size_t>(count) != expected) {
+    TVM_FFI_THROW(TypeError) << "Kernel " << kernel.name << " takes " << kernel.arguments.size()
+                             << " arguments and " << kernel.launch.size()
+                             << " extents of its launch but got " << count << " values.";
+  }
+  Device* device = Device::Get(Device::CurrentId());
+  const VkPhysicalDeviceLimits& limits = device->core().physical.limits;
+
+  int64_t groups[3] = {1, 1, 1};
+  int64_t block[3] = {1, 1, 1};
+  bool block_given[3] = {false, false, false};
+  for (size_t i = 0; i < kernel.launch.size(); ++i) {
+    const LaunchExtent& extent = kernel.launch[i];
+    const int64_t value = ExtentValue(arguments[kernel.arguments.size() + i], kernel);
+    if (value == 0) return;  // nothing to do
+    (extent.block ? block : groups)[extent.axis] = value;
+    if (extent.block) block_given[extent.axis] = true;
+  }
+  Dispatch dispatch;
+  Pipelines::LocalSize size;
+  for (int axis = 0; axis < 3; ++axis) {
+    const char name = "xyz"[axis];
+    if (groups[axis] < 0 || groups[axis] > limits.maxComputeWorkGroupCount[axis]) {
+      TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " was launched with "
+                                  << groups[axis] << " blocks in " << name << ", but "
+                                  << device->core().Label() << " allows "
+                                  << limits.maxComputeWorkGroupCount[axis]
+                                  << "; spread them over another axis, or use larger blocks.";
+    }
+    dispatch.groups[axis] = static_cast<uint32_t>(groups[axis]);
+    const uint32_t fixed = kernel.local_size[axis];
+    if (fixed != 0 && block_given[axis] && block[axis] != fixed) {
+      TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " is compiled for blocks of "
+                                  << fixed << " threads in " << name << " but was launched with "
+                                  << block[axis] << ".";
+    }
+    if (block[axis] < 0 || block[axis] > UINT32_MAX) {
+      TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " was launched with blocks of "
+                                  << block[axis] << " threads in " << name << ".";
+    }
+    size[axis] = fixed != 0 ? fixed : static_cast<uint32_t>(block[axis]);
+  }
+
+  Pipelines* pipelines = PipelinesFor(device);
+  dispatch.pipeline = pipelines->Get(index, size);
+  dispatch.layout = pipelines->layout(index);
+  dispatch.name = pipelines->name(index);
+
+  // Zeroed: padding of the block is as reproducible as the rest.
+  alignas(16) uint8_t inline_block[kInlineBlock];
+  std::vector<uint8_t> large_block;
+  uint8_t* bytes = inline_block;
+  if (kernel.argument_bytes > kInlineBlock) {
+    large_block.resize(kernel.argument_bytes);
+    bytes = large_block.data();
+  } else {
+    std::memset(inline_block, 0, kernel.argument_bytes);
+  }
+  PointerUse inline_pointers[kInlinePointers];
+  std::vector<PointerUse> many_pointers;
+  PointerUse* pointers = inline_pointers;
+  if (kernel.arguments.size() > kInlinePointers) {
+    many_pointers.resize(kernel.arguments.size());
+    pointers = many_pointers.data();
+  }
+  size_t pointer_count = 0;
+  for (size_t i = 0; i < kernel.arguments.size(); ++i) {
+    const ArgumentInfo& argument = kernel.arguments[i];
+    if (!argument.pointer) {
+      WriteScalar(arguments[i], kernel, argument, bytes);
+      continue;
+    }
+    const uint64_t address = PointerValue(arguments[i], kernel, argument);
+    std::memcpy(bytes + argument.offset, &address, sizeof(address));
+    pointers[pointer_count++] = {address, argument.read, argument.write, &argument.name};
+  }
+  dispatch.block = bytes;
+  dispatch.block_bytes = kernel.argument_bytes;
+  dispatch.argument_buffer = kernel.argument_buffer;
+  device->Launch(dispatch, pointers, pointer_count);
+}
+
+ffi::Module LoadModule(const ffi::Bytes& bytes) {
+  return ffi::Module(ffi::make_object<ModuleNode>(bytes));
+}
+
+}  // namespace vulkan
+}  // namespace mxforge

@@ -1,0 +1,67 @@
+/*!
+ * \file pipelines.h
+ * \brief The pipelines of one module on one device.
+ */
+#ifndef MXFORGE_VULKAN_PIPELINES_H_
+#define MXFORGE_VULKAN_PIPELINES_H_
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core.h"
+#include "module_format.h"
+#include "pipeline_cache.h"
+
+namespace mxforge {
+namespace vulkan {
+
+/*! \brief Checks what the kernels require, then creates their pipelines, several at a time.
+ *
+ * Kernels whose block size is known only at launch get a pipeline for each size when it comes.
+ */
+class Pipelines {
+ public:
+  using LocalSize = std::array<uint32_t, 3>;
+
+  Pipelines(Core* core, PipelineCache* cache, const std::vector<KernelInfo>* kernels);
+  ~Pipelines();
+  Pipelines(const Pipelines&) = delete;
+  Pipelines& operator=(const Pipelines&) = delete;
+
+  VkPipeline Get(size_t kernel, const LocalSize& size);
+  VkPipelineLayout layout(size_t kernel) const { return prepared_[kernel].layout; }
+  const std::string* name(size_t kernel) const { return prepared_[kernel].name; }
+
+ private:
+  struct Prepared {
+    const std::string* name = nullptr;  // lives as long as the process
+    VkPipelineLayout layout = VK_NULL_HANDLE;
+    VkShaderModule shader = VK_NULL_HANDLE;  // kept where pipelines may still be made of it
+    VkPipeline fixed = VK_NULL_HANDLE;
+    std::vector<std::pair<LocalSize, VkPipeline>> by_size;
+  };
+
+  Core* core_;
+  PipelineCache* cache_;
+  const std::vector<KernelInfo>* kernels_;
+  std::vector<Prepared> prepared_;
+  std::map<uint32_t, VkPipelineLayout> layouts_;  // by bytes of push constants
+  std::mutex mutex_;                              // over by_size
+
+  void Destroy();
+  VkPipelineLayout LayoutFor(uint32_t push_bytes);
+  void CreateAll();
+  VkPipeline Create(size_t kernel, const LocalSize& size);
+  void CheckRequirements(const KernelInfo& kernel) const;
+  void CheckSize(const KernelInfo& kernel, const LocalSize& size) const;
+};
+
+}  // namespace vulkan
+}  // namespace mxforge
+
+#endif  // MXFORGE_VULKAN_PIPELINES_H_

@@ -1,0 +1,216 @@
+"""A Vulkan device for tests: the library built where needed, tensors, and modules out of GLSL."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+HEADER = b"MXFSPIRV"
+PREAMBLE = """#version 460
+#extension GL_EXT_buffer_reference : require
+#extension GL_EXT_shader_explicit_arithmetic_types : require
+layout(buffer_reference, std430, buffer_reference_align = 4) buffer F { float v[]; };
+layout(buffer_reference, std430, buffer_reference_align = 4) buffer U { uint v[]; };
+"""
+
+
+def unavailable(reason: str) -> Any:
+    """Skip; or fail, where MXFORGE_REQUIRE_VULKAN says that everything is installed."""
+    if os.environ.get("MXFORGE_REQUIRE_VULKAN") == "1":
+        pytest.fail(f"MXFORGE_REQUIRE_VULKAN=1, but {reason}")
+    pytest.skip(reason)
+
+
+def built_library(scratch: Path) -> Path:
+    """The library in the package if it is up to date, else one compiled for this session."""
+    from mxforge.native import build
+
+    chosen = os.environ.get("MXFORGE_VULKAN_LIBRARY")
+    if chosen:
+        return Path(chosen)
+    if build.up_to_date():
+        return build.OUTPUT
+    try:
+        return build.build(scratch / build.OUTPUT.name)
+    except build.BuildError as error:
+        unavailable(str(error))
+        raise
+
+
+@cache
+def spirv(source: str) -> bytes:
+    """The SPIR-V of a compute shader in GLSL, behind PREAMBLE."""
+    compiler = shutil.which("glslangValidator")
+    if compiler is None:
+        unavailable("glslangValidator is missing; Debian has it in glslang-tools")
+    result = subprocess.run(
+        [str(compiler), "--stdin", "-S", "comp", "--target-env", "vulkan1.2", "-o", "/dev/stdout",
+         "--quiet"],
+        input=(PREAMBLE + source).encode(), capture_output=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr.decode() + result.stdout.decode(errors="replace")
+    return result.stdout
+
+
+def pointer(name: str, offset: int, access: str) -> dict[str, Any]:
+    return {
+        "kind": "pointer", "name": name, "offset": offset,
+        "read": "r" in access, "write": "w" in access,
+    }  # fmt: skip
+
+
+def scalar(name: str, dtype: str, offset: int) -> dict[str, Any]:
+    return {"kind": "scalar", "name": name, "dtype": dtype, "offset": offset}
+
+
+def kernel(name: str, source: str, arguments: Sequence[dict[str, Any]], **fields: Any) -> Any:
+    """A kernel's entry, its code still as bytes; `fields` replace the usual ones."""
+    end = max((each["offset"] + 8 for each in arguments), default=0)
+    return {
+        "name": name,
+        "code": spirv(source),
+        "arguments": list(arguments),
+        "argument_bytes": (end + 7) // 8 * 8,
+        "argument_buffer": False,
+        "launch_params": ["blockIdx.x", "threadIdx.x"],
+        "local_size": [64, 1, 1],
+        "shared_bytes": 0,
+        "requirements": {
+            "features": ["bufferDeviceAddress"], "extensions": [], "subgroup_operations": [],
+            "subgroup_size": None, **fields.pop("requirements", {}),
+        },
+        **fields,
+    }  # fmt: skip
+
+
+def module_bytes(kernels: Sequence[dict[str, Any]]) -> bytes:
+    """The module format: header, JSON, SPIR-V."""
+    code, entries = b"", []
+    for each in kernels:
+        entries.append({**each, "code": [len(code), len(each["code"])]})
+        code += each["code"]
+    text = json.dumps({"kernels": entries}).encode()
+    text += b" " * (-len(text) % 4)
+    return HEADER + struct.pack("<II", 1, len(text)) + text + code
+
+
+AFFINE = kernel(
+    "affine",
+    "layout(local_size_x = 64) in;"
+    "layout(push_constant) uniform P { F x; F y; int n; float scale; float shift; } p;"
+    "void main() { uint i = gl_GlobalInvocationID.x;"
+    " if (i < p.n) p.y.v[i] = p.x.v[i] * p.scale + p.shift; }",
+    [pointer("x", 0, "r"), pointer("y", 8, "w"), scalar("n", "int32", 16),
+     scalar("scale", "float32", 20), scalar("shift", "float32", 24)],
+)  # fmt: skip
+SPIN = kernel(
+    "spin",
+    "layout(local_size_x = 64) in;"
+    "layout(push_constant) uniform P { F x; int n; } p;"
+    "void main() { uint i = gl_GlobalInvocationID.x; float f = p.x.v[i];"
+    " for (int k = 0; k < p.n; ++k) f = fract(f * 1.37 + 0.1); p.x.v[i] = f; }",
+    [pointer("x", 0, "rw"), scalar("n", "int32", 8)],
+)
+DYNAMIC = kernel(
+    "dynamic",
+    "layout(local_size_x_id = 0, local_size_y_id = 1) in;"
+    "layout(push_constant) uniform P { U x; } p;"
+    "void main() { uint i = gl_WorkGroupID.x; uint t = gl_LocalInvocationIndex;"
+    " if (t == 0) p.x.v[i] = gl_WorkGroupSize.x * 1000 + gl_WorkGroupSize.y; }",
+    [pointer("x", 0, "w")],
+    local_size=[0, 0, 1],
+    launch_params=["blockIdx.x", "threadIdx.x", "threadIdx.y"],
+)
+
+
+class VulkanDevice:
+    """vulkan:0 with NumPy on one side of it."""
+
+    def __init__(self, device_id: int = 0) -> None:
+        from mxforge import vulkan
+        from mxforge.library import tvm_ffi
+
+        vulkan.load()
+        self.ffi = tvm_ffi
+        self.id = device_id
+        self.device = tvm_ffi.device("vulkan", device_id)
+        self.hook = vulkan.function
+        self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        self._from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
+        self._to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
+        self.copy = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromTo")
+
+    def module(self, *kernels: dict[str, Any]) -> Any:
+        return self.hook("module")(module_bytes(kernels))
+
+    def empty(self, shape: Sequence[int], dtype: str = "float32") -> Any:
+        return self._allocate(
+            self.ffi.Shape(tuple(shape)), self.ffi.dtype(dtype), self.device, None
+        )
+
+    def fill(self, tensor: Any, array: np.ndarray) -> None:
+        array = np.ascontiguousarray(array)
+        self._from_bytes(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        tensor = self.empty(array.shape, array.dtype.name)
+        self.fill(tensor, array)
+        return tensor
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        array = np.empty(tuple(tensor.shape), str(tensor.dtype))
+        self._to_bytes(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+        return array
+
+    def sync(self) -> None:
+        self.device_api("StreamSync")(self.device, 0)
+
+    def device_api(self, name: str) -> Any:
+        return self.ffi.get_global_func(f"runtime.Device_{name}")
+
+    def statistics(self) -> dict[str, Any]:
+        return dict(json.loads(self.hook("statistics")(self.id)))
+
+    def configure(self, **settings: int) -> None:
+        for name, value in settings.items():
+            self.hook("configure")(self.id, name, value)
+
+
+def open_device(scratch: Path) -> VulkanDevice:
+    """vulkan:0; skips (or fails, see `unavailable`) where there is no such thing."""
+    from mxforge.errors import VulkanError
+
+    os.environ["MXFORGE_VULKAN_LIBRARY"] = str(built_library(scratch))
+    os.environ.setdefault("MXFORGE_CACHE_DIR", str(scratch / "cache"))
+    try:
+        from mxforge import vulkan
+
+        vulkan.check()
+    except VulkanError as error:
+        unavailable(str(error))
+    return VulkanDevice()
+
+
+def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, with this module's names and `vk`, a VulkanDevice."""
+    script = "from vulkan_device import *\n" + code
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
