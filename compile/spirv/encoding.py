@@ -1,0 +1,243 @@
+"""The numbers of SPIR-V 1.5 that the generator uses, and no others.
+
+Names are those of the specification in upper case: OpTypeInt is `Op.TYPE_INT`.
+"""
+
+from enum import IntEnum
+
+MAGIC = 0x07230203
+VERSION = 0x00010500
+
+
+class Op(IntEnum):
+    """Instructions."""
+
+    NAME = 5
+    EXTENSION = 10
+    EXT_INST_IMPORT = 11
+    EXT_INST = 12
+    MEMORY_MODEL = 14
+    ENTRY_POINT = 15
+    EXECUTION_MODE = 16
+    CAPABILITY = 17
+    TYPE_VOID = 19
+    TYPE_BOOL = 20
+    TYPE_INT = 21
+    TYPE_FLOAT = 22
+    TYPE_VECTOR = 23
+    TYPE_ARRAY = 28
+    TYPE_STRUCT = 30
+    TYPE_POINTER = 32
+    TYPE_FUNCTION = 33
+    CONSTANT_TRUE = 41
+    CONSTANT_FALSE = 42
+    CONSTANT = 43
+    CONSTANT_COMPOSITE = 44
+    SPEC_CONSTANT = 50
+    SPEC_CONSTANT_COMPOSITE = 51
+    FUNCTION = 54
+    FUNCTION_END = 56
+    VARIABLE = 59
+    LOAD = 61
+    STORE = 62
+    ACCESS_CHAIN = 65
+    DECORATE = 71
+    MEMBER_DECORATE = 72
+    COMPOSITE_CONSTRUCT = 80
+    COMPOSITE_EXTRACT = 81
+    CONVERT_F_TO_U = 109
+    CONVERT_F_TO_S = 110
+    CONVERT_S_TO_F = 111
+    CONVERT_U_TO_F = 112
+    U_CONVERT = 113
+    S_CONVERT = 114
+    F_CONVERT = 115
+    CONVERT_U_TO_PTR = 120
+    BITCAST = 124
+    S_NEGATE = 126
+    F_NEGATE = 127
+    I_ADD = 128
+    F_ADD = 129
+    I_SUB = 130
+    F_SUB = 131
+    I_MUL = 132
+    F_MUL = 133
+    U_DIV = 134
+    S_DIV = 135
+    F_DIV = 136
+    U_MOD = 137
+    LOGICAL_NOT_EQUAL = 165
+    LOGICAL_OR = 166
+    LOGICAL_AND = 167
+    LOGICAL_NOT = 168
+    SELECT = 169
+    I_EQUAL = 170
+    I_NOT_EQUAL = 171
+    U_GREATER_THAN = 172
+    S_GREATER_THAN = 173
+    U_GREATER_THAN_EQUAL = 174
+    S_GREATER_THAN_EQUAL = 175
+    U_LESS_THAN = 176
+    S_LESS_THAN = 177
+    U_LESS_THAN_EQUAL = 178
+    S_LESS_THAN_EQUAL = 179
+    F_ORD_EQUAL = 180
+    F_UNORD_NOT_EQUAL = 183
+    F_ORD_LESS_THAN = 184
+    F_ORD_GREATER_THAN = 186
+    F_ORD_LESS_THAN_EQUAL = 188
+    F_ORD_GREATER_THAN_EQUAL = 190
+    SHIFT_RIGHT_LOGICAL = 194
+    SHIFT_RIGHT_ARITHMETIC = 195
+    SHIFT_LEFT_LOGICAL = 196
+    BITWISE_OR = 197
+    BITWISE_XOR = 198
+    BITWISE_AND = 199
+    NOT = 200
+    BIT_COUNT = 205
+    CONTROL_BARRIER = 224
+    ATOMIC_LOAD = 227
+    ATOMIC_EXCHANGE = 229
+    ATOMIC_COMPARE_EXCHANGE = 230
+    ATOMIC_I_ADD = 234
+    ATOMIC_I_SUB = 235
+    ATOMIC_S_MIN = 236
+    ATOMIC_U_MIN = 237
+    ATOMIC_S_MAX = 238
+    ATOMIC_U_MAX = 239
+    ATOMIC_AND = 240
+    ATOMIC_OR = 241
+    ATOMIC_XOR = 242
+    PHI = 245
+    LOOP_MERGE = 246
+    SELECTION_MERGE = 247
+    LABEL = 248
+    BRANCH = 249
+    BRANCH_CONDITIONAL = 250
+    RETURN = 253
+    UNREACHABLE = 255
+    GROUP_NON_UNIFORM_ELECT = 333
+    GROUP_NON_UNIFORM_ALL = 334
+    GROUP_NON_UNIFORM_ANY = 335
+    GROUP_NON_UNIFORM_BROADCAST_FIRST = 338
+    GROUP_NON_UNIFORM_BALLOT = 339
+    GROUP_NON_UNIFORM_SHUFFLE = 345
+    GROUP_NON_UNIFORM_I_ADD = 349
+    GROUP_NON_UNIFORM_F_ADD = 350
+    GROUP_NON_UNIFORM_I_MUL = 351
+    GROUP_NON_UNIFORM_F_MUL = 352
+    GROUP_NON_UNIFORM_S_MIN = 353
+    GROUP_NON_UNIFORM_U_MIN = 354
+    GROUP_NON_UNIFORM_F_MIN = 355
+    GROUP_NON_UNIFORM_S_MAX = 356
+    GROUP_NON_UNIFORM_U_MAX = 357
+    GROUP_NON_UNIFORM_F_MAX = 358
+    GROUP_NON_UNIFORM_BITWISE_AND = 359
+    GROUP_NON_UNIFORM_BITWISE_OR = 360
+    GROUP_NON_UNIFORM_BITWISE_XOR = 361
+    S_DOT = 4450
+    U_DOT = 4451
+    SU_DOT = 4452
+
+
+class Capability(IntEnum):
+    """What a module declares that it needs of the device."""
+
+    SHADER = 1
+    FLOAT16 = 9
+    FLOAT64 = 10
+    INT64 = 11
+    INT64_ATOMICS = 12
+    INT16 = 22
+    INT8 = 39
+    GROUP_NON_UNIFORM = 61
+    GROUP_NON_UNIFORM_VOTE = 62
+    GROUP_NON_UNIFORM_ARITHMETIC = 63
+    GROUP_NON_UNIFORM_BALLOT = 64
+    GROUP_NON_UNIFORM_SHUFFLE = 65
+    STORAGE_BUFFER_16BIT_ACCESS = 4433
+    STORAGE_BUFFER_8BIT_ACCESS = 4448
+    PHYSICAL_STORAGE_BUFFER_ADDRESSES = 5347
+    DOT_PRODUCT = 6019
+    DOT_PRODUCT_INPUT_4X8BIT_PACKED = 6018
+
+
+class StorageClass(IntEnum):
+    """Where a pointer points."""
+
+    INPUT = 1
+    WORKGROUP = 4
+    FUNCTION = 7
+    PUSH_CONSTANT = 9
+    PHYSICAL_STORAGE_BUFFER = 5349
+
+
+class Decoration(IntEnum):
+    """Annotations of ids and members."""
+
+    SPEC_ID = 1
+    BLOCK = 2
+    BUILT_IN = 11
+    OFFSET = 35
+    NO_CONTRACTION = 42
+
+
+class BuiltIn(IntEnum):
+    """Variables that the device sets."""
+
+    WORKGROUP_SIZE = 25
+    WORKGROUP_ID = 26
+    LOCAL_INVOCATION_ID = 27
+    SUBGROUP_SIZE = 36
+    SUBGROUP_LOCAL_INVOCATION_ID = 41
+
+
+class Scope(IntEnum):
+    """Who takes part in a barrier or an atomic operation."""
+
+    DEVICE = 1
+    WORKGROUP = 2
+    SUBGROUP = 3
+
+
+class Semantics(IntEnum):
+    """Memory semantics of barriers and atomics: an order and the memory it orders."""
+
+    ACQUIRE_RELEASE = 8
+    UNIFORM_MEMORY = 64
+    WORKGROUP_MEMORY = 256
+
+
+class GroupOperation(IntEnum):
+    """How a subgroup operation combines its lanes."""
+
+    REDUCE = 0
+    INCLUSIVE_SCAN = 1
+    EXCLUSIVE_SCAN = 2
+
+
+class Glsl(IntEnum):
+    """Instructions of the extended set GLSL.std.450."""
+
+    ROUND_EVEN = 2
+    TRUNC = 3
+    F_ABS = 4
+    FLOOR = 8
+    CEIL = 9
+    SQRT = 31
+    INVERSE_SQRT = 32
+    U_MIN = 38
+    S_MIN = 39
+    U_MAX = 41
+    S_MAX = 42
+    FMA = 50
+    FIND_U_MSB = 75
+
+
+ADDRESSING_PHYSICAL_STORAGE_BUFFER_64 = 5348
+MEMORY_GLSL450 = 1
+EXECUTION_MODEL_GL_COMPUTE = 5
+EXECUTION_MODE_LOCAL_SIZE = 17
+ALIGNED = 2  # memory operand
+UNROLL = 1  # loop control
+PACKED_VECTOR_FORMAT_4X8BIT = 0

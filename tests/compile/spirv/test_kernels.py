@@ -1,0 +1,68 @@
+"""Every kernel of the registry: its Vulkan code is valid; on a device, it is right."""
+
+from __future__ import annotations
+
+import time
+import zlib
+
+import numpy as np
+import pytest
+from spirv_programs import checked, generate, kernels, lowered, run
+
+from mxforge.schedules import KERNELS
+from mxforge.schedules.kernel import Target
+
+VULKAN = Target("vulkan")
+CASES = [
+    pytest.param(kernel, case, id=f"{name}: {case.name}")
+    for name, kernel in KERNELS.items()
+    if "vulkan" in kernel.targets
+    for case in kernel.cases
+]
+# A thread of lavapipe (Mesa 22.3) leaves its loops after 65,535 iterations in all.
+LONGER_THAN_LAVAPIPE_RUNS = {
+    ("f32_paged_attention", "position 131,071 of a full layer"),
+    ("f32_paged_attention", "20b full layer, one token"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES)
+def test_code_is_valid(kernel, case):
+    for code in kernels(kernel.build(VULKAN, **case.static)):
+        pointers = [entry for entry in code.reflection["arguments"] if entry["kind"] == "pointer"]
+        assert any(entry["write"] for entry in pointers)
+        assert all(entry["read"] or entry["write"] for entry in pointers)
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES)
+def test_agrees_with_reference(kernel, case):
+    if (kernel.name, case.name) in LONGER_THAN_LAVAPIPE_RUNS:
+        pytest.skip("loops longer than lavapipe runs them: 65,535 iterations a thread")
+    inputs = case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
+    packed = kernel.pack(VULKAN, {name: a.copy() for name, a in inputs.items()}, **case.static)
+    fresh = [np.zeros(shape, dtype) for shape, dtype in kernel.outputs(inputs, **case.static)]
+    arrays = run(kernel.build(VULKAN, **case.static), *packed, *fresh)
+    names = list(inputs)
+    ours = arrays[len(packed) :] + [arrays[names.index(name)] for name in kernel.inplace]
+    expected = kernel.reference(**{name: a.copy() for name, a in inputs.items()}, **case.static)
+    for found, reference in zip(ours, expected, strict=True):
+        if np.issubdtype(found.dtype, np.integer):
+            np.testing.assert_array_equal(found, reference)
+            continue
+        finite = np.isfinite(reference)
+        np.testing.assert_array_equal(found[~finite], reference[~finite].astype(found.dtype))
+        error = np.linalg.norm(found[finite].astype(np.float64) - reference[finite])
+        assert error <= case.tolerance * max(np.linalg.norm(reference[finite]), 1e-30)
+
+
+def test_generating_all_kernels_takes_seconds_and_gives_equal_bytes_twice():
+    modules = [
+        lowered(kernel.build(VULKAN, **kernel.cases[0].static))
+        for kernel in KERNELS.values()
+        if "vulkan" in kernel.targets
+    ]
+    start = time.perf_counter()
+    first = [generate(module) for module in modules]
+    assert time.perf_counter() - start < 20
+    assert first == [generate(module) for module in modules]
+    assert all(checked(data) for data in first)

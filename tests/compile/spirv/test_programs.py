@@ -1,0 +1,92 @@
+"""The generator against TVM's LLVM backend: random programs, each in two forms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+from differential import Outcome, compare
+from random_programs import Program
+from spirv_programs import device
+
+from mxforge.compile.spirv import arithmetic
+from mxforge.compile.spirv.encoding import Op
+
+BATCH = 50
+STARTS = range(0, 1000, BATCH)
+# Every seed that ever failed, with what was wrong. A seed names the same program only while
+# random_programs.py makes the same choices: before that changes, write these out as direct tests.
+FAILED: dict[int, str] = {}
+# Programs that TVM's passes change on the way to one of the two generators.
+WRONG_IN_TVM = {
+    199: "FlattenBuffer's simplifier loses x0 from an index (x0 - lane) % 7: -(lane % -7)",
+}
+
+# Programs that are wrong on lavapipe (Mesa 22.3.6) although their SPIR-V is right.
+WRONG_ON_LAVAPIPE = {
+    1125: "a signed comparison of OpSConvert from 32 to 64 bits with a constant is always true",
+    1428: "not looked into; perhaps the same",
+}
+
+
+def check(outcome: Outcome, seeds: Collection[int]) -> None:
+    failed = {
+        seed: reason
+        for seed, reason in outcome.failed.items()
+        if seed not in (*WRONG_IN_TVM, *WRONG_ON_LAVAPIPE)
+    }
+    sources = [f"{reason}\n{Program(seed)}" for seed, reason in failed.items()]
+    assert not sources, "\n".join([f"failed seeds: {sorted(failed)}", *sources])
+    # TVM's own passes stop at a few programs; were they many, little would be tested.
+    assert len(outcome.refused) <= max(3, len(seeds) // 10), outcome.refused
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Processes of their own: a program that crashes its driver ends one of these."""
+    device()
+    count = min(4, os.cpu_count() or 1)
+    executor = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    yield executor
+    executor.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def everyday(pool) -> dict[int, Future[Outcome]]:
+    return {first: pool.submit(compare, range(first, first + BATCH)) for first in STARTS}
+
+
+@pytest.mark.parametrize("first", STARTS)
+def test_random_programs(everyday, first):
+    check(everyday[first].result(), range(first, first + BATCH))
+
+
+@pytest.mark.full
+def test_ten_thousand_random_programs(pool):
+    batches = [range(first, first + BATCH) for first in range(1000, 11_000, BATCH)]
+    for seeds, outcome in zip(batches, pool.map(compare, batches), strict=True):
+        check(outcome, seeds)
+
+
+def test_a_wrong_generator_is_noticed(monkeypatch):
+    """Remainders of signed numbers taken as if they had no sign."""
+    monkeypatch.setattr(arithmetic, "divide", lambda b, x, y: b.op(Op.U_DIV, x.dtype, x, y))
+    assert compare(range(25)).failed
+
+
+def test_programs_that_once_failed():
+    check(compare(list(FAILED)), FAILED)
+
+
+@pytest.mark.parametrize("seed", WRONG_IN_TVM)
+def test_programs_that_tvm_changes(seed):
+    assert compare([seed]).failed, "TVM is right now: take the seed out of WRONG_IN_TVM"
+
+
+@pytest.mark.parametrize("seed", WRONG_ON_LAVAPIPE)
+@pytest.mark.xfail(reason="a device may be right where lavapipe is not")
+def test_programs_that_lavapipe_has_wrong(seed):
+    assert not compare([seed]).failed

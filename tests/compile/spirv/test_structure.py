@@ -1,0 +1,269 @@
+"""What the generated code looks like: addresses, alignment, barriers, capabilities, layout."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tvm
+import tvm_ffi
+from spirv_programs import (
+    bound,
+    checked,
+    device,
+    disassembled,
+    elementwise,
+    generate,
+    kernels,
+    lowered,
+    run,
+    unpack,
+)
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.tirx import stmt
+
+from mxforge.compile.spirv import KernelCode, build, pack, register
+
+
+def only(function: tirx.PrimFunc) -> tuple[KernelCode, str]:
+    (kernel,) = kernels(function)
+    return kernel, disassembled(kernel)
+
+
+def vector_copy(shift: int, lanes: int, dtype: str = "float32", n: int = 1024) -> tirx.PrimFunc:
+    """out[4i…] = x[4i + shift…]."""
+    i = tirx.Var("i", "int32")
+    x, out = tirx.decl_buffer((n,), dtype, "x"), tirx.decl_buffer((n,), dtype, "out")
+    value = tirx.BufferLoad(x, [tirx.Ramp(i * lanes + shift, 1, lanes)])
+    store = tirx.BufferStore(out, value, [tirx.Ramp(i * lanes, 1, lanes)])
+    body = bound(i, "blockIdx.x", 16, store)
+    return tirx.PrimFunc([x, out], body).with_attr("s_tir", True)
+
+
+@pytest.mark.parametrize(
+    ("shift", "lanes", "dtype", "loads"),
+    [
+        (0, 4, "float32", ["v4float 16"]),
+        (4, 4, "float32", ["v4float 16"]),
+        (1, 4, "float32", ["float 4"] * 4),  # aligned to 4 bytes only
+        (2, 4, "float32", ["float 4"] * 4),
+        (2, 2, "float32", ["v2float 8"]),
+        (0, 3, "float32", ["float 4"] * 3),  # 12 bytes are no power of two
+        (0, 8, "float16", ["v4half 8", "v4half 8"]),
+        (4, 8, "float16", ["v4half 8", "v4half 8"]),
+        (2, 8, "float16", ["half 2"] * 8),
+        (0, 8, "uint8", ["v4uchar 4", "v4uchar 4"]),
+    ],
+)
+def test_vector_loads_only_where_alignment_is_proven(shift, lanes, dtype, loads):
+    _, text = only(vector_copy(shift, lanes, dtype))
+    assert re.findall(r"OpLoad %(\w+) %\w+ Aligned (\d+)", text) == [
+        tuple(load.split()) for load in loads
+    ]
+
+
+def test_promised_alignment_of_a_buffer_bounds_the_accesses():
+    i = tirx.Var("i", "int32")
+    x = tirx.decl_buffer((64,), "float32", "x", data_alignment=4)
+    out = tirx.decl_buffer((64,), "float32", "out")
+    ramp = tirx.Ramp(i * 4, 1, 4)
+    body = bound(i, "blockIdx.x", 16, tirx.BufferStore(out, tirx.BufferLoad(x, [ramp]), [ramp]))
+    _, text = only(tirx.PrimFunc([x, out], body).with_attr("s_tir", True))
+    assert text.count("Aligned 4") == 4
+    assert text.count("Aligned 16") == 1
+
+
+def test_offsets_have_64_bits_where_a_buffer_may_exceed_4_gib():
+    def copy(n):
+        @T.prim_func(s_tir=True)
+        def main(a: T.handle, b: T.handle):
+            x = T.match_buffer(a, (n,), "float32")
+            y = T.match_buffer(b, (n,), "float32")
+            for i in T.thread_binding(n, thread="blockIdx.x"):
+                with T.sblock("item"):
+                    v = T.axis.spatial(n, i)
+                    y[v] = x[v] + T.float32(1)
+
+        return main
+
+    _, small = only(copy(2**20))
+    assert re.search(r"OpIMul %uint ", small)
+    assert not re.search(r"OpIMul %ulong ", small)
+    # Its index still fits 32 bits, its offset in bytes does not.
+    _, large = only(copy(2**30 + 64))
+    assert re.search(r"OpIMul %ulong ", large)
+    assert not re.search(r"OpIMul %uint ", large)
+    symbolic = tirx.Var("n", "int64")
+    _, unknown = only(copy_of(symbolic))
+    assert re.search(r"OpIMul %ulong ", unknown)
+
+
+def copy_of(n: tirx.Var) -> tirx.PrimFunc:
+    @T.prim_func(s_tir=True)
+    def main(a: T.handle, b: T.handle):
+        n = T.int64()
+        x = T.match_buffer(a, (n,), "float32")
+        y = T.match_buffer(b, (n,), "float32")
+        for i in T.thread_binding(n, thread="blockIdx.x"):
+            with T.sblock("item"):
+                v = T.axis.spatial(n, i)
+                y[v] = x[v] + T.float32(1)
+
+    return main
+
+
+def barrier(in_place: bool) -> tirx.PrimFunc:
+    i = tirx.Var("i", "int32")
+    x, out = tirx.decl_buffer((64,), "int32", "x"), tirx.decl_buffer((64,), "int32", "out")
+    source = out if in_place else x
+    staging = tirx.decl_buffer((64,), "int32", "staging", scope="shared")
+    body = stmt.stmt_seq(
+        stmt.AllocBuffer(staging),
+        tirx.BufferStore(staging, tirx.BufferLoad(source, [i]), [i]),
+        stmt.Evaluate(T.tvm_storage_sync("shared")),
+        tirx.BufferStore(out, tirx.BufferLoad(staging, [63 - i]), [i]),
+    )
+    function = tirx.PrimFunc([x, out], bound(i, "threadIdx.x", 64, body))
+    return function.with_attr("s_tir", True)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_barriers_order_shared_memory_and_global(in_place):
+    kernel, text = only(barrier(in_place))
+    (operands,) = re.findall(r"OpControlBarrier %(\w+) %(\w+) %(\w+)", text)
+    assert operands == (
+        "uint_2",
+        "uint_2",
+        "uint_328",
+    )  # acquire, release, workgroup and uniform memory
+    reads = {e["name"]: (e["read"], e["write"]) for e in kernel.reflection["arguments"]}
+    assert reads["out_ptr"] == (in_place, True)
+
+
+def test_capabilities_and_features_only_when_used():
+    kernel, text = only(elementwise([lambda x: x + x], ["float32"], "float32", 32))
+    assert re.findall(r"OpCapability (\w+)", text) == [
+        "Shader",
+        "Int64",
+        "PhysicalStorageBufferAddresses",
+    ]
+    assert "OpExtension" not in text
+    assert kernel.reflection["requirements"] == {
+        "features": ["bufferDeviceAddress", "shaderInt64"],
+        "extensions": [],
+        "subgroup_operations": [],
+        "subgroup_size": None,
+    }
+    kernel, text = only(elementwise([lambda x: x + x], ["float16"], "float16", 32))
+    assert kernel.reflection["requirements"]["features"] == [
+        "bufferDeviceAddress",
+        "shaderFloat16",
+        "shaderInt64",
+        "storageBuffer16BitAccess",
+    ]
+
+
+def test_dead_bindings_leave_no_trace():
+    i, dead = tirx.Var("i", "int32"), tirx.Var("dead", "float16")
+    half, out = tirx.decl_buffer((8,), "float16", "half"), tirx.decl_buffer((8,), "int32", "out")
+    body = stmt.stmt_seq(stmt.Bind(dead, tirx.BufferLoad(half, [i])), tirx.BufferStore(out, i, [i]))
+    function = tirx.PrimFunc([half, out], bound(i, "threadIdx.x", 8, body))
+    kernel, text = only(function.with_attr("s_tir", True))
+    assert "Float16" not in text
+    assert not any(entry["read"] for entry in kernel.reflection["arguments"])
+
+
+def test_block_size_known_at_launch_only():
+    @T.prim_func(s_tir=True)
+    def main(a: T.handle):
+        n = T.int64()
+        x = T.match_buffer(a, (n,), "int32")
+        for i in T.thread_binding(1, thread="blockIdx.x"):
+            for t in T.thread_binding(n, thread="threadIdx.x"):
+                with T.sblock("item"):
+                    v = T.axis.spatial(n, i * n + t)
+                    x[v] = T.Cast("int32", v) * 3
+
+    kernel, text = only(main)
+    assert kernel.reflection["local_size"] == [0, 1, 1]
+    assert "OpExecutionMode" not in text
+    assert re.search(r"SpecId 0", text)
+    assert re.search(r"BuiltIn WorkgroupSize", text)
+    for n in (3, 17):
+        np.testing.assert_array_equal(run(main, np.zeros(n, np.int32))[0], np.arange(n) * 3)
+
+
+def test_arguments_lie_in_order_naturally_aligned():
+    kernel, _ = only(elementwise([lambda x, y: x + y], ["float32", "float32"], "float32", 32))
+    reflection = kernel.reflection
+    assert [e["offset"] for e in reflection["arguments"]] == [0, 8, 16]
+    assert reflection["argument_bytes"] == 24
+    assert not reflection["argument_buffer"]
+    assert reflection["launch_params"] == ["blockIdx.x", "threadIdx.x"]
+    assert reflection["local_size"] == [32, 1, 1]
+
+
+def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
+    """Casts of the generator's own: TVM's lowering would replace them before it sees them."""
+    n = 4096
+    i = tirx.Var("i", "int32")
+    wide = tirx.Var("wide", tvm.ir.PointerType(tvm.ir.PrimType("float32"), "global"))
+    bits = tirx.Var("bits", tvm.ir.PointerType(tvm.ir.PrimType("bfloat16"), "global"))
+    x = tirx.decl_buffer((n,), "float32", "x", data=wide)
+    y = tirx.decl_buffer((n,), "bfloat16", "y", data=bits)
+    narrowed = tirx.BufferStore(y, tirx.Cast("bfloat16", tirx.BufferLoad(x, [i])), [i])
+    widened = tirx.BufferStore(x, tirx.Cast("float32", tirx.BufferLoad(y, [i])), [i])
+    body = stmt.stmt_seq(
+        stmt.DeclBuffer(x, data=wide),
+        stmt.DeclBuffer(y, data=bits),
+        bound(i, "blockIdx.x", n, stmt.stmt_seq(narrowed, widened)),
+    )
+    function = tirx.PrimFunc([wide, bits], body).with_attrs(
+        {"global_symbol": "main_kernel", "tirx.kernel_launch_params": ["blockIdx.x"]}
+    )
+    module = tvm.IRModule({"main_kernel": function})
+    (kernel,) = checked(generate(module))
+    assert "OpFConvert" not in disassembled(kernel)
+    assert "storageBuffer16BitAccess" in kernel.reflection["requirements"]["features"]
+
+    where = device()
+    data = np.random.default_rng(0).integers(0, 2**32, n, dtype=np.uint32).view(np.float32)
+    data[:5] = np.nan, np.inf, -np.inf, 3.4e38, 1 + 2.0**-8
+    floats = tvm.runtime.tensor(data, where)
+    narrow = tvm.runtime.tensor(np.zeros(n, np.uint16), where)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (floats, narrow)]
+    build(module)["main_kernel"](*pointers, n)
+    where.sync()
+    expected = data.astype(ml_dtypes.bfloat16)
+    number = ~np.isnan(data)
+    np.testing.assert_array_equal(narrow.numpy()[number], expected.view(np.uint16)[number])
+    normal = abs(data) > 2.0**-126
+    np.testing.assert_array_equal(
+        floats.numpy()[normal | ~number], expected.astype(np.float32)[normal | ~number]
+    )
+
+
+def test_module_format_round_trip():
+    function = elementwise([lambda x: x * x], ["float32"], "float32", 32)
+    data = generate(lowered(function))
+    assert data[:8] == b"MXFSPIRV"
+    assert pack(unpack(data)) == data
+    length = int.from_bytes(data[12:16], "little")
+    assert (16 + length) % 4 == 0
+
+
+def test_registration_steps_back_unless_asked():
+    name = "target.build.vulkan"
+    before = tvm_ffi.get_global_func(name, allow_missing=True)
+    try:
+        tvm_ffi.register_global_func(name, lambda module, target: None, override=True)
+        theirs = tvm_ffi.get_global_func(name)
+        assert not register(prefer=False)
+        assert tvm_ffi.get_global_func(name).same_as(theirs)
+        assert register(prefer=True)
+    finally:
+        tvm_ffi.register_global_func(name, before or build, override=True)
