@@ -1,7 +1,8 @@
 """What the kernels over rows of logits share: passes over a row, case data.
 
-A row is read in vectors of `lanes` columns, one column at a time on GPUs. Logits are compared by
-their keys (math.order_key).
+On the CPU a row is read in vectors of `lanes` columns. On GPUs a block of THREADS threads works on
+a row: thread t on the columns t, t + THREADS, …, with partial results in shared memory that every
+thread then puts together by itself. Logits are compared by their keys (math.order_key).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .kernel import T, Target
 from .math import KEY_MINUS_INF, KEY_NONE, KEY_PLUS_INF, order_key
 
 LANES = 16
+THREADS = 128  # of a block: what every GPU has
 CHUNK = 64  # vectors summed before their sum joins the row's: short sums lose less
 
 
@@ -76,6 +78,54 @@ def largest_finder(vocab: int, lanes: int) -> Any:
             if key[lane] > key[0] or (key[lane] == key[0] and column[lane] < column[0]):
                 key[0] = key[lane]
                 column[0] = column[lane]
+
+    return find
+
+
+@T.inline
+def barrier():
+    """All threads of the block have come here, and see what the others wrote."""
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def thread_columns(vocab: int) -> Any:
+    """The T.inline columns(step, tx): step(column) for the columns of thread `tx`, in order."""
+
+    @T.inline
+    def columns(step, tx):
+        for i in T.serial(-(-vocab // THREADS)):
+            if i * THREADS + tx < vocab:
+                step(i * THREADS + tx)
+
+    return columns
+
+
+def block_largest_finder(vocab: int) -> Any:
+    """The T.inline find(look, tx, keys, columns, key, column): the largest key that `look` gives.
+
+    look(column) updates the thread's own key and column, i32 [1]; in the end all threads have the
+    largest key of all and its first column, which is -1 where there is none. keys and columns are
+    shared i32 [THREADS].
+    """
+    every = thread_columns(vocab)
+
+    @T.inline
+    def find(look, tx, keys, columns, key, column):
+        key[0] = KEY_NONE
+        column[0] = -1
+        every(look, tx)
+        keys[tx] = key[0]
+        columns[tx] = column[0]
+        barrier()
+        for t in T.serial(THREADS):
+            # Not by `if`: TVM takes no shared memory in a condition.
+            column[0] = T.Select(
+                keys[t] > key[0],
+                columns[t],
+                T.Select(keys[t] == key[0], T.min(columns[t], column[0]), column[0]),
+            )
+            key[0] = T.max(key[0], keys[t])
+        barrier()
 
     return find
 

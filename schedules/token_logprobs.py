@@ -10,8 +10,8 @@ Descending, lower ids first among equals. Tokens at -inf are not listed: places 
 or with nothing but -inf: one that sample_token refuses.
 
 Logits are never sorted: each of the 20 is found by a pass over the row, in O(V). A row is one work
-item: results do not depend on the number of threads. On GPUs one thread works on one row; correct,
-not tuned.
+item: results do not depend on the number of threads. On GPUs a block of threads works on a row;
+correct, not tuned.
 
 Roofline: memory. V = 201,088 is 0.8 MB a row, which stays in the L2 cache over the passes.
 """
@@ -27,14 +27,18 @@ from typing import Any
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, bind_items, parallel_items
-from .math import KEY_MINUS_INF, KEY_NONE, exp_f32, log_f32, order_key
+from .kernel import Case, GpuTile, Kernel, T, Target, parallel_items, scheduled
+from .math import KEY_MINUS_INF, KEY_NONE, KEY_PLUS_INF, exp_f32, log_f32, order_key
 from .rows import (
+    THREADS,
     Columns,
+    barrier,
+    block_largest_finder,
     largest_finder,
     random_logits,
     row_lanes,
     spoil_logits,
+    thread_columns,
     tie_logits,
     usable,
 )
@@ -164,11 +168,117 @@ def token_logprobs_items(*, vocab: int, lanes: int = 1) -> tvm.tirx.PrimFunc:
     return main
 
 
+BLOCK = GpuTile(threads=THREADS)
+
+
+@cache
+def token_logprobs_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
+    """For GPUs: one block of threads is one row.
+
+    What is written as if by all threads is the same for all of them.
+    """
+    every = thread_columns(vocab)
+    find_largest = block_largest_finder(vocab)
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(lp: T.handle, ip: T.handle, cp: T.handle, tp: T.handle, vp: T.handle):
+        m = T.int64()
+        logits = T.match_buffer(lp, (m, vocab), "float32")
+        ids = T.match_buffer(ip, (m,), "int32")
+        chosen = T.match_buffer(cp, (m,), "float32")
+        top_ids = T.match_buffer(tp, (m, TOP), "int32")
+        top_values = T.match_buffer(vp, (m, TOP), "float32")
+        for r in T.thread_binding(m, thread="blockIdx.x"):
+            with T.sblock("row"):
+                row = T.axis.spatial(m, r)
+                T.reads(logits[row, 0:vocab], ids[row])
+                T.writes(chosen[row], top_ids[row, 0:TOP], top_values[row, 0:TOP])
+                keys = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
+                columns = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
+                parts = T.sblock_alloc_buffer((THREADS,), "float32", scope="shared")
+                for tx in T.thread_binding(THREADS, thread="threadIdx.x"):
+                    with T.sblock("thread"):
+                        T.reads(logits[row, 0:vocab], ids[row])
+                        T.writes(chosen[row], top_ids[row, 0:TOP], top_values[row, 0:TOP])
+                        key = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        column = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        smallest = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        last_key = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        last_column = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        largest = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+
+                        @T.inline
+                        def look(c):  # for the largest key
+                            if order_key(logits[row, c]) > key[0]:
+                                key[0] = order_key(logits[row, c])
+                                column[0] = c
+                            smallest[0] = T.min(smallest[0], order_key(logits[row, c]))
+
+                        @T.inline
+                        def look_on(c):  # for the largest key after the last, in order
+                            if order_key(logits[row, c]) > key[0] and (
+                                order_key(logits[row, c]) < last_key[0]
+                                or (order_key(logits[row, c]) == last_key[0] and c > last_column[0])
+                            ):
+                                key[0] = order_key(logits[row, c])
+                                column[0] = c
+
+                        @T.inline
+                        def add(c):
+                            total[0] = total[0] + T.Select(
+                                order_key(logits[row, c]) > KEY_MINUS_INF,
+                                exp_f32(logits[row, c] - largest[0]),
+                                T.float32(0),
+                            )
+
+                        smallest[0] = KEY_PLUS_INF
+                        find_largest(look, tx, keys, columns, key, column)
+                        keys[tx] = smallest[0]
+                        barrier()
+                        for t in T.serial(THREADS):
+                            smallest[0] = T.min(smallest[0], keys[t])
+                        barrier()
+                        if tx == 0:
+                            chosen[row] = T.float32("-inf")
+                            for j in T.serial(TOP):
+                                top_ids[row, j] = -1
+                                top_values[row, j] = T.float32("-inf")
+                        if usable(key[0], smallest[0]):
+                            largest[0] = logits[row, column[0]]
+                            total[0] = T.float32(0)
+                            every(add, tx)
+                            parts[tx] = total[0]
+                            total[0] = T.float32(0)
+                            barrier()
+                            for t in T.serial(THREADS):
+                                total[0] = total[0] + parts[t]
+                            total[0] = log_f32(total[0])
+                            # Not in one `and`, which would read past the row.
+                            if tx == 0 and ids[row] >= 0 and ids[row] < vocab:  # noqa: SIM102
+                                if order_key(logits[row, ids[row]]) > KEY_MINUS_INF:
+                                    chosen[row] = logits[row, ids[row]] - largest[0] - total[0]
+                            last_key[0] = key[0]
+                            last_column[0] = column[0]
+                            for j in T.serial(TOP):
+                                if tx == 0 and last_key[0] > KEY_MINUS_INF:
+                                    top_ids[row, j] = last_column[0]
+                                    top_values[row, j] = (
+                                        logits[row, last_column[0]] - largest[0] - total[0]
+                                    )
+                                find_largest(look_on, tx, keys, columns, key, column)
+                                last_key[0] = key[0]
+                                last_column[0] = column[0]
+
+    return main
+
+
 @cache
 def token_logprobs(target: Target, *, vocab: int) -> tvm.tirx.PrimFunc:
     """(logits, ids, chosen, top_ids, top_values) -> None, scheduled for `target`."""
-    schedule = bind_items if target.is_gpu else parallel_items
-    return schedule(token_logprobs_items(vocab=vocab, lanes=row_lanes(target)), NAME)
+    if target.is_gpu:
+        return scheduled(token_logprobs_blocks(vocab=vocab), NAME, "one block a row", BLOCK)
+    return parallel_items(token_logprobs_items(vocab=vocab, lanes=row_lanes(target)), NAME)
 
 
 def _case(
