@@ -19,6 +19,7 @@ targets:
   cpu              this machine's CPU, with the best instructions it has (default)
   cpu:LEVEL        avx512vnni, avx512, avx2, x86-64 or neon
   cuda[:sm_XX]     NVIDIA GPUs; building needs nvcc
+  vulkan           GPUs with Vulkan 1.2, of any maker; vulkan:desktop, vulkan:mobile, vulkan:minimum
   metal            Apple GPUs"""
 
 

@@ -5,6 +5,8 @@ The names:
     cpu                 the best level that this machine has
     cpu:<level>         one of CPU_LEVELS, also for another machine of this architecture
     cuda, cuda:sm_XX    NVIDIA GPUs; needs nvcc to build
+    vulkan              GPUs with Vulkan 1.2: the first of VULKAN_PROFILES
+    vulkan:<profile>    one of VULKAN_PROFILES
     metal               Apple GPUs; the shaders are compiled when the artifact is loaded
 """
 
@@ -15,11 +17,13 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from mxforge import vulkan
 from mxforge.errors import TargetError
 from mxforge.machine import architecture, missing_cpu_features
 from mxforge.schedules.kernel import Target
 from mxforge.schedules.mxfp4 import Activations
 
+from . import spirv
 from .config import ModelConfig
 
 Numerics = Literal["exact", "fast"]
@@ -50,6 +54,25 @@ CPU_LEVELS: tuple[CpuLevel, ...] = (
     CpuLevel("avx2", "x86_64", "x86-64-v3", (), _AVX2),
     CpuLevel("x86-64", "x86_64", "x86-64", (), ()),
     CpuLevel("neon", "aarch64", "generic", ("neon",), ()),
+)
+
+
+@dataclass(frozen=True)
+class VulkanProfile:
+    """What Vulkan code may count on, beyond Vulkan 1.2 with buffer device addresses, 8- and 16-bit
+    storage and integers, and 64-bit integers."""
+
+    name: str
+    threads: int  # of a block
+    shared_bytes: int  # of a block
+    float16: bool  # arithmetic
+
+
+# The first is what `vulkan` means.
+VULKAN_PROFILES: tuple[VulkanProfile, ...] = (
+    VulkanProfile("desktop", 256, 32 << 10, float16=True),
+    VulkanProfile("mobile", 128, 16 << 10, float16=True),
+    VulkanProfile("minimum", 128, 16 << 10, float16=False),  # the limits that every device has
 )
 
 # The oldest architecture whose code still runs on the cards that gpt-oss fits.
@@ -100,7 +123,8 @@ def resolve(name: str) -> CompileTarget:
 def known_targets() -> list[str]:
     """What `resolve` takes, for help texts and errors."""
     levels = [f"cpu:{level.name}" for level in CPU_LEVELS]
-    return ["cpu", *levels, "cuda", "cuda:sm_XX", "metal"]
+    profiles = [f"vulkan:{profile.name}" for profile in VULKAN_PROFILES]
+    return ["cpu", *levels, "cuda", "cuda:sm_XX", "vulkan", *profiles, "metal"]
 
 
 def _cpu(variant: str) -> CompileTarget:
@@ -172,6 +196,31 @@ def _cuda(variant: str) -> CompileTarget:
     )
 
 
+def _vulkan(variant: str) -> CompileTarget:
+    name = variant or VULKAN_PROFILES[0].name
+    profile = next((profile for profile in VULKAN_PROFILES if profile.name == name), None)
+    if profile is None:
+        known = ", ".join(profile.name for profile in VULKAN_PROFILES)
+        raise TargetError(f"Unknown Vulkan profile {name!r}; the known ones are {known}.")
+    vulkan.load()
+    spirv.register()  # `import tvm` has done so already, unless it was told not to
+    return CompileTarget(
+        name=f"vulkan:{name}",
+        kernels=Target("vulkan"),
+        tvm={
+            "kind": "vulkan",
+            # More would make TVM count on threads that run in lockstep, whatever the device has.
+            "thread_warp_size": 1,
+            "max_num_threads": profile.threads,
+            "max_threads_per_block": profile.threads,
+            "max_shared_memory_per_block": profile.shared_bytes,
+            "supports_float16": profile.float16,
+            "host": _host(),
+        },
+        fast=Precision("float16" if profile.float16 else "float32", "f32"),
+    )
+
+
 def _metal(variant: str) -> CompileTarget:
     if variant:
         raise TargetError(f"The target metal has no variants, found 'metal:{variant}'; use metal.")
@@ -180,4 +229,4 @@ def _metal(variant: str) -> CompileTarget:
     )
 
 
-_RESOLVERS = {"cpu": _cpu, "cuda": _cuda, "metal": _metal}
+_RESOLVERS = {"cpu": _cpu, "cuda": _cuda, "vulkan": _vulkan, "metal": _metal}

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,10 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="hash every file of an artifact")
     verify.add_argument("artifact", metavar="ARTIFACT")
     verify.set_defaults(run=_verify)
+
+    devices = commands.add_parser("devices", help="list what this machine can run models on")
+    _json_option(devices)
+    devices.set_defaults(run=_devices)
 
     diff = commands.add_parser(
         "diff", help="compare an artifact with its checkpoint, layer by layer"
@@ -312,6 +317,22 @@ def _verify(args: argparse.Namespace) -> None:
     result = verify(args.artifact, progress=sys.stderr.isatty())
     result.check()
     print(f"{args.artifact}: {result.files} files, {result.bytes} bytes, all as written")
+
+
+def _devices(args: argparse.Namespace) -> None:
+    from .devices import devices
+
+    found = devices()
+    if args.json:
+        _print_json([dataclasses.asdict(device) for device in found])
+        return
+    for device in found:
+        memory = "" if device.memory_bytes is None else f"{device.memory_bytes / 2**30:.1f} GiB"
+        print(f"{device.kind:8} {device.index}  {device.name:52} {memory:>10}")
+        if device.problem:
+            print(f"{'':11} not usable: {device.problem}")
+        elif device.features:
+            print(textwrap.indent(textwrap.fill(" ".join(device.features), 88), " " * 12))
 
 
 def _diff(args: argparse.Namespace) -> None:

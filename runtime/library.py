@@ -12,7 +12,8 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,25 +48,20 @@ _POOLED_ALLOCATOR = 2
 _CPU = 1
 
 
+@dataclass(frozen=True)
 class _DeviceKind:
-    """DLPack's device number and, for GPUs, the library that holds TVM's device API."""
+    """DLPack's device number, and what brings TVM's device API for it into the process."""
 
-    def __init__(self, number: int, sidecar: str | None) -> None:
-        self.number = number
-        self.sidecar = sidecar
+    number: int
+    load: Callable[[str, int], None]
 
 
-_DEVICES = {
-    "cpu": _DeviceKind(_CPU, None),
-    "cuda": _DeviceKind(2, "libtvm_runtime_cuda"),
-    "metal": _DeviceKind(8, "libtvm_runtime_metal"),
-}
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 _SHARE_CORES = -3  # TVM's thread affinity mode "all threads on all of these cores"
 
 
 @lru_cache(maxsize=1)
-def _load_runtime() -> Path:
+def load_runtime() -> Path:
     """Map libtvm_runtime into the process once; returns the folder it lies in."""
     # Pinned workers would share cores with whatever else the machine runs.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
@@ -87,28 +83,54 @@ def _map(path: Path) -> None:
         ) from error
 
 
-def _load_device(kind: str) -> _DeviceKind:
-    folder = _load_runtime()
+def _load_device(kind: str, index: int) -> _DeviceKind:
+    load_runtime()
     device = _DEVICES.get(kind)
     if device is None:
         raise ArtifactTargetError(
             f"This runtime has the devices {', '.join(_DEVICES)}, but the artifact is for "
             f"{short(kind)}."
         )
-    name = f"device_api.{kind}"
-    if device.sidecar and tvm_ffi.get_global_func(name, allow_missing=True) is None:
-        sidecar = folder / f"{device.sidecar}{_SUFFIX}"
-        if not sidecar.exists():
-            raise ArtifactTargetError(
-                f"The artifact is for {kind}, but this platform's apache-tvm has no "
-                f"{sidecar.name}; compile for another target."
-            )
-        _map(sidecar)
-        if tvm_ffi.get_global_func(name, allow_missing=True) is None:
-            raise ArtifactTargetError(
-                f"{sidecar.name} was loaded but brings no {kind} device; is its driver installed?"
-            )
+    device.load(kind, index)
     return device
+
+
+def _load_nothing(_kind: str, _index: int) -> None:
+    """The CPU is in TVM's runtime itself."""
+
+
+def _load_from_wheel(kind: str, _index: int) -> None:
+    """A library of the apache-tvm wheel."""
+    name = f"device_api.{kind}"
+    if tvm_ffi.get_global_func(name, allow_missing=True) is not None:
+        return
+    sidecar = load_runtime() / f"libtvm_runtime_{kind}{_SUFFIX}"
+    if not sidecar.exists():
+        raise ArtifactTargetError(
+            f"The artifact is for {kind}, but this platform's apache-tvm has no "
+            f"{sidecar.name}; compile for another target."
+        )
+    _map(sidecar)
+    if tvm_ffi.get_global_func(name, allow_missing=True) is None:
+        raise ArtifactTargetError(
+            f"{sidecar.name} was loaded but brings no {kind} device; is its driver installed?"
+        )
+
+
+def _load_vulkan(_kind: str, index: int) -> None:
+    """A library of mxforge's."""
+    from . import vulkan
+
+    vulkan.load()
+    vulkan.check(index)
+
+
+_DEVICES = {
+    "cpu": _DeviceKind(_CPU, _load_nothing),
+    "cuda": _DeviceKind(2, _load_from_wheel),
+    "vulkan": _DeviceKind(7, _load_vulkan),
+    "metal": _DeviceKind(8, _load_from_wheel),
+}
 
 
 _device_code: dict[str, Path] = {}
@@ -167,7 +189,7 @@ class Library:
         device_index: int = 0,
         device_code: Mapping[str, Path] | None = None,
     ) -> None:
-        kind = _load_device(device_kind)
+        kind = _load_device(device_kind, device_index)
         _offer_device_code(device_code or {})
         self.on_cpu = kind.number == _CPU
         self.device = tvm_ffi.device(device_kind, device_index)
@@ -199,7 +221,7 @@ class Library:
 
         Of this thread only: TVM_NUM_THREADS would set it for all engines of the process at once.
         """
-        _load_runtime()
+        load_runtime()
         # TVM takes the number of threads from a list of cores, which pins nothing by itself.
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         listed = [*cores, *range(threads)][:threads]

@@ -24,6 +24,38 @@ def host_system() -> str:
     return f"{platform.system().lower()}-{architecture()}"
 
 
+def cpu_name() -> str:
+    """The CPU as its maker calls it, or its architecture where the system does not tell."""
+    text = ""
+    try:
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            text = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        else:
+            cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+            found = re.search(r"^(?:model name|Hardware)\s*: (.*)$", cpuinfo, re.MULTILINE)
+            text = found[1] if found else ""
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return text.strip() or architecture()
+
+
+# What schedules ask for or may come to ask for.
+_NOTABLE_FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16",
+    "avx512fp16", "avxvnni", "amx-int8", "amx-bf16",
+    "neon", "dotprod", "i8mm", "bf16", "fullfp16", "sve", "sme",
+)  # fmt: skip
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Which of the notable instruction sets this CPU has, under LLVM's names."""
+    if not _cpu_flags():
+        return ()
+    missing = missing_cpu_features(_NOTABLE_FEATURES)
+    return tuple(name for name in _NOTABLE_FEATURES if name not in missing)
+
+
 def missing_cpu_features(required: Iterable[str]) -> tuple[str, ...]:
     """What of `required` (instruction sets, LLVM's spelling) this CPU lacks, sorted.
 

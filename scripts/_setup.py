@@ -72,8 +72,15 @@ def _alone():
 
 
 def _key() -> str:
-    """Changes when what is installed would: another pyproject.toml, or a moved checkout."""
-    text = (ROOT / "pyproject.toml").read_bytes() + str(ROOT).encode()
+    """Changes when what is installed would: another pyproject.toml, other C++ sources, or a moved
+    checkout."""
+    native = ROOT / "runtime" / "native"
+    files = [
+        ROOT / "pyproject.toml",
+        *sorted(native.glob("*.py")),
+        *sorted(native.rglob("*.[ch]*")),
+    ]
+    text = b"".join(path.read_bytes() for path in files) + str(ROOT).encode()
     return hashlib.sha256(text).hexdigest()
 
 

@@ -180,3 +180,12 @@ def test_tiny_shape_without_peer(tmp_path):
     assert only["cached"] in (None, 1.0)
     text = (results / "README.md").read_text()
     assert row(text, "`import mxforge`")[3] in ("yes", "**no**")
+
+
+def test_bench_vulkan_writes_its_samples(vulkan, tmp_path: Path):
+    said = run("bench_vulkan", "--samples", "1", "--json", tmp_path / "vulkan.json").stdout
+    assert "recording a dispatch" in said
+    result = json.loads((tmp_path / "vulkan.json").read_text())
+    assert result["kind"] == "vulkan"
+    assert len(result["recording_us"]) == len(result["generating"]["seconds"]) == 1
+    assert result["generating"]["kernels"] > 10

@@ -66,7 +66,9 @@ def nano(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "page", named([page for page in PAGES if any(block.mark for block in blocks(page))])
 )
-def test_examples_run_and_print_what_the_page_says(page, checkpoint, nano, tmp_path):
+def test_examples_run_and_print_what_the_page_says(page, checkpoint, nano, tmp_path, request):
+    if page.name == "vulkan.md":
+        request.getfixturevalue("vulkan")
     for name in ("gpt-oss-20b", "artifacts/tiny"):
         shutil.copytree(checkpoint, tmp_path / name, copy_function=os.link)
     shutil.copytree(nano, tmp_path / "artifacts" / "nano-cpu", copy_function=os.link)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import mxforge
+from mxforge.native import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"runtime": "mxforge", "compile": "mxforge/compile", "schedules": "mxforge/schedules"}
@@ -29,6 +30,15 @@ def run(*command: str | Path, cwd: Path) -> str:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def can_compile() -> bool:
+    """Whether pip builds the Vulkan library here."""
+    try:
+        build.vulkan_headers(build.find_compiler())
+    except build.BuildError:
+        return False
+    return True
 
 
 def loaded_by(statement: str, cwd: Path) -> set[str]:
@@ -81,7 +91,9 @@ def source(tmp_path_factory) -> Path:
     """A copy of what is packaged, so that building leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("source")
     for folder in PACKAGES:
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, copy)
     return copy
@@ -114,6 +126,12 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
         for path in (ROOT / folder).rglob("*.py")
     }
     expected |= {"mxforge/py.typed", "mxforge/data/o200k_base.tiktoken.xz"}
+    native = ROOT / "runtime" / "native"
+    sources = [path for path in (native / "vulkan").iterdir() if path.suffix]  # no .clang-format
+    expected |= {f"mxforge/native/vulkan/{path.name}" for path in sources}
+    if can_compile():
+        expected.add(f"mxforge/native/{build.OUTPUT.name}")
+    assert wheel.name.endswith("-none-any.whl") != can_compile()
     assert {name for name in names if ".dist-info/" not in name} == expected
     licenses = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
     assert licenses == {"LICENSE", "NOTICE"}
@@ -129,7 +147,9 @@ def test_metadata_names_version_pins_and_commands(wheel):
     assert {"apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1"} <= set(required)
     assert metadata.get_all("Provides-Extra") == ["compile"]
     commands = archive.read(f"{info}/entry_points.txt").decode()
-    assert re.findall(r"^(\S+) = ", commands, re.MULTILINE) == ["compile-model", "mxforge"]
+    assert re.findall(r"^(\S+) = ", commands, re.MULTILINE) == [
+        "compile-model", "mxforge", "mxforge_vulkan",
+    ]  # fmt: skip
 
 
 @pytest.mark.full

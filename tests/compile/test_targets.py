@@ -32,7 +32,7 @@ def relative_error(ours: np.ndarray, truth: np.ndarray) -> float:
 # -- names -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "CPU", "cpu ", "vulkan:1", "cudasm_80", ":cpu"])
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", "cpu ", "vulcan:1", "cudasm_80", ":cpu"])
 def test_an_unknown_target_names_the_known_ones(name):
     with pytest.raises(TargetError, match="Unknown target") as caught:
         resolve(name)

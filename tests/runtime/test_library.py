@@ -82,7 +82,9 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_here_is_named(odd_artifact: Path) -> None:
     (path,) = odd_artifact.glob("model.*")
-    with pytest.raises(ArtifactTargetError, match="devices cpu, cuda, metal, but the artifact is"):
+    with pytest.raises(
+        ArtifactTargetError, match="devices cpu, cuda, vulkan, metal, but the artifact is"
+    ):
         Library(path, "abacus")
     if sys.platform != "darwin":
         with pytest.raises(ArtifactTargetError, match="for metal, but this platform's apache-tvm"):

@@ -1,0 +1,96 @@
+"""What this machine has to run models on: its CPU, and the GPUs that its drivers show."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+
+from . import vulkan
+from .errors import VulkanError
+from .kv import available_memory
+from .library import usable_cores
+from .machine import architecture, cpu_features, cpu_name
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, or why there is none of its kind.
+
+    kind            cpu, cuda, vulkan or metal: what an artifact's target begins with
+    index           its number among those of its kind
+    memory_bytes    what the device has; of the CPU, what is available now; None: unknown
+    features        what code can be compiled for: instruction sets, architecture, Vulkan features
+    problem         why it cannot be used; empty where it can
+    """
+
+    kind: str
+    index: int
+    name: str
+    memory_bytes: int | None = None
+    features: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def devices() -> list[Device]:
+    """All devices, usable or not; a kind without any has one entry that says why."""
+    return [_cpu(), *_cuda(), *_vulkan(), *_metal()]
+
+
+def _cpu() -> Device:
+    cores = usable_cores()
+    name = f"{cpu_name()}, {cores} core{'s' * (cores != 1)}"
+    return Device("cpu", 0, name, available_memory(), cpu_features())
+
+
+def _vulkan() -> list[Device]:
+    try:
+        found = vulkan.devices()
+    except VulkanError as error:
+        return [Device("vulkan", 0, "none", problem=str(error))]
+    return [
+        Device(
+            "vulkan",
+            device.index if device.device_id is None else device.device_id,
+            f"{device.name} ({device.type}), Vulkan {device.api_version}",
+            sum(heap.bytes for heap in device.heaps if heap.device_local),
+            device.features,
+            "" if device.usable else device.reason,
+        )
+        for device in found
+    ]
+
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+
+def _cuda() -> list[Device]:
+    """NVIDIA's driver, asked through its C interface: TVM's needs no toolkit either."""
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    none = Device("cuda", 0, "none", problem=f"NVIDIA's driver ({library}) is not installed")
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return [none]
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return [Device("cuda", 0, "none", problem="NVIDIA's driver finds no device")]
+    found = []
+    for index in range(count.value):
+        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        driver.cuDeviceGetName(name, len(name), index)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), index)
+        driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, index)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, index)
+        arch = f"sm_{major.value}{minor.value}"
+        found.append(
+            Device("cuda", index, name.value.decode(errors="replace"), memory.value, (arch,))
+        )
+    return found or [none]
+
+
+def _metal() -> list[Device]:
+    if sys.platform != "darwin":
+        return [Device("metal", 0, "none", problem="macOS only")]
+    return [Device("metal", 0, f"the GPU of this {architecture()} Mac", available_memory())]

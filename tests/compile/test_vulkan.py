@@ -1,0 +1,144 @@
+"""The whole model on a Vulkan device: the numbers of transformers, the text of the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mxforge import Engine, SamplingParams, compile_model
+from mxforge.artifact import read_manifest
+from mxforge.compile.checkpoint import HFCheckpoint
+from mxforge.compile.diff import compare
+from mxforge.compile.reference import transformers_logits, transformers_model
+from mxforge.compile.targets import VULKAN_PROFILES, resolve
+from mxforge.errors import TargetError, VulkanError
+
+EXACT = 1e-4
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = [profile.name for profile in VULKAN_PROFILES]
+PROMPTS = (
+    "What is 17 + 25?", "What is 510 - 91?", "12 * 84", "Which is larger, 905 or 918?",
+    "Is 81 more than 79?", "How many minutes are 25 hours?", "Convert 12 km to m.", "hello",
+    "What is 1234 * 5678?", "Why is the sky blue?", "999 + 1", "7 x 8", "what is 0 - 9",
+    "Compare 5 and 500.", "How many inches in 9 feet?", "Thanks!", "Who are you?", "3 - 3 =",
+    "Multiply 99 by 12.", "What is the minimum of 70 and 700?",
+)  # fmt: skip
+
+Compiled = Callable[..., Path]
+Checkpoints = Callable[[str], Path]
+
+
+def relative_error(ours: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+
+
+@pytest.mark.parametrize("shape", [f"odd-{n}" for n in range(1, 6)])
+def test_exact_on_shapes_of_every_kind(vulkan, shape: str, compiled: Compiled, golden):
+    truth = golden(shape)
+    with Engine.load(compiled(shape, "exact", target="vulkan"), context_length=512) as engine:
+        logits = engine.logits(truth.tokens)
+    assert relative_error(logits[truth.rows], truth.logits) <= EXACT
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_fast_within_its_bound_on_every_profile(
+    vulkan, profile: str, compiled: Compiled, odd_checkpoint: Checkpoints
+):
+    artifact = compiled("odd-1", "fast", target=f"vulkan:{profile}")
+    manifest = read_manifest(artifact)
+    assert manifest.target.name == f"vulkan:{profile}"
+    assert manifest.precision.kv_dtype == ("float32" if profile == "minimum" else "float16")
+    compare(artifact, odd_checkpoint("odd-1"), tokens=100).check()
+
+
+def test_sampling_is_the_cpus(vulkan, compiled: Compiled):
+    """Every sampling parameter, and log-probabilities."""
+    params = SamplingParams(
+        max_tokens=24, temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, seed=3, logprobs=5,
+        repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1,
+        logit_bias={5: 2.0}, ignore_eos=True,
+    )  # fmt: skip
+    told = []
+    for target in ("cpu", "vulkan"):
+        artifact = compiled("odd-2", "exact", target=target)
+        with Engine.load(artifact, context_length=512) as engine:
+            told.append(engine.generate([1, 2, 3, 4], params))
+    ours, theirs = told
+    assert ours.token_ids == theirs.token_ids
+    assert ours.logprobs is not None
+    assert theirs.logprobs is not None
+    np.testing.assert_allclose(
+        [each.logprob for each in ours.logprobs], [each.logprob for each in theirs.logprobs], 1e-4
+    )
+
+
+def test_unknown_profile():
+    with pytest.raises(TargetError, match=r"'laptop'; the known ones are desktop, mobile, minimum"):
+        resolve("vulkan:laptop")
+
+
+def test_without_the_library_compiling_says_what_to_install(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("MXFORGE_VULKAN_LIBRARY", str(tmp_path / "none.so"))
+    monkeypatch.setattr("mxforge.vulkan.load", sys.modules["mxforge.vulkan"].library_path)
+    with pytest.raises(VulkanError, match=r"libvulkan-dev.*mxforge\.native\.build"):
+        resolve("vulkan")
+
+
+# -- nano ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in the published layout."""
+    scripts = str(ROOT / "scripts")
+    sys.path.insert(0, scripts)
+    try:
+        from _nano_compact import expand
+    finally:
+        sys.path.remove(scripts)
+    expanded: Path = expand(ROOT / "artifacts" / "nano", tmp_path_factory.mktemp("nano") / "nano")
+    return expanded
+
+
+@pytest.fixture(scope="session")
+def nano_artifacts(vulkan, nano: Path) -> dict[str, Path]:
+    """Target -> nano with exact numerics."""
+    return {
+        target: compile_model(nano, target, nano.parent / target, numerics="exact")
+        for target in ("cpu", "vulkan")
+    }
+
+
+def test_nano_writes_what_it_writes_on_the_cpu(nano_artifacts: dict[str, Path]):
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    written: dict[str, Any] = {}
+    for target, artifact in nano_artifacts.items():
+        with Engine.load(artifact, context_length=512) as engine, ThreadPoolExecutor(16) as pool:
+            answers = pool.map(lambda prompt: engine.generate(prompt, params), PROMPTS)
+            written[target] = [answer.token_ids for answer in answers]
+    assert all(len(ids) == 64 for ids in written["cpu"])
+    assert written["vulkan"] == written["cpu"]
+
+
+@pytest.mark.live
+def test_nano_agrees_with_transformers(nano: Path, nano_artifacts: dict[str, Path]):
+    pytest.importorskip("transformers")
+    with Engine.load(nano_artifacts["vulkan"], context_length=512) as engine:
+        tokens = engine.encode("What is 17 + 25? 17 + 25 = 42. Which is larger, 905 or 918?")
+        logits = engine.logits(tokens)
+    truth, _ = transformers_logits(transformers_model(HFCheckpoint(nano)), tokens)
+    assert relative_error(logits, truth) <= EXACT
+
+
+def test_nano_fast_is_right(vulkan, nano: Path, tmp_path: Path):
+    artifact = compile_model(nano, "vulkan", tmp_path / "nano")
+    with Engine.load(artifact, context_length=512) as engine:
+        question = {"role": "user", "content": "What is 17 + 25?"}
+        answer = engine.chat([question], SamplingParams(temperature=0, max_tokens=100))
+    assert answer.content == "17 + 25 = 42."

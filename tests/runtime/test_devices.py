@@ -1,0 +1,105 @@
+"""What this machine can run on: every kind is listed, usable or with the reason why not."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+
+import pytest
+
+from mxforge import devices, machine, vulkan
+from mxforge.cli import main
+from mxforge.devices import Device
+from mxforge.errors import VulkanError
+
+
+def of_kind(kind: str) -> list[Device]:
+    return [device for device in devices.devices() if device.kind == kind]
+
+
+def test_every_kind_is_listed():
+    found = devices.devices()
+    assert [device.kind for device in found] == sorted(
+        (device.kind for device in found), key=["cpu", "cuda", "vulkan", "metal"].index
+    )
+    assert {device.kind for device in found} == {"cpu", "cuda", "vulkan", "metal"}
+    for device in found:
+        assert device.problem or device.name != "none"
+
+
+def test_the_cpu_has_its_features_and_memory():
+    (cpu,) = of_kind("cpu")
+    assert cpu.problem == ""
+    assert cpu.features == machine.cpu_features()
+    assert cpu.memory_bytes is None or cpu.memory_bytes > 0
+    assert "core" in cpu.name
+
+
+def test_cpu_features_have_llvms_names(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: frozenset({"avx2", "avx512_vnni", "fpu"}))
+    monkeypatch.setattr(machine, "host_system", lambda: "linux-x86_64")
+    assert machine.cpu_features() == ("avx2", "avx512vnni")
+    monkeypatch.setattr(machine, "_cpu_flags", frozenset)  # the system does not tell
+    assert machine.cpu_features() == ()
+
+
+def test_a_missing_cuda_driver_is_the_reason(monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    (cuda,) = devices._cuda()
+    assert (cuda.name, "libcuda" in cuda.problem) == ("none", True)
+
+
+def test_cuda_devices_by_the_drivers_word(monkeypatch: pytest.MonkeyPatch):
+    class Driver:
+        """What libcuda says of one H200."""
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *args: getattr(self, f"do_{name}")(*args) or 0
+
+        def do_cuInit(self, flags: int) -> None: ...
+
+        def do_cuDeviceGetCount(self, count: object) -> None:
+            count._obj.value = 1  # type: ignore[attr-defined]
+
+        def do_cuDeviceGetName(self, name: object, size: int, device: int) -> None:
+            name.value = b"NVIDIA H200"  # type: ignore[attr-defined]
+
+        def do_cuDeviceTotalMem_v2(self, memory: object, device: int) -> None:
+            memory._obj.value = 139 << 30  # type: ignore[attr-defined]
+
+        def do_cuDeviceGetAttribute(self, value: object, attribute: int, device: int) -> None:
+            value._obj.value = {75: 9, 76: 0}[attribute]  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert devices._cuda() == [Device("cuda", 0, "NVIDIA H200", 139 << 30, ("sm_90",))]
+
+
+def test_vulkan_that_cannot_be_asked_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    def fail() -> None:
+        raise VulkanError("there is no loader")
+
+    monkeypatch.setattr(vulkan, "devices", fail)
+    assert of_kind("vulkan") == [Device("vulkan", 0, "none", problem="there is no loader")]
+
+
+def test_vulkan_devices(vulkan):
+    (device, *_) = of_kind("vulkan")
+    assert device.problem == ""
+    assert device.memory_bytes is not None
+    assert device.memory_bytes > 0
+    assert "bufferDeviceAddress" in device.features
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_the_command(options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["devices", *options]) == 0
+    out = capsys.readouterr().out
+    if options:
+        assert {entry["kind"] for entry in json.loads(out)} == {"cpu", "cuda", "vulkan", "metal"}
+    else:
+        for kind in ("cpu", "cuda", "vulkan", "metal"):
+            assert any(line.startswith(kind) for line in out.splitlines())
