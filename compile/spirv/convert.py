@@ -36,8 +36,28 @@ def cast(b: Builder, value: Value, to: DType) -> Value:
         return b.op(Op.CONVERT_S_TO_F if source.is_signed else Op.CONVERT_U_TO_F, to, value)
     if source.bits == to.bits:
         return b.retype(value, to)
+    if to.bits == 64 and (source.is_signed or source.bits < 32):
+        return _to_64_bits(b, value, to)
     extends_sign = source.is_signed and to.bits > source.bits
     return b.op(Op.S_CONVERT if extends_sign else Op.U_CONVERT, to, value)
+
+
+def _to_64_bits(b: Builder, value: Value, to: DType) -> Value:
+    """The low and the high word, joined.
+
+    Not one conversion: Mesa 22.3 holds signed comparisons of its result with a constant for always
+    true or always false. Devices without 64-bit registers do the same as is done here.
+    """
+    word = DType(value.dtype.kind, 32, value.dtype.lanes)
+    low = cast(b, value, word)
+    shift = Op.SHIFT_RIGHT_ARITHMETIC if word.is_signed else Op.SHIFT_RIGHT_LOGICAL
+    high = b.op(shift, word, low, b.constant(word, 31))
+    pair = U32.with_lanes(2)
+    joined = [
+        b.op(Op.BITCAST, to.scalar, b.from_lanes(pair, [*words])).id
+        for words in zip(b.lanes(low), b.lanes(high), strict=True)
+    ]
+    return b.from_lanes(to, joined)
 
 
 def _float_to_integer(b: Builder, value: Value, to: DType) -> Value:

@@ -6,6 +6,7 @@ All operators of one dtype run in one kernel; a failure names the operator.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -178,6 +179,30 @@ def test_comparisons(dtype, lanes):
     ours = results(operations, [x, y], "int32", lanes)
     for row, (name, compare) in zip(ours, COMPARISONS.items(), strict=True):
         np.testing.assert_array_equal(row, compare(x, y).astype("int32"), err_msg=name)
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("source", [dtype for dtype in INTEGERS if "64" not in dtype])
+def test_comparisons_of_widened_numbers_with_constants(source, lanes):
+    """Drivers rewrite these, and one of them wrongly (see `convert`).
+
+    Reinterpreted twice, or TVM rewrites them before.
+    """
+    x, _ = integer_pairs(source)
+    info = np.iinfo(source)
+    for to in ("int64", "uint64"):
+        constants = [c for c in (-5, 0, 1, 100, info.min, info.max) if c >= np.iinfo(to).min]
+        cases = list(itertools.product(COMPARISONS.items(), constants))
+
+        def operation(x, compare, c, to=to):
+            widened = T.reinterpret(to, T.reinterpret("uint64", T.Cast(to, x)))
+            return T.Cast("int32", compare(widened, tirx.const(c, to)))
+
+        operations = [partial(operation, compare=compare, c=c) for (_, compare), c in cases]
+        ours = results(operations, [x], "int32", lanes)
+        for row, ((name, compare), c) in zip(ours, cases, strict=True):
+            expected = compare(x.astype(to), np.array(c, to)).astype("int32")
+            np.testing.assert_array_equal(row, expected, err_msg=f"{to}(x) {name} {c}")
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
