@@ -41,6 +41,7 @@ class Builder:
         self.loops: list[Loop] = []
         self._numbers: dict[int, Number] = {}
         self._builtins: dict[BuiltIn, int] = {}
+        self._coherent: dict[int, int] = {}  # a type -> the struct whose coherent member it is
 
     # Types
 
@@ -212,6 +213,23 @@ class Builder:
             self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, type_id),
             address,
         )
+
+    def coherent_pointer(self, address: int, type_id: int) -> int:
+        """The same, for memory that threads exchange values in.
+
+        Only members of structs can be coherent: this points to the member of one.
+        """
+        assembler = self.assembler
+        struct = self._coherent.get(type_id)
+        if struct is None:
+            struct = assembler.type(Op.TYPE_STRUCT, type_id, distinct=True)
+            assembler.decorate(struct, Decoration.BLOCK)
+            assembler.decorate_member(struct, 0, Decoration.OFFSET, 0)
+            assembler.decorate_member(struct, 0, Decoration.COHERENT)
+            self._coherent[type_id] = struct
+        pointer_type = self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, type_id)
+        pointer = self.device_pointer(address, struct)
+        return assembler.value(Op.ACCESS_CHAIN, pointer_type, pointer, self.word(0))
 
     def address_plus(self, address: int, offset: int) -> int:
         """address + offset, uint64 ids both."""

@@ -178,6 +178,7 @@ class Decoration(IntEnum):
     SPEC_ID = 1
     BLOCK = 2
     BUILT_IN = 11
+    COHERENT = 23
     OFFSET = 35
     NO_CONTRACTION = 42
 

@@ -104,13 +104,14 @@ def generate_kernel(name: str, function: Any) -> KernelCode:
         raise refusal.of(name) from None
 
 
-def _generate(name: str, function: Any) -> KernelCode:
+def _generate(name: str, function: Any, exchanged: frozenset[int] = frozenset()) -> KernelCode:
+    """Parameters that threads exchange values in are known at the end: then a second time."""
     b = Builder()
     b.requirements.capability(Capability.SHADER)
     b.requirements.capability(Capability.PHYSICAL_STORAGE_BUFFER_ADDRESSES)
     launch = _launch_parameters(function)
     arguments = lay_out(function.params)
-    memory = Memory(b)
+    memory = Memory(b, exchanged)
     scope = Scope(b, memory, live_variables(function.body))
     block = ArgumentBlock(b, arguments)
     for position, parameter in enumerate(function.params):
@@ -120,6 +121,8 @@ def _generate(name: str, function: Any) -> KernelCode:
     expressions = Expressions(scope, CALLS)
     Statements(expressions, threads.index).write(function.body)
     b.leave()
+    if memory.exchanged != exchanged:
+        return _generate(name, function, memory.exchanged)
     local_size = threads.specialize()
     reflection = {
         "arguments": [

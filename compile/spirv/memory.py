@@ -87,13 +87,24 @@ class _Access:
 
 
 class Memory:
-    """Reads and writes buffers, and records which parameters are read and written."""
+    """Reads and writes buffers, and records which parameters are read and written.
 
-    def __init__(self, builder: Builder) -> None:
+    coherent: parameters whose memory is accessed past caches that threads do not share, since
+    threads exchange values there. SPIR-V's memory model asks for it beside the barrier.
+    """
+
+    def __init__(self, builder: Builder, coherent: frozenset[int]) -> None:
         self._b = builder
+        self._coherent = coherent
         self.read: set[int] = set()
         self.written: set[int] = set()
+        self.has_barrier = False
         self.shared_bytes = 0
+
+    @property
+    def exchanged(self) -> frozenset[int]:
+        """Parameters in whose memory one thread may read what another wrote."""
+        return frozenset(self.read & self.written if self.has_barrier else ())
 
     def allocate(self, storage: StorageClass, dtype: DType, length: int, name: str) -> Array:
         """A shared or local variable for `length` elements of `dtype`."""
@@ -126,7 +137,7 @@ class Memory:
         width = next(pending)
         for access in self._accesses(buffer, root, index):
             type_id = b.type_id(stored, access.width)
-            pointer = b.device_pointer(access.address, type_id)
+            pointer = self._device_pointer(root, access.address, type_id)
             loaded = b.load(type_id, pointer, access.alignment)
             if access.width > 1:
                 parts.append(loaded)
@@ -154,7 +165,8 @@ class Memory:
         position, lanes = 0, None
         parts = dict(zip(_starts(value.dtype.lanes), value.parts, strict=True))
         for access in self._accesses(buffer, root, index):
-            pointer = b.device_pointer(access.address, b.type_id(stored, access.width))
+            type_id = b.type_id(stored, access.width)
+            pointer = self._device_pointer(root, access.address, type_id)
             if access.width > 1 or value.dtype.lanes == 1:
                 content = parts[position]
             else:
@@ -168,7 +180,7 @@ class Memory:
         b = self._b
         if isinstance(pointer, Pointer):
             b.requirements.storage(_stored(dtype))
-            return b.device_pointer(pointer.address, b.type_id(_stored(dtype)))
+            return self._device_pointer(pointer, pointer.address, b.type_id(_stored(dtype)))
         return self._chain(pointer.array, self._narrow(pointer.index).id)
 
     def offset(self, pointer: Pointer, index: Value, size: int, divisor: int = 1) -> Pointer:
@@ -178,6 +190,11 @@ class Memory:
         return Pointer(address, alignment, pointer.parameters)
 
     # Global memory
+
+    def _device_pointer(self, root: Pointer, address: int, type_id: int) -> int:
+        if root.parameters & self._coherent:
+            return self._b.coherent_pointer(address, type_id)
+        return self._b.device_pointer(address, type_id)
 
     def _accesses(self, buffer: Buffer, root: Pointer, index: Index) -> Iterator[_Access]:
         """The accesses that cover `index`, as few as the proven alignment allows."""

@@ -25,8 +25,8 @@ def storage_sync(x: Expressions, call: Any) -> None:
     """tvm_storage_sync("shared"): all threads of the block meet, and see each other's writes to
     shared memory; "warp" is the same within a subgroup.
 
-    Where a kernel reads a global buffer that it also writes, the barrier orders global memory
-    too, as __syncthreads does: one id stands for the semantics until the kernel is complete.
+    It orders global memory too, as __syncthreads does: two threads may write to one place in
+    turn, or exchange values there (see Memory).
     """
     b = x.b
     scope = str(call.args[0].value)
@@ -39,8 +39,8 @@ def storage_sync(x: Expressions, call: Any) -> None:
     if scope == "warp":
         b.requirements.capability(Capability.GROUP_NON_UNIFORM)
     execution = b.word(Scope.WORKGROUP if scope == "shared" else Scope.SUBGROUP)
-    # Global memory too, as __syncthreads does: two threads may write to one place in turn.
     semantics = Semantics.ACQUIRE_RELEASE | Semantics.WORKGROUP_MEMORY | Semantics.UNIFORM_MEMORY
+    x.scope.memory.has_barrier = True
     b.assembler.emit(Op.CONTROL_BARRIER, execution, execution, b.word(semantics))
 
 

@@ -210,6 +210,27 @@ def test_atomics_in_shared_memory_and_compare_exchange():
     assert 100 <= ours[1][0] < 100 + N
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_threads_exchange_values_in_global_memory(lanes):
+    """Each thread writes a run and reads the one of its opposite."""
+    scratch, out = buffer("scratch", "int32", N * lanes), buffer("out", "int32", N * lanes)
+
+    def run_of(place):
+        return tirx.Ramp(place * lanes, 1, lanes) if lanes > 1 else place
+
+    def body(i):
+        value = tirx.Broadcast(i * 7, lanes) if lanes > 1 else i * 7
+        return stmt.stmt_seq(
+            tirx.BufferStore(scratch, value, [run_of(i)]),
+            stmt.Evaluate(T.tvm_storage_sync("shared")),
+            tirx.BufferStore(out, tirx.BufferLoad(scratch, [run_of(N - 1 - i)]), [run_of(i)]),
+        )
+
+    empty = np.zeros(N * lanes, np.int32)
+    _, ours = run(threads(body, scratch, out), empty, empty)
+    np.testing.assert_array_equal(ours, np.repeat(np.arange(N)[::-1] * 7, lanes))
+
+
 def subgroup_size() -> int:
     from mxforge import vulkan
 
