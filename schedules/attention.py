@@ -10,12 +10,19 @@
 The cache's layout is in `kv_append`. Page slots without a visible key may hold anything, NaN
 included: their scores are replaced, their values never read.
 
-The softmax is computed online, a block of pages at a time, in constant memory. A sliding layer
-begins at the page of the first key in the window.
+The softmax is computed online, some keys at a time, in constant memory: on the CPU nine pages, on
+GPUs 128 keys, one for each thread of a block. A sliding layer begins at the first key in the
+window, on the CPU at its page. A GPU's block works on a token and up to eight query heads of one KV
+head, which share each read of the cache; threads beside each other read elements beside each
+other: 16 keys of a page at one d, then the D columns of a value.
 
 Roofline of decoding: 4·Hkv·D·keys bytes of float16 cache a token, where memory can follow: a page
 and KV head are 64·D bytes and 2·D·G multiply-adds of 16 lanes, so at G = 8 a core that does one
 a cycle reads 4 bytes a cycle. Prefill is bound by the arithmetic.
+
+GPUs are far from it: one token of gpt-oss is eight blocks, on a device that runs hundreds; every
+token of a chunk reads the cache for itself; and there are no matrix units. For that, the keys of a
+sequence have to be spread over blocks, and the tokens of a chunk to share one.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from functools import cache
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, TileConfig, bind_items, scheduled
+from .kernel import Case, Kernel, T, Target, TileConfig, scheduled
 from .kv_append import PAGE_TOKENS, kv_shape, paged_layout, physical_page
 from .math import exp_f32
 
@@ -76,7 +83,6 @@ class AttentionTile(TileConfig):
     pages: int  # pages between two corrections of the running maximum
 
 
-ITEM_KEYS = 128  # keys summed apart before they join the sum: bounds the rounding error
 # EPYC (Zen 4, 2 cores), 2026-11, 20b heads in float16: 12.9 GB/s of cache decoding at 32,768 keys,
 # 20 GB/s (157 GFLOP/s) where the cache is in L2. 9 pages: a window of 128 keys touches 9. Eight
 # heads fill the registers of AVX-512; on AVX2, four would be 25% faster than eight.
@@ -86,95 +92,6 @@ CPU_TILE = AttentionTile(heads=8, pages=9)
 def _heads_of_item(group: int) -> int:
     """The largest divisor of the group within the tile."""
     return max(h for h in range(1, CPU_TILE.heads + 1) if group % h == 0)
-
-
-def paged_attention_items(
-    *, heads: int, kv_heads: int, head_dim: int, window: int, kv_dtype: str
-) -> tvm.tirx.PrimFunc:
-    """One item a (token, query head), unscheduled."""
-    group = heads // kv_heads
-    scale = head_dim**-0.5
-
-    @T.prim_func(s_tir=True, private=True)
-    def main(
-        q_p: T.handle,
-        kv_p: T.handle,
-        positions_p: T.handle,
-        token_seq_p: T.handle,
-        page_table_p: T.handle,
-        first_page_p: T.handle,
-        sinks_p: T.handle,
-        out_p: T.handle,
-    ):
-        n, b, p, pages = T.int64(), T.int64(), T.int64(), T.int64()
-        q = T.match_buffer(q_p, (n, heads * head_dim), "float32")
-        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
-        positions = T.match_buffer(positions_p, (n,), "int32")
-        token_seq = T.match_buffer(token_seq_p, (n,), "int32")
-        page_table = T.match_buffer(page_table_p, (b, p), "int32")
-        first_page = T.match_buffer(first_page_p, (b,), "int32")
-        sinks = T.match_buffer(sinks_p, (heads,), "float32")
-        out = T.match_buffer(out_p, (n, heads * head_dim), "float32")
-        for token, head in T.grid(n, heads):
-            with T.sblock("item"):
-                t, h = T.axis.remap("SS", [token, head])
-                # Said here, since the bounds below depend on names bound inside the block.
-                T.reads(
-                    q[t, 0 : heads * head_dim],
-                    kv[0:pages, 0:2, 0:kv_heads, 0 : PAGE_TOKENS * head_dim],
-                    positions[t],
-                    token_seq[t],
-                    page_table[0:b, 0:p],
-                    first_page[0:b],
-                    sinks[0:heads],
-                )
-                T.writes(out[t, h * head_dim : (h + 1) * head_dim])
-                acc = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
-                partial = T.sblock_alloc_buffer((head_dim,), "float32", scope="local")
-                # score, running maximum, sum, sum of the block, correction, weight
-                state = T.sblock_alloc_buffer((6,), "float32", scope="local")
-                state[1] = T.max(sinks[h], T.float32(LOWEST))
-                state[2] = exp_f32(sinks[h] - state[1])
-                for d in T.serial(head_dim):
-                    acc[d] = T.float32(0)
-                low: T.let = _first_key(positions[t], window)
-                for block in T.serial(T.ceildiv(positions[t] + 1 - low, ITEM_KEYS)):
-                    begin: T.let = low + block * ITEM_KEYS
-                    state[3] = T.float32(0)
-                    for d in T.serial(head_dim):
-                        partial[d] = T.float32(0)
-                    for i in T.serial(T.min(positions[t] + 1 - begin, ITEM_KEYS)):
-                        page: T.let = physical_page(
-                            page_table, first_page, token_seq[t], (begin + i) // PAGE_TOKENS
-                        )
-                        slot: T.let = (begin + i) % PAGE_TOKENS
-                        state[0] = T.float32(0)
-                        for d in T.serial(head_dim):
-                            state[0] = state[0] + q[t, h * head_dim + d] * T.Cast(
-                                "float32", kv[page, 0, h // group, d * PAGE_TOKENS + slot]
-                            )
-                        state[0] = state[0] * T.float32(scale)
-                        if state[0] > state[1]:
-                            state[4] = exp_f32(state[1] - state[0])
-                            state[1] = state[0]
-                            state[2] = state[2] * state[4]
-                            state[3] = state[3] * state[4]
-                            for d in T.serial(head_dim):
-                                acc[d] = acc[d] * state[4]
-                                partial[d] = partial[d] * state[4]
-                        state[5] = exp_f32(state[0] - state[1])
-                        state[3] = state[3] + state[5]
-                        for d in T.serial(head_dim):
-                            partial[d] = partial[d] + state[5] * T.Cast(
-                                "float32", kv[page, 1, h // group, slot * head_dim + d]
-                            )
-                    state[2] = state[2] + state[3]
-                    for d in T.serial(head_dim):
-                        acc[d] = acc[d] + partial[d]
-                for d in T.serial(head_dim):
-                    out[t, h * head_dim + d] = acc[d] / state[2]
-
-    return main
 
 
 def _first_key(position, window: int):
@@ -388,6 +305,270 @@ def _add(a, b):
     return a + b
 
 
+@dataclass(frozen=True)
+class BlockTile(TileConfig):
+    threads: int  # of a block; as many keys between two corrections of the running maximum
+    heads: int  # query heads of one KV head that share one read of it: at most this many
+    parts: int  # threads that turn one head's scores into weights
+    unroll: int  # reads of the cache in flight
+    shared_bytes: int  # of a block: where head_dim is large, fewer heads share it
+
+
+# By what every device has, and not measured: 128 threads, 16 KiB of shared memory (8 heads of 64
+# take 7, so that two blocks fit). 128 keys are the window of gpt-oss, and so few are summed apart
+# before they join the running sum, which bounds the rounding error. 8 heads of 16 parts keep all
+# threads busy, and need 8 + 8 + 8 registers for sums, weights and one step's sums.
+GPU_TILE = BlockTile(threads=128, heads=8, parts=16, unroll=8, shared_bytes=16 << 10)
+
+
+def _heads_of_block(group: int, head_dim: int) -> int:
+    """The largest divisor of the group that the tile and the shared memory have room for."""
+    page_of = 4 * GPU_TILE.threads
+    head = 4 * (head_dim + GPU_TILE.threads + GPU_TILE.parts + 1)  # query, score, largest, factor
+    room = min(GPU_TILE.heads, (GPU_TILE.shared_bytes - page_of) // head)
+    return max(h for h in range(1, room + 1) if group % h == 0)
+
+
+def _gpu(
+    heads: int, kv_heads: int, head_dim: int, window: int, kv_dtype: str, bound: bool
+) -> tvm.tirx.PrimFunc:
+    """A block of threads for a token and some query heads of one KV head.
+
+    Every loop over the threads is a phase, and TVM puts barriers between phases that share memory.
+    For each 128 keys, a thread first scores one key for all heads; then it is one of the `parts`
+    of a head, which find the largest score and make weights of the scores; then it adds up one
+    column of the values, over the keys of its row of threads. The rows are put together in the end.
+
+    Not `bound` to a GPU's blocks and threads, all loops are serial: the same on the CPU.
+    """
+    group = heads // kv_heads
+    g = _heads_of_block(group, head_dim)
+    per_kv_head = group // g
+    threads, parts, unroll = GPU_TILE.threads, GPU_TILE.parts, GPU_TILE.unroll
+    lanes = min(head_dim, threads)  # threads of a row, beside each other in a value
+    rows = threads // lanes
+    columns = -(-head_dim // lanes)  # of a value, for each thread
+    scale = head_dim**-0.5
+
+    def over(extent, thread):
+        return T.thread_binding(extent, thread=thread) if bound else T.serial(extent)
+
+    def all_threads():
+        return over(threads, "threadIdx.x")
+
+    @T.inline
+    def score_key(kv, query, score, sums, page, slot, kv_head, tx):
+        """score[tx] = queries · the key at `slot` of `page`."""
+
+        @T.inline
+        def add(d):
+            key: T.let = T.Cast("float32", kv[page, 0, kv_head, d * PAGE_TOKENS + slot])
+            for i in T.unroll(g):
+                sums[i] = sums[i] + query[d * g + i] * key
+
+        for i in T.unroll(g):
+            sums[i] = T.float32(0)
+        for d in T.serial(head_dim // unroll):
+            for u in T.unroll(unroll):
+                add(d * unroll + u)
+        for u in T.unroll(head_dim % unroll):
+            add(head_dim // unroll * unroll + u)
+        for i in T.unroll(g):
+            score[tx * g + i] = sums[i]
+
+    # The part of head i with number k is thread k·g + i.
+
+    @T.inline
+    def take_part(score, part, largest, running, tx):
+        """part[tx] = this thread's part of a head's scores; the largest of them."""
+        running[0] = T.float32(LOWEST)
+        for k in T.unroll(threads // parts):
+            part[tx, k] = score[k * (parts * g) + tx]
+            running[0] = T.max(running[0], part[tx, k])
+        largest[tx] = running[0]
+
+    @T.inline
+    def weigh(score, part, largest, factor, top, total, running, tx):
+        """Turn this thread's part of the scores into weights; factor[i] corrects older sums."""
+        running[0] = top[tx]
+        for k in T.unroll(parts):
+            running[0] = T.max(running[0], largest[k * g + tx % g])
+        total[tx] = total[tx] * exp_f32(top[tx] - running[0])
+        if tx < g:
+            factor[tx] = exp_f32(top[tx] - running[0])
+        top[tx] = running[0]
+        running[0] = T.float32(0)
+        for k in T.unroll(threads // parts):
+            part[tx, k] = exp_f32(part[tx, k] - top[tx])
+            score[k * (parts * g) + tx] = part[tx, k]
+            running[0] = running[0] + part[tx, k]
+        total[tx] = total[tx] + running[0]
+
+    @T.inline
+    def add_values(kv, score, factor, page_of, acc, sums, kv_head, begin, count, tx, c):
+        """Column c of this thread: acc[tx] = corrected acc + weights · values of its row's keys.
+
+        `count` keys from position `begin`.
+        """
+
+        @T.inline
+        def add(j):
+            value: T.let = T.Cast(
+                "float32",
+                kv[
+                    T.Cast("int64", page_of[j]), 1, kv_head,
+                    (begin + j) % PAGE_TOKENS * head_dim + c * lanes + tx % lanes,
+                ],
+            )  # fmt: skip
+            for i in T.unroll(g):
+                sums[i] = sums[i] + score[j * g + i] * value
+
+        chunks: T.let = count // (rows * unroll)
+        for i in T.unroll(g):
+            sums[i] = T.float32(0)
+        for chunk in T.serial(chunks):
+            for u in T.unroll(unroll):
+                add((chunk * unroll + u) * rows + tx // lanes)
+        for rest in T.serial(T.ceildiv(count - chunks * (rows * unroll), rows)):
+            j: T.let = (chunks * unroll + rest) * rows + tx // lanes
+            if j < count:
+                add(j)
+        for i in T.unroll(g):
+            acc[tx, c * g + i] = acc[tx, c * g + i] * factor[i] + sums[i]
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(
+        q_p: T.handle,
+        kv_p: T.handle,
+        positions_p: T.handle,
+        token_seq_p: T.handle,
+        page_table_p: T.handle,
+        first_page_p: T.handle,
+        sinks_p: T.handle,
+        out_p: T.handle,
+    ):
+        n, b, p, pages = T.int64(), T.int64(), T.int64(), T.int64()
+        q = T.match_buffer(q_p, (n, heads * head_dim), "float32")
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        positions = T.match_buffer(positions_p, (n,), "int32")
+        token_seq = T.match_buffer(token_seq_p, (n,), "int32")
+        page_table = T.match_buffer(page_table_p, (b, p), "int32")
+        first_page = T.match_buffer(first_page_p, (b,), "int32")
+        sinks = T.match_buffer(sinks_p, (heads,), "float32")
+        out = T.match_buffer(out_p, (n, heads * head_dim), "float32")
+        # Two dimensions, since some devices end each of them at 65,535 blocks.
+        for token in over(n, "blockIdx.x"):
+            for head_block in over(heads // g, "blockIdx.y"):
+                with T.sblock("block"):
+                    t, hb = T.axis.remap("SS", [token, head_block])
+                    # Said here, since the bounds below depend on names bound inside the block.
+                    T.reads(
+                        q[t, 0 : heads * head_dim],
+                        kv[0:pages, 0:2, 0:kv_heads, 0 : PAGE_TOKENS * head_dim],
+                        positions[t],
+                        token_seq[t],
+                        page_table[0:b, 0:p],
+                        first_page[0:b],
+                        sinks[0:heads],
+                    )
+                    T.writes(out[t, 0 : heads * head_dim])
+                    # The heads of a block are the inner dimension: a thread reads all of them.
+                    query = T.sblock_alloc_buffer((head_dim * g,), "float32", scope="shared")
+                    score = T.sblock_alloc_buffer((threads * g,), "float32", scope="shared")
+                    largest = T.sblock_alloc_buffer((parts * g,), "float32", scope="shared")
+                    factor = T.sblock_alloc_buffer((g,), "float32", scope="shared")
+                    page_of = T.sblock_alloc_buffer((threads,), "int32", scope="shared")
+                    # What each thread keeps from phase to phase.
+                    acc = T.sblock_alloc_buffer((threads, columns * g), "float32", scope="local")
+                    part = T.sblock_alloc_buffer(
+                        (threads, threads // parts), "float32", scope="local"
+                    )
+                    top = T.sblock_alloc_buffer((threads,), "float32", scope="local")
+                    total = T.sblock_alloc_buffer((threads,), "float32", scope="local")
+                    # What it needs within one.
+                    sums = T.sblock_alloc_buffer((g,), "float32", scope="local")
+                    running = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                    h0: T.let = hb * g
+                    kv_head: T.let = hb // per_kv_head
+                    low: T.let = _first_key(positions[t], window)
+                    for tx in all_threads():
+                        for i in T.unroll(columns * g):
+                            acc[tx, i] = T.float32(0)
+                        for i in T.serial(-(-g * head_dim // threads)):
+                            e: T.let = i * threads + tx
+                            if e < g * head_dim:
+                                query[e % head_dim * g + e // head_dim] = q[
+                                    t, h0 * head_dim + e
+                                ] * T.float32(scale)
+                        if tx < parts * g:
+                            top[tx] = T.max(sinks[h0 + tx % g], T.float32(LOWEST))
+                            total[tx] = T.Select(
+                                tx < g, exp_f32(sinks[h0 + tx % g] - top[tx]), T.float32(0)
+                            )
+                    for step in T.serial(T.ceildiv(positions[t] + 1 - low, threads)):
+                        begin: T.let = low + step * threads
+                        count: T.let = T.min(positions[t] + 1 - begin, threads)
+                        for tx in all_threads():
+                            if tx < count:
+                                page: T.let = physical_page(
+                                    page_table, first_page, token_seq[t],
+                                    (begin + tx) // PAGE_TOKENS,
+                                )  # fmt: skip
+                                page_of[tx] = T.Cast("int32", page)
+                                score_key(
+                                    kv, query, score, sums, page, (begin + tx) % PAGE_TOKENS,
+                                    kv_head, tx,
+                                )  # fmt: skip
+                            else:
+                                for i in T.unroll(g):
+                                    score[tx * g + i] = T.float32(LOWEST)
+                        for tx in all_threads():
+                            if tx < parts * g:
+                                take_part(score, part, largest, running, tx)
+                        for tx in all_threads():
+                            if tx < parts * g:
+                                weigh(score, part, largest, factor, top, total, running, tx)
+                        for tx in all_threads():
+                            for c in T.unroll(columns):
+                                if tx < rows * lanes and c * lanes + tx % lanes < head_dim:
+                                    add_values(
+                                        kv, score, factor, page_of, acc, sums, kv_head,
+                                        begin, count, tx, c,
+                                    )  # fmt: skip
+                    for tx in all_threads():
+                        if tx < parts * g:
+                            largest[tx] = total[tx]
+                    for tx in all_threads():
+                        if tx < g:
+                            running[0] = T.float32(0)
+                            for k in T.unroll(parts):
+                                running[0] = running[0] + largest[k * g + tx]
+                            factor[tx] = running[0]
+                    for c in T.unroll(columns):
+                        for tx in all_threads():
+                            for i in T.unroll(g):
+                                score[tx * g + i] = acc[tx, c * g + i]
+                        for tx in all_threads():
+                            if tx < lanes and c * lanes + tx < head_dim:
+                                for i in T.unroll(g):
+                                    running[0] = T.float32(0)
+                                    for row in T.unroll(rows):
+                                        running[0] = running[0] + score[(row * lanes + tx) * g + i]
+                                    out[t, (h0 + i) * head_dim + c * lanes + tx] = (
+                                        running[0] / factor[i]
+                                    )
+
+    return main
+
+
+@cache
+def paged_attention_items(
+    *, heads: int, kv_heads: int, head_dim: int, window: int, kv_dtype: str
+) -> tvm.tirx.PrimFunc:
+    """The GPU schedule, a block's threads one after the other."""
+    return _gpu(heads, kv_heads, head_dim, window, kv_dtype, bound=False)
+
+
 @cache
 def paged_attention(
     target: Target, *, heads: int, kv_heads: int, head_dim: int, window: int, kv_dtype: str
@@ -397,10 +578,8 @@ def paged_attention(
     heads is a multiple of kv_heads; window 0 means all keys; kv_dtype is "float32" or "float16".
     """
     if target.is_gpu:
-        items = paged_attention_items(
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=window, kv_dtype=kv_dtype
-        )
-        return bind_items(items, NAME)
+        func = _gpu(heads, kv_heads, head_dim, window, kv_dtype, bound=True)
+        return scheduled(func, NAME, "one block a token and group of heads", GPU_TILE)
     return _cpu(heads, kv_heads, head_dim, window, kv_dtype)
 
 
@@ -502,6 +681,7 @@ CASES = (
     _case("ungrouped heads", [(20, 23)], heads=3, kv_heads=3, head_dim=24),
     _case("head of 40", [(45, 48)], heads=10, kv_heads=2, head_dim=40),
     _case("head of 6, group of 12", [(45, 48)], heads=12, kv_heads=1, head_dim=6),
+    _case("head of 160, more than a GPU's block has threads", [(140, 142)], head_dim=160),
     _case("group of 11", [(18, 20)], heads=11, kv_heads=1, head_dim=32),
     _case("large scores", [(30, 36)], scores=1e4),
     _case("sink above all scores", [(30, 36)], sink=60.0),

@@ -69,8 +69,9 @@ class Kernel:
     """One operation.
 
     build(target, **static) -> PrimFunc   scheduled; parameters are the packed inputs, then outputs
-    items(**static) -> PrimFunc   unscheduled, one serial item per output; the simple GPU schedules
-        bind it to threads, and the tests run it on the CPU, where a GPU's code cannot run
+    items(**static) -> PrimFunc   serial code for the same, which the tests run on the CPU, where a
+        GPU's code cannot run: an item per output, which the simple GPU schedules bind to threads;
+        or a block schedule with its threads one after the other
     reference(**inputs, **static) -> tuple of outputs, in float64 where the output is real
     pack(target, inputs, **static) -> the PrimFunc's input arrays in order, in this target's layout
     inplace: names of the inputs that the kernel updates; the reference returns their new value
