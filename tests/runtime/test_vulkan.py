@@ -239,22 +239,6 @@ def test_freed_memory_waits_for_the_commands_that_use_it(device: VulkanDevice) -
     assert device.statistics()["pending_frees"] == 0
 
 
-def test_out_of_memory_is_tried_again_after_collecting(device: VulkanDevice) -> None:
-    before = device.statistics()["reclaims"]
-    device.hook("simulate")(0, "out_of_memory", 1)
-    assert device.empty([16]) is not None
-    assert device.statistics()["reclaims"] == before + 1
-    device.hook("simulate")(0, "out_of_memory", 2)
-    with pytest.raises(RuntimeError, match=r"out of memory .*: 1024 bytes .* are available"):
-        device.empty([256])
-    assert device.numpy(device.tensor(np.ones(3, np.float32))).sum() == 3
-
-
-def test_an_allocation_beyond_the_device_is_refused(device: VulkanDevice) -> None:
-    with pytest.raises(RuntimeError, match=r"cannot allocate 70368744177664 bytes \(64.00 TiB\)"):
-        device.empty([1 << 46], "uint8")
-
-
 def test_streams_run_in_the_order_that_is_asked_for(device: VulkanDevice) -> None:
     spin, run = device.module(SPIN)["spin"], affine(device)
     create, free = device.device_api("StreamCreate"), device.device_api("StreamFree")
@@ -279,43 +263,6 @@ def test_streams_run_in_the_order_that_is_asked_for(device: VulkanDevice) -> Non
     assert device.statistics()["streams"] == 1
     with pytest.raises(RuntimeError, match="has no stream"):
         free(device.device, first)
-
-
-def test_the_number_of_allocations_is_bounded(device: VulkanDevice) -> None:
-    device.sync()
-    count = device.statistics()["device_allocations"]
-    device.hook("simulate")(0, "allocation_limit", count + 2)
-    try:
-        kept = [device.empty([16]) for _ in range(2)]
-        with pytest.raises(RuntimeError, match=rf"allows {count + 2} .*maxMemoryAllocationCount"):
-            device.empty([16])
-        kept.pop()
-        assert device.empty([16]) is not None
-    finally:
-        device.hook("simulate")(0, "allocation_limit", 0)
-
-
-LOCAL, VISIBLE, COHERENT, CACHED, LAZY, UNCACHED_AMD = 1, 2, 4, 8, 16, 128
-SHARED = VISIBLE | COHERENT
-DISCRETE = [SHARED, LOCAL, LOCAL | SHARED, SHARED | CACHED, LOCAL | LAZY]
-APU = [LOCAL, SHARED, LOCAL | SHARED, SHARED | CACHED, LOCAL | SHARED | CACHED | UNCACHED_AMD]
-
-
-@pytest.mark.parametrize(("types", "unified", "kind", "expected"), [
-    pytest.param(DISCRETE, False, "device", [1, 2], id="discrete"),
-    pytest.param(DISCRETE, False, "upload", [0, 3, 2], id="discrete, upload"),
-    pytest.param(DISCRETE, False, "readback", [3, 0, 2], id="discrete, readback"),
-    pytest.param([LOCAL | SHARED], False, "device", [0], id="all is visible"),
-    pytest.param([SHARED], False, "device", [0], id="nothing is local"),
-    pytest.param(APU, True, "device", [2, 3, 0, 1], id="a small local heap, then the host's"),
-    pytest.param([LOCAL | VISIBLE, LOCAL | SHARED], True, "device", [1, 0], id="coherent first"),
-    pytest.param([LOCAL | VISIBLE | CACHED, SHARED], True, "upload", [1], id="always coherent"),
-])  # fmt: skip
-def test_memory_is_looked_for_in_order(
-    vulkan: VulkanDevice, types: list[int], unified: bool, kind: str, expected: list[int]
-) -> None:
-    plan = vulkan.hook("memory_plan")
-    assert json.loads(plan(json.dumps([types, unified, kind]))) == expected
 
 
 @pytest.fixture

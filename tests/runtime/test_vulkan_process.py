@@ -193,7 +193,8 @@ WORK = (
     LAUNCH
     + """
 for direct in (1, 0):
-    vk.configure(direct_copies=direct, staging_chunk_bytes=4096, staging_chunks=2)
+    vk.configure(direct_copies=direct, staging_chunk_bytes=4096, staging_chunks=2,
+                 block_bytes=0 if direct else 64 << 20)
     x = np.arange(10_001, dtype=np.float32)
     c, d = vk.tensor(x), vk.empty([10_001])
     for _ in range(300):

@@ -25,6 +25,7 @@ struct Settings {
   uint32_t batch_commands = 256;       // commands after which a batch is submitted anyway
   uint32_t first_batch_commands = 32;  // the same while the device has nothing else to do
   uint32_t batches_in_flight = 8;      // submitted and not known to have ended
+  uint64_t block_bytes = 64 << 20;     // of a block that small tensors share; 0: none do
   uint64_t staging_chunk_bytes = 4 << 20;
   uint32_t staging_chunks = 4;
   uint32_t pipeline_threads = 0;  // 0: as many as the machine has, up to 8
@@ -42,7 +43,8 @@ struct Statistics {
   uint64_t semaphore_waits = 0;  // of a stream for another
   uint64_t argument_buffers = 0;
   uint64_t allocations = 0;
-  uint64_t allocated_bytes = 0;
+  uint64_t allocated_bytes = 0;  // of tensors and buffers that exist
+  uint64_t reserved_bytes = 0;   // of the device memory that they lie in
   uint64_t deferred_frees = 0;
   uint64_t reclaims = 0;
 };

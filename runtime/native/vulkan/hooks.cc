@@ -94,6 +94,8 @@ String StatisticsOf(int id) {
       {"argument_buffers", counted.argument_buffers},
       {"allocations", counted.allocations},
       {"allocated_bytes", counted.allocated_bytes},
+      {"reserved_bytes", counted.reserved_bytes},
+      {"blocks", device->memory().blocks()},
       {"deferred_frees", counted.deferred_frees},
       {"reclaims", counted.reclaims},
       {"live_allocations", device->memory().live()},
@@ -125,6 +127,8 @@ void Configure(int id, const String& name, int64_t value) {
     settings.first_batch_commands = count;
   } else if (setting == "batches_in_flight") {
     settings.batches_in_flight = count;
+  } else if (setting == "block_bytes") {
+    settings.block_bytes = static_cast<uint64_t>(std::max<int64_t>(value, 0));
   } else if (setting == "staging_chunk_bytes") {
     settings.staging_chunk_bytes = (static_cast<uint64_t>(count) + 15) / 16 * 16;
   } else if (setting == "staging_chunks") {

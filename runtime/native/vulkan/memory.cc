@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <tvm/runtime/device_api.h>
+
 #include <algorithm>
 #include <new>
 
@@ -8,6 +10,9 @@
 namespace mxforge {
 namespace vulkan {
 namespace {
+
+constexpr uint64_t kBlocksOfAHeap = 16;  // at least: a block that is hardly used wastes little
+constexpr uint64_t kPartsOfABlock = 8;   // at least: larger tensors have memory of their own
 
 /*! \brief Internal to this file: the driver had no memory; tried again before anybody hears. */
 struct OutOfMemory {
@@ -23,9 +28,8 @@ size_t Slot(uint64_t address) { return (address >> 6 ^ address >> 12 ^ address >
 
 }  // namespace
 
-Buffer::Buffer(Memory* memory, uint64_t bytes, MemoryKind kind) : memory_(memory) {
+Block::Block(Memory* memory, uint64_t bytes, MemoryKind kind) : size(bytes), memory_(memory) {
   Core& core = memory_->core();
-  size = bytes;
   try {
     auto info = Struct<VkBufferCreateInfo>(VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO);
     info.size = bytes;
@@ -59,23 +63,20 @@ Buffer::Buffer(Memory* memory, uint64_t bytes, MemoryKind kind) : memory_(memory
     auto where = Struct<VkBufferDeviceAddressInfo>(VK_STRUCTURE_TYPE_BUFFER_DEVICE_ADDRESS_INFO);
     where.buffer = handle;
     address = core.call.GetBufferDeviceAddress(core.handle, &where);
-    resource = memory_->AcquireResource();
   } catch (...) {
     Release();
     throw;
   }
-  ++core.statistics.allocations;
-  core.statistics.allocated_bytes += size;
+  core.statistics.reserved_bytes += size;
 }
 
-Buffer::~Buffer() {
-  memory_->ReleaseResource(resource);
-  memory_->core().statistics.allocated_bytes -= size;
+Block::~Block() {
+  memory_->core().statistics.reserved_bytes -= size;
   Release();
 }
 
-VkResult Buffer::AllocateBacking(const std::vector<uint32_t>& types, uint64_t bytes,
-                                 uint32_t* type) {
+VkResult Block::AllocateBacking(const std::vector<uint32_t>& types, uint64_t bytes,
+                                uint32_t* type) {
   if (memory_->failures_to_simulate > 0) {
     --memory_->failures_to_simulate;
     return VK_ERROR_OUT_OF_DEVICE_MEMORY;
@@ -98,12 +99,33 @@ VkResult Buffer::AllocateBacking(const std::vector<uint32_t>& types, uint64_t by
   return result;
 }
 
-void Buffer::Release() {
+void Block::Release() {
   Core& core = memory_->core();
   if (handle != VK_NULL_HANDLE) core.call.DestroyBuffer(core.handle, handle, nullptr);
   if (backing_ == VK_NULL_HANDLE) return;
   core.call.FreeMemory(core.handle, backing_, nullptr);
   --memory_->allocations;
+}
+
+Buffer::Buffer(Memory* memory, std::shared_ptr<Block> block, uint64_t at, uint64_t bytes)
+    : size(bytes),
+      offset(at),
+      address(block->address + at),
+      mapped(block->mapped == nullptr ? nullptr : block->mapped + at),
+      cached(block->cached),
+      handle(block->handle),
+      resource(memory->AcquireResource()),
+      memory_(memory),
+      block_(std::move(block)) {
+  Statistics& statistics = memory_->core().statistics;
+  ++statistics.allocations;
+  statistics.allocated_bytes += size;
+}
+
+Buffer::~Buffer() {
+  memory_->ReleaseResource(resource);
+  memory_->core().statistics.allocated_bytes -= size;
+  memory_->GiveBack(block_.get(), offset, size);
 }
 
 void Buffer::Mark(Stream* stream, uint64_t value, bool write) {
@@ -117,7 +139,14 @@ void Buffer::Mark(Stream* stream, uint64_t value, bool write) {
 }
 
 Memory::Memory(Core* core)
-    : allocation_limit(core->physical.limits.maxMemoryAllocationCount), core_(core) {}
+    : allocation_limit(core->physical.limits.maxMemoryAllocationCount),
+      core_(core),
+      granularity_(std::max<uint64_t>({tvm::runtime::kAllocAlignment,
+                                       core->physical.limits.minStorageBufferOffsetAlignment,
+                                       core->physical.limits.nonCoherentAtomSize})) {
+  // The validation layers know where a VkBuffer ends, not where a tensor does.
+  if (Instance::Get().HasMessenger()) core_->settings.block_bytes = 0;
+}
 
 uint32_t Memory::AcquireResource() {
   if (free_resources_.empty()) return resources_++;
@@ -199,16 +228,78 @@ std::vector<uint32_t> Memory::TypesFor(uint32_t allowed_types, MemoryKind kind) 
   return types;
 }
 
-std::unique_ptr<Buffer> Memory::TryTwice(uint64_t bytes, MemoryKind kind) {
+uint64_t Memory::Rounded(uint64_t bytes) const {
+  return (bytes + granularity_ - 1) / granularity_ * granularity_;
+}
+
+uint64_t Memory::BlockBytes() const {
+  const PhysicalDevice& physical = core_->physical;
+  const uint64_t heap = HeapBytes(TypesFor(UINT32_MAX, MemoryKind::kDevice).front());
+  const uint64_t bytes = std::min({core_->settings.block_bytes, heap / kBlocksOfAHeap,
+                                   physical.max_allocation_bytes, physical.max_buffer_bytes});
+  return bytes / granularity_ * granularity_;
+}
+
+std::unique_ptr<Buffer> Memory::Part(uint64_t bytes) {
+  const uint64_t block_bytes = BlockBytes();
+  if (Rounded(bytes) > block_bytes / kPartsOfABlock) return nullptr;
+  const auto part = [&](const std::shared_ptr<Block>& block) -> std::unique_ptr<Buffer> {
+    const std::optional<uint64_t> offset = block->free->Take(Rounded(bytes));
+    return offset ? std::make_unique<Buffer>(this, block, *offset, bytes) : nullptr;
+  };
+  for (const std::shared_ptr<Block>& block : blocks_) {
+    if (std::unique_ptr<Buffer> buffer = part(block)) return buffer;
+  }
   try {
-    return std::make_unique<Buffer>(this, bytes, kind);
+    blocks_.push_back(std::make_shared<Block>(this, block_bytes, MemoryKind::kDevice));
+  } catch (const OutOfMemory&) {
+    return nullptr;
+  }
+  blocks_.back()->free.emplace(block_bytes);
+  return part(blocks_.back());
+}
+
+std::unique_ptr<Buffer> Memory::Alone(uint64_t bytes, MemoryKind kind) {
+  return std::make_unique<Buffer>(this, std::make_shared<Block>(this, bytes, kind), 0, bytes);
+}
+
+void Memory::GiveBack(Block* block, uint64_t offset, uint64_t bytes) {
+  if (!block->free) return;  // it goes with its only buffer
+  block->free->GiveBack(offset, Rounded(bytes));
+  // One is kept, or a tensor that comes and goes would cost an allocation each time.
+  if (block->free->IsWhole()) FreeEmptyBlocks(1);
+}
+
+void Memory::FreeEmptyBlocks(size_t kept) {
+  const auto surplus = [&kept](const std::shared_ptr<Block>& block) {
+    if (!block->free->IsWhole()) return false;
+    if (kept == 0) return true;
+    --kept;
+    return false;
+  };
+  for (auto block = blocks_.begin(); block != blocks_.end();) {
+    block = surplus(*block) ? blocks_.erase(block) : std::next(block);
+  }
+}
+
+std::unique_ptr<Buffer> Memory::Try(uint64_t bytes, MemoryKind kind, bool alone) {
+  if (kind == MemoryKind::kDevice && !alone) {
+    if (std::unique_ptr<Buffer> part = Part(bytes)) return part;
+  }
+  return Alone(bytes, kind);  // also where there is no memory for another block, but for this
+}
+
+std::unique_ptr<Buffer> Memory::TryTwice(uint64_t bytes, MemoryKind kind, bool alone) {
+  try {
+    return Try(bytes, kind, alone);
   } catch (const OutOfMemory&) {
     // What is freed but still in use may be what is missing.
   }
   ++core_->statistics.reclaims;
   reclaim_(kind != MemoryKind::kDevice);
+  FreeEmptyBlocks(0);
   try {
-    return std::make_unique<Buffer>(this, bytes, kind);
+    return Try(bytes, kind, alone);
   } catch (const OutOfMemory& failure) {
     if (allocations >= allocation_limit) {
       TVM_FFI_THROW(RuntimeError)
@@ -221,14 +312,14 @@ std::unique_ptr<Buffer> Memory::TryTwice(uint64_t bytes, MemoryKind kind) {
         << core_->Label() << " is out of memory (" << ResultName(failure.result) << "): " << bytes
         << " bytes (" << HumanBytes(bytes) << ") were asked for, about " << available << " bytes ("
         << HumanBytes(available) << ") are available and "
-        << HumanBytes(core_->statistics.allocated_bytes)
+        << HumanBytes(core_->statistics.reserved_bytes)
         << " are in use by this process; use a smaller model, batch or context.";
   }
   TVM_FFI_UNREACHABLE();
 }
 
 std::unique_ptr<Buffer> Memory::Create(uint64_t bytes, MemoryKind kind) {
-  return TryTwice(bytes, kind);
+  return TryTwice(bytes, kind, false);
 }
 
 Buffer* Memory::Allocate(uint64_t bytes, uint64_t alignment) {
@@ -254,7 +345,7 @@ Buffer* Memory::Allocate(uint64_t bytes, uint64_t alignment) {
   Collect();
   // Whole 16 bytes, at least once: an empty tensor has an address too.
   const uint64_t rounded = std::max<uint64_t>((bytes + 15) / 16 * 16, 16);
-  std::unique_ptr<Buffer> buffer = TryTwice(rounded, MemoryKind::kDevice);
+  std::unique_ptr<Buffer> buffer = TryTwice(rounded, MemoryKind::kDevice, alignment > granularity_);
   if (alignment != 0 && buffer->address % alignment != 0) {
     TVM_FFI_THROW(RuntimeError) << core_->Label() << " aligns memory to less than the " << alignment
                                 << " bytes asked for (address " << buffer->address

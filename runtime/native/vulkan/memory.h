@@ -1,6 +1,9 @@
 /*!
  * \file memory.h
  * \brief Buffers with device addresses, found again by address, freed behind pending commands.
+ *
+ * Drivers bound the number of allocations (often to 4096), and each takes long: small tensors share
+ * blocks. Above this file nobody notices: a tensor is a Buffer of its own, whatever it lies in.
  */
 #ifndef MXFORGE_VULKAN_MEMORY_H_
 #define MXFORGE_VULKAN_MEMORY_H_
@@ -10,9 +13,11 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core.h"
+#include "free_list.h"
 
 namespace mxforge {
 namespace vulkan {
@@ -41,23 +46,20 @@ struct Use {
   uint64_t written;  // 0: only read
 };
 
-/*! \brief A VkBuffer over memory of its own. */
-class Buffer {
+/*! \brief A VkBuffer over memory of its own: for one buffer, or for many tensors. */
+class Block {
  public:
-  Buffer(Memory* memory, uint64_t bytes, MemoryKind kind);
-  ~Buffer();
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+  Block(Memory* memory, uint64_t bytes, MemoryKind kind);
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
 
-  uint64_t size = 0;
+  const uint64_t size;
   uint64_t address = 0;
   uint8_t* mapped = nullptr;  // null where the host cannot reach it, or not without flushing
   bool cached = false;        // mapped, and the host reads it at its usual speed
-  uint32_t resource = 0;      // its number in the hazard trackers
   VkBuffer handle = VK_NULL_HANDLE;
-  std::vector<Use> uses;  // by stream; as a rule there is one
-
-  void Mark(Stream* stream, uint64_t value, bool write);
+  std::optional<FreeList> free;  // of a block for many
 
  private:
   Memory* memory_;
@@ -66,6 +68,30 @@ class Buffer {
   /*! \brief Memory of the first type that has room. */
   VkResult AllocateBacking(const std::vector<uint32_t>& types, uint64_t bytes, uint32_t* type);
   void Release();
+};
+
+/*! \brief A tensor, or memory of the runtime's own: a whole block or a part of one. */
+class Buffer {
+ public:
+  Buffer(Memory* memory, std::shared_ptr<Block> block, uint64_t offset, uint64_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  const uint64_t size;
+  const uint64_t offset;  // in `handle`
+  const uint64_t address;
+  uint8_t* const mapped;  // as in Block
+  const bool cached;
+  const VkBuffer handle;
+  const uint32_t resource;  // its number in the hazard trackers
+  std::vector<Use> uses;    // by stream; as a rule there is one
+
+  void Mark(Stream* stream, uint64_t value, bool write);
+
+ private:
+  Memory* memory_;
+  std::shared_ptr<Block> block_;
 };
 
 /*! \brief All buffers of a device. The device's mutex is held whenever this is called. */
@@ -95,6 +121,7 @@ class Memory {
   void Collect();
 
   size_t live() const { return live_.size(); }
+  size_t blocks() const { return blocks_.size(); }
   size_t buried() const { return graves_.size(); }
 
   /*! \brief For tests: the next so many allocations find no memory. */
@@ -109,6 +136,8 @@ class Memory {
   uint64_t HeapBytes(uint32_t type) const;
   uint32_t AcquireResource();
   void ReleaseResource(uint32_t resource);
+  /*! \brief What a buffer had of its block is free again. */
+  void GiveBack(Block* block, uint64_t offset, uint64_t bytes);
 
  private:
   struct Grave {
@@ -117,6 +146,8 @@ class Memory {
   };
 
   Core* core_;
+  const uint64_t granularity_;  // of parts of blocks: what any tensor's address is aligned to
+  std::vector<std::shared_ptr<Block>> blocks_;        // for many
   std::map<uint64_t, std::unique_ptr<Buffer>> live_;  // by address
   std::array<Buffer*, 64> recent_{};  // where an address was found last, by its hash
   std::vector<Grave> graves_;
@@ -125,7 +156,15 @@ class Memory {
   std::function<void(bool)> reclaim_;
   std::function<void(uint32_t)> forget_;
 
-  std::unique_ptr<Buffer> TryTwice(uint64_t bytes, MemoryKind kind);
+  uint64_t Rounded(uint64_t bytes) const;
+  /*! \brief The size of the next block. */
+  uint64_t BlockBytes() const;
+  /*! \brief A buffer in a block of many; null where it is too large, or no block can be had. */
+  std::unique_ptr<Buffer> Part(uint64_t bytes);
+  std::unique_ptr<Buffer> Alone(uint64_t bytes, MemoryKind kind);
+  std::unique_ptr<Buffer> Try(uint64_t bytes, MemoryKind kind, bool alone);
+  std::unique_ptr<Buffer> TryTwice(uint64_t bytes, MemoryKind kind, bool alone);
+  void FreeEmptyBlocks(size_t kept);
 };
 
 }  // namespace vulkan

@@ -216,7 +216,7 @@ void Stream::Copy(Buffer* from, uint64_t from_offset, Buffer* to, uint64_t to_of
   Record(hazards.Command(Stage::kTransfer, accesses, 2, name));
   from->Mark(this, batch->value, false);
   to->Mark(this, batch->value, true);
-  VkBufferCopy region{from_offset, to_offset, bytes};
+  VkBufferCopy region{from->offset + from_offset, to->offset + to_offset, bytes};
   core_->call.CmdCopyBuffer(batch->commands, from->handle, to->handle, 1, &region);
   ++core_->statistics.copies;
   Count();
