@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 HEADER = b"MXFSPIRV"
+VERSION = 2
 PREAMBLE = """#version 460
 #extension GL_EXT_buffer_reference : require
 #extension GL_EXT_shader_explicit_arithmetic_types : require
@@ -64,10 +65,10 @@ def spirv(source: str) -> bytes:
     return result.stdout
 
 
-def pointer(name: str, offset: int, access: str) -> dict[str, Any]:
+def pointer(name: str, offset: int, access: str, alignment: int = 4) -> dict[str, Any]:
     return {
         "kind": "pointer", "name": name, "offset": offset,
-        "read": "r" in access, "write": "w" in access,
+        "read": "r" in access, "write": "w" in access, "alignment": alignment,
     }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def module_bytes(kernels: Sequence[dict[str, Any]]) -> bytes:
         code += each["code"]
     text = json.dumps({"kernels": entries}).encode()
     text += b" " * (-len(text) % 4)
-    return HEADER + struct.pack("<II", 1, len(text)) + text + code
+    return HEADER + struct.pack("<II", VERSION, len(text)) + text + code
 
 
 AFFINE = kernel(

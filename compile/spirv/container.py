@@ -1,4 +1,4 @@
-"""The module format: SPIR-V of several kernels behind a JSON header. docs/vulkan.md has the table.
+"""The module format: SPIR-V of several kernels behind a JSON header (module_format.h describes it).
 
     8 bytes   magic "MXFSPIRV"
     u32       version
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAGIC = b"MXFSPIRV"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<8sII")
 
 

@@ -153,6 +153,7 @@ def _pointer_entry(name: str, offset: int, position: int, memory: Memory) -> dic
         "offset": offset,
         "read": position in memory.read,
         "write": position in memory.written,
+        "alignment": memory.alignments.get(position, 1),
     }
 
 

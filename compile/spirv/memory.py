@@ -89,6 +89,7 @@ class _Access:
 class Memory:
     """Reads and writes buffers, and records which parameters are read and written.
 
+    alignments: what must divide a parameter's address, for the accesses that go through it.
     coherent: parameters whose memory is accessed past caches that threads do not share, since
     threads exchange values there. SPIR-V's memory model asks for it beside the barrier.
     """
@@ -99,6 +100,7 @@ class Memory:
         self.read: set[int] = set()
         self.written: set[int] = set()
         self.has_barrier = False
+        self.alignments: dict[int, int] = {}
         self.shared_bytes = 0
 
     @property
@@ -180,6 +182,7 @@ class Memory:
         b = self._b
         if isinstance(pointer, Pointer):
             b.requirements.storage(_stored(dtype))
+            self._require(pointer, _stored(dtype).bytes)
             return self._device_pointer(pointer, pointer.address, b.type_id(_stored(dtype)))
         return self._chain(pointer.array, self._narrow(pointer.index).id)
 
@@ -195,6 +198,11 @@ class Memory:
         if root.parameters & self._coherent:
             return self._b.coherent_pointer(address, type_id)
         return self._b.device_pointer(address, type_id)
+
+    def _require(self, pointer: Pointer, alignment: int) -> None:
+        """An access through `pointer`: what was added to the parameter is aligned no less."""
+        for position in pointer.parameters:
+            self.alignments[position] = max(self.alignments.get(position, 1), alignment)
 
     def _accesses(self, buffer: Buffer, root: Pointer, index: Index) -> Iterator[_Access]:
         """The accesses that cover `index`, as few as the proven alignment allows."""
@@ -216,6 +224,7 @@ class Memory:
                     address = start
                     if position:
                         address = b.address_plus(start, b.constant(U64, position * size).id)
+                    self._require(root, piece * size)
                     yield _Access(address, piece, piece * size)
                     position += piece
 

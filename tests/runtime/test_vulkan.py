@@ -224,6 +224,31 @@ def test_wrong_calls_are_refused(device: VulkanDevice) -> None:
         function(device.ffi.from_dlpack(host), a, 1, 1.0, 0.0, 1, 64)
 
 
+@pytest.mark.parametrize(("offset", "alignment", "refused"), [
+    (4, 4, False), (4, 8, True), (4, 16, True), (16, 16, False), (2, 4, True), (0, 64, False),
+])  # fmt: skip
+def test_misaligned_addresses_are_refused(
+    device: VulkanDevice, offset: int, alignment: int, refused: bool
+) -> None:
+    view = device.ffi.get_global_func("runtime.TVMTensorCreateView")
+    base, y = device.tensor(np.arange(72, dtype=np.float32)), device.empty([64])
+    x = view(base, device.ffi.Shape((64,)), device.ffi.dtype("float32"), offset)
+    arguments = [pointer("x", 0, "r", alignment), *AFFINE["arguments"][1:]]
+    run = device.module({**AFFINE, "arguments": arguments})["affine"]
+    address = base.data_ptr() + offset
+    if not refused:
+        run(x, y, 64, 2.0, 1.0, 1, 64)
+        np.testing.assert_array_equal(device.numpy(y), np.arange(64) * 2 + offset // 4 * 2 + 1)
+        return
+    message = (
+        f"Kernel affine needs a multiple of {alignment} as the address of x, its argument 0, but "
+        f"got {address}, a multiple of {offset} only"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        run(x, y, 64, 2.0, 1.0, 1, 64)
+    run(None, y, 0, 2.0, 1.0, 1, 64)  # what is not there is aligned
+
+
 def test_freed_memory_waits_for_the_commands_that_use_it(device: VulkanDevice) -> None:
     spin, run = device.module(SPIN)["spin"], affine(device)
     a, b = device.tensor(np.full(64, 0.5, np.float32)), device.empty([64])

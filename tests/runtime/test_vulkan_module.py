@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vulkan_device import AFFINE, DYNAMIC, HEADER, VulkanDevice, module_bytes
+from vulkan_device import AFFINE, DYNAMIC, HEADER, VERSION, VulkanDevice, module_bytes
 
 
-def packed(text: bytes, code: bytes = b"", version: int = 1) -> bytes:
+def packed(text: bytes, code: bytes = b"", version: int = VERSION) -> bytes:
     text += b" " * (-len(text) % 4)
     return HEADER + struct.pack("<II", version, len(text)) + text + code
 
@@ -51,9 +51,9 @@ def test_a_module_is_saved_as_it_was_read(vulkan: VulkanDevice) -> None:
     (b"", "it has 0 bytes"),
     (HEADER + b"\1\0", "10 bytes, less than its header"),
     (b"\x7fELF" + bytes(60), "does not begin with MXFSPIRV"),
-    (packed(b"{}", version=2), "version 2, and this runtime reads version 1"),
-    (HEADER + struct.pack("<II", 1, 1 << 31), "2147483648 bytes, but 0 are there"),
-    (HEADER + struct.pack("<II", 1, 3) + b"{} ", "3 bytes"),
+    (packed(b"{}", version=1), "version 1, and this runtime reads version 2"),
+    (HEADER + struct.pack("<II", VERSION, 1 << 31), "2147483648 bytes, but 0 are there"),
+    (HEADER + struct.pack("<II", VERSION, 3) + b"{} ", "3 bytes"),
     (packed(b"{"), "JSON cannot be read"),
     (packed(b"\xff\xfe\x00"), "JSON cannot be read"),
     (packed(b"[" * 100_000), "nested too deeply"),
@@ -85,6 +85,9 @@ def test_damaged_bytes_are_refused(vulkan: VulkanDevice, data: bytes, message: s
     ("kernels.0.argument_buffer", 1, "true or false"),
     ("kernels.0.arguments.0.offset", 4, "misaligned"),
     ("kernels.0.arguments.0.kind", "soul", "pointer or scalar"),
+    ("kernels.0.arguments.0.alignment", 0, "alignment is 0, no power of two"),
+    ("kernels.0.arguments.0.alignment", 24, "alignment is 24, no power of two"),
+    ("kernels.0.arguments.0.alignment", 8192, "outside 0 to 4096"),
     ("kernels.0.arguments.2.dtype", "int7", "unknown dtype int7"),
     ("kernels.0.launch_params", ["blockIdx.w"], "unknown extent blockIdx.w"),
     ("kernels.0.launch_params", ["blockIdx.x"] * 2, "twice"),

@@ -23,10 +23,7 @@ void Store(T value, uint8_t* where) {
   std::memcpy(where, &value, sizeof(value));
 }
 
-}  // namespace
-
-uint64_t PointerValue(const TVMFFIAny& value, const KernelInfo& kernel,
-                      const ArgumentInfo& argument) {
+uint64_t AddressOf(const TVMFFIAny& value, const KernelInfo& kernel, const ArgumentInfo& argument) {
   switch (value.type_index) {
     case ffi::TypeIndex::kTVMFFIOpaquePtr:
       return reinterpret_cast<uint64_t>(value.v_ptr);
@@ -43,6 +40,22 @@ uint64_t PointerValue(const TVMFFIAny& value, const KernelInfo& kernel,
     default:
       Mismatch(kernel, argument.name, "a pointer", value.type_index);
   }
+}
+
+}  // namespace
+
+uint64_t PointerValue(const TVMFFIAny& value, const KernelInfo& kernel,
+                      const ArgumentInfo& argument) {
+  const uint64_t address = AddressOf(value, kernel, argument);
+  if (address % argument.alignment != 0) {
+    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " needs a multiple of "
+                                << argument.alignment << " as the address of " << argument.name
+                                << ", its argument " << &argument - kernel.arguments.data()
+                                << ", but got " << address << ", a multiple of "
+                                << (address & (0 - address))
+                                << " only; copy the view into a tensor of its own.";
+  }
+  return address;
 }
 
 void WriteScalar(const TVMFFIAny& value, const KernelInfo& kernel, const ArgumentInfo& argument,

@@ -14,7 +14,11 @@
 namespace mxforge {
 namespace vulkan {
 
-/*! \brief The address of a pointer argument: a pointer, None, or (in tests) a tensor. */
+/*! \brief The address of a pointer argument: a pointer, None, or (in tests) a tensor.
+ *
+ * Refused where the kernel's accesses need more alignment: what happens then is the device's
+ * choice.
+ */
 uint64_t PointerValue(const TVMFFIAny& value, const KernelInfo& kernel,
                       const ArgumentInfo& argument);
 

@@ -15,10 +15,11 @@ namespace {
 namespace ffi = tvm::ffi;
 
 constexpr char kModuleMagic[] = {'M', 'X', 'F', 'S', 'P', 'I', 'R', 'V'};
-constexpr uint32_t kModuleVersion = 1;
+constexpr uint32_t kModuleVersion = 2;
 constexpr size_t kHeaderBytes = 16;
 constexpr uint32_t kMaxPushConstants = 128;       // what every device has
 constexpr uint32_t kMaxArgumentBytes = 64 << 10;  // far beyond any kernel
+constexpr uint32_t kMaxAlignment = 4096;          // far beyond any access
 constexpr int kMaxDepth = 32;                     // of the JSON; the parser recurses
 constexpr uint32_t kSpirvMagic = 0x07230203;
 constexpr size_t kSpirvHeaderWords = 5;
@@ -143,6 +144,10 @@ ArgumentInfo ParseArgument(const ffi::Any& value, const std::string& path,
     argument.pointer = true;
     argument.read = fields.Bool("read");
     argument.write = fields.Bool("write");
+    argument.alignment = fields.Number("alignment", kMaxAlignment);
+    if (argument.alignment == 0 || (argument.alignment & (argument.alignment - 1)) != 0) {
+      Corrupt(path + ".alignment is " + std::to_string(argument.alignment) + ", no power of two");
+    }
   } else if (kind == "scalar") {
     argument.type = ParseType(fields.Text("dtype"), path);
     bytes = BytesOf(argument.type);

@@ -3,7 +3,7 @@
  * \brief The serialized form of a module: SPIR-V and what is to be known about it.
  *
  *   8 bytes  "MXFSPIRV"
- *   u32      version, 1
+ *   u32      version, 2
  *   u32      bytes of the JSON text, padded with blanks to a multiple of 4
  *   JSON     {"kernels": [...]}, one object a kernel; see KernelInfo
  *   SPIR-V   modules one after another, each 4-aligned
@@ -45,6 +45,7 @@ struct ArgumentInfo {
   uint32_t offset = 0;  // in the argument block
   bool read = false;    // of pointers
   bool write = false;
+  uint32_t alignment = 1;                // of pointers: what has to divide the address
   ScalarType type = ScalarType::kInt64;  // of scalars
 };
 

@@ -60,10 +60,30 @@ def vector_copy(shift: int, lanes: int, dtype: str = "float32", n: int = 1024) -
     ],
 )
 def test_vector_loads_only_where_alignment_is_proven(shift, lanes, dtype, loads):
-    _, text = only(vector_copy(shift, lanes, dtype))
-    assert re.findall(r"OpLoad %(\w+) %\w+ Aligned (\d+)", text) == [
-        tuple(load.split()) for load in loads
-    ]
+    kernel, text = only(vector_copy(shift, lanes, dtype))
+    found = re.findall(r"OpLoad %(\w+) %\w+ Aligned (\d+)", text)
+    assert found == [tuple(load.split()) for load in loads]
+    # The launch is refused where an address is less aligned than the accesses through it.
+    assert alignment_of(kernel, "x") == max(int(alignment) for _, alignment in found)
+    stored = re.findall(r"OpStore %\w+ %\w+ Aligned (\d+)", text)
+    assert alignment_of(kernel, "out") == max(map(int, stored))
+
+
+def alignment_of(kernel: KernelCode, name: str) -> int:
+    """What has to divide the address that is passed for a pointer."""
+    entries = kernel.reflection["arguments"]
+    (entry,) = (entry for entry in entries if entry["name"].removesuffix("_ptr") == name)
+    return int(entry["alignment"])
+
+
+def test_alignment_of_what_only_atomics_touch():
+    i = tirx.Var("i", "int32")
+    x = tirx.decl_buffer((64,), "int64", "x")
+    place = tirx.address_of(tirx.BufferLoad(x, [i]))
+    call = T.call_extern("int64", "atomicAdd", place, tirx.const(1, "int64"))
+    function = tirx.PrimFunc([x], bound(i, "threadIdx.x", 64, stmt.Evaluate(call)))
+    kernel, _ = only(function.with_attr("s_tir", True))
+    assert alignment_of(kernel, "x") == 8
 
 
 def test_promised_alignment_of_a_buffer_bounds_the_accesses():
@@ -72,7 +92,8 @@ def test_promised_alignment_of_a_buffer_bounds_the_accesses():
     out = tirx.decl_buffer((64,), "float32", "out")
     ramp = tirx.Ramp(i * 4, 1, 4)
     body = bound(i, "blockIdx.x", 16, tirx.BufferStore(out, tirx.BufferLoad(x, [ramp]), [ramp]))
-    _, text = only(tirx.PrimFunc([x, out], body).with_attr("s_tir", True))
+    kernel, text = only(tirx.PrimFunc([x, out], body).with_attr("s_tir", True))
+    assert (alignment_of(kernel, "x"), alignment_of(kernel, "out")) == (4, 16)
     assert text.count("Aligned 4") == 4
     assert text.count("Aligned 16") == 1
 
