@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,16 @@ GOLDEN = Path(__file__).parent / "compile" / "golden"
 def _ctrl_c_works() -> None:
     """A shell lets what it runs in the background ignore Ctrl-C, and children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _layers_have_nothing_to_say() -> Iterator[None]:
+    """Under Vulkan's validation layers (see `watched`) a test fails that they say something of."""
+    from vulkan_device import new_validation_messages
+
+    yield
+    said = new_validation_messages()
+    assert not said, "\n".join(["the validation layers say:", *said])
 
 
 @pytest.fixture
@@ -100,3 +110,14 @@ def vulkan(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from vulkan_device import open_device
 
     return open_device(tmp_path_factory.mktemp("vulkan"))
+
+
+@pytest.fixture(scope="session")
+def watched(vulkan: Any) -> dict[str, str]:
+    """The environment of a process under Vulkan's validation layers; skips where they are not."""
+    from vulkan_device import WATCHED, run_apart, unavailable
+
+    report = 'vk = VulkanDevice()\nvk.statistics()\nprint(vk.hook("validation_messages")())'
+    if '"watching":true' not in run_apart(report, **WATCHED).stdout.replace(" ", ""):
+        unavailable("the validation layers are missing; Debian: vulkan-validationlayers")
+    return WATCHED

@@ -12,6 +12,7 @@ from random_programs import Form, Program, Serial, Threaded
 from spirv_programs import TARGET, device
 from tvm import tirx
 from tvm.tirx.build import split_host_device_mods, tir_to_runtime
+from vulkan_device import new_validation_messages
 
 _HOST = {"kind": "llvm", "opt-level": 0}
 
@@ -41,6 +42,9 @@ def compare(seeds: Sequence[int]) -> Outcome:
     for seed, library in on_device.items():
         expected = _results(programs[seed], on_cpu[seed], tvm.cpu())
         found = _results(programs[seed], library, where)
+        if said := new_validation_messages():
+            outcome.failed[seed] = f"the validation layers say: {said[0]}"
+            continue
         for out, ours, theirs in zip(programs[seed].outputs, found, expected, strict=True):
             if not np.array_equal(ours, theirs):
                 at = np.flatnonzero(ours != theirs)

@@ -135,6 +135,33 @@ DYNAMIC = kernel(
     launch_params=["blockIdx.x", "threadIdx.x", "threadIdx.y"],
 )
 
+# The environment of a process under the validation layers, which tell of a wild address.
+WATCHED = {
+    "VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation",
+    "VK_LAYER_ENABLES": ":".join([
+        "VK_VALIDATION_FEATURE_ENABLE_GPU_ASSISTED_EXT",
+        "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT",
+    ]),
+}  # fmt: skip
+_heard = 0  # messages that `new_validation_messages` has returned
+
+
+def new_validation_messages() -> list[str]:
+    """What the validation layers have said since the last call; nothing where they are off."""
+    global _heard
+    if "validation" not in os.environ.get("VK_INSTANCE_LAYERS", ""):
+        return []
+    from mxforge.library import tvm_ffi
+
+    ask = tvm_ffi.get_global_func("mxforge.vulkan.validation_messages", allow_missing=True)
+    if ask is None:  # no test has come to Vulkan yet
+        return []
+    report = json.loads(ask())
+    if not report["watching"]:
+        return ["VK_INSTANCE_LAYERS asks for the validation layers, which are not there"]
+    _heard, before = len(report["messages"]), _heard
+    return list(report["messages"][before:])
+
 
 class VulkanDevice:
     """vulkan:0 with NumPy on one side of it."""
@@ -204,7 +231,9 @@ def open_device(scratch: Path) -> VulkanDevice:
     return VulkanDevice()
 
 
-def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_apart(
+    code: str, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own, with this module's names and `vk`, a VulkanDevice."""
     script = "from vulkan_device import *\n" + code
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -213,5 +242,5 @@ def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )

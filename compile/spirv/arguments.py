@@ -146,7 +146,7 @@ class ArgumentBlock:
             b.constant(I32, 0).id,
         )
         self._storage = StorageClass.PHYSICAL_STORAGE_BUFFER
-        return b.device_pointer(b.load(word, member), block)
+        return b.block_pointer(b.load(word, member), block)
 
     def _struct(self, words: dict[int, DType], name: str) -> int:
         b = self._b

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .assembler import Assembler
-from .dtypes import BOOL, U32, U64, DType, Value, widths
+from .dtypes import BOOL, I32, U32, U64, DType, Value, widths
 from .encoding import ALIGNED, UNROLL, BuiltIn, Decoration, Glsl, Op, StorageClass
 from .errors import Refusal
 from .requirements import Requirements
@@ -41,7 +41,8 @@ class Builder:
         self.loops: list[Loop] = []
         self._numbers: dict[int, Number] = {}
         self._builtins: dict[BuiltIn, int] = {}
-        self._coherent: dict[int, int] = {}  # a type -> the struct whose coherent member it is
+        # (type, whether coherent) -> struct with nothing else in it
+        self._blocks: dict[tuple[int, bool], int] = {}
 
     # Types
 
@@ -206,30 +207,34 @@ class Builder:
         operands = (ALIGNED, alignment) if alignment else ()
         self.assembler.emit(Op.STORE, pointer, value, *operands)
 
-    def device_pointer(self, address: int, type_id: int) -> int:
-        """A pointer into global memory from a 64-bit address."""
-        return self.assembler.value(
-            Op.CONVERT_U_TO_PTR,
-            self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, type_id),
-            address,
-        )
+    def device_pointer(self, address: int, type_id: int, coherent: bool = False) -> int:
+        """A pointer into global memory from a 64-bit address; coherent, threads may exchange
+        values there.
 
-    def coherent_pointer(self, address: int, type_id: int) -> int:
-        """The same, for memory that threads exchange values in.
-
-        Only members of structs can be coherent: this points to the member of one.
+        Through a struct of one member, as compilers of GLSL have it: only a member can be
+        coherent, and the validation layers check no address that comes without an OpAccessChain.
         """
-        assembler = self.assembler
-        struct = self._coherent.get(type_id)
-        if struct is None:
-            struct = assembler.type(Op.TYPE_STRUCT, type_id, distinct=True)
-            assembler.decorate(struct, Decoration.BLOCK)
-            assembler.decorate_member(struct, 0, Decoration.OFFSET, 0)
-            assembler.decorate_member(struct, 0, Decoration.COHERENT)
-            self._coherent[type_id] = struct
+        block = self.block_pointer(address, self._block_of(type_id, coherent))
         pointer_type = self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, type_id)
-        pointer = self.device_pointer(address, struct)
-        return assembler.value(Op.ACCESS_CHAIN, pointer_type, pointer, self.word(0))
+        first = self.constant(I32, 0).id
+        return self.assembler.value(Op.ACCESS_CHAIN, pointer_type, block, first)
+
+    def block_pointer(self, address: int, block: int) -> int:
+        """A pointer to a struct, decorated as a block, from a 64-bit address."""
+        pointer_type = self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, block)
+        return self.assembler.value(Op.CONVERT_U_TO_PTR, pointer_type, address)
+
+    def _block_of(self, type_id: int, coherent: bool) -> int:
+        """A struct with this as its only member."""
+        key = type_id, coherent
+        if key not in self._blocks:
+            block = self.assembler.type(Op.TYPE_STRUCT, type_id, distinct=True)
+            self.assembler.decorate(block, Decoration.BLOCK)
+            self.assembler.decorate_member(block, 0, Decoration.OFFSET, 0)
+            if coherent:
+                self.assembler.decorate_member(block, 0, Decoration.COHERENT)
+            self._blocks[key] = block
+        return self._blocks[key]
 
     def address_plus(self, address: int, offset: int) -> int:
         """address + offset, uint64 ids both."""

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from vulkan_device import VulkanDevice, run_apart, unavailable
+from vulkan_device import VulkanDevice, run_apart
 
 START = """
 import numpy as np
@@ -239,24 +239,6 @@ print("watching", report["watching"])
 for message in report["messages"]:
     print(message)
 """
-
-
-def layers(*enables: str) -> dict[str, str]:
-    return {
-        "VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation",
-        "VK_LAYER_ENABLES": ";".join(enables).replace(";", ":"),
-    }
-
-
-@pytest.fixture(scope="module")
-def watched() -> dict[str, str]:
-    """The environment of a process under the validation layers, which tell of a wild address."""
-    environment = layers("VK_VALIDATION_FEATURE_ENABLE_GPU_ASSISTED_EXT",
-                         "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT")  # fmt: skip
-    result = run_apart(START + "vk = VulkanDevice(); vulkan.check()" + REPORT, **environment)
-    if "watching True" not in result.stdout:
-        unavailable("the validation layers are missing; Debian: vulkan-validationlayers")
-    return environment
 
 
 def test_the_validation_layers_have_nothing_to_say(watched: dict[str, str]) -> None:
