@@ -24,6 +24,7 @@ from .liveness import live_variables
 from .memory import Memory
 from .scope import Scope
 from .statements import Statements
+from .subgroups import check_block
 
 _AXES = ("x", "y", "z")
 
@@ -123,6 +124,7 @@ def _generate(name: str, function: Any, exchanged: frozenset[int] = frozenset())
     b.leave()
     if memory.exchanged != exchanged:
         return _generate(name, function, memory.exchanged)
+    check_block(b.requirements, threads.sizes[0])
     local_size = threads.specialize()
     reflection = {
         "arguments": [

@@ -1,8 +1,9 @@
 """Barriers and what the lanes of a subgroup do together.
 
 TIR's warp shuffles name the warp size they are written for; it becomes a requirement on the
-device's subgroup size. The functions of `FUNCTIONS`, called with T.call_extern and named as in
-GLSL, work for any subgroup size.
+device's subgroup size, and that subgroups are full: Vulkan grants it to blocks whose size in x is
+a multiple of the subgroup's, and others are refused. The functions of `FUNCTIONS`, called with
+T.call_extern and named as in GLSL, work for any subgroup size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .errors import Refusal
 
 if TYPE_CHECKING:
     from .expressions import CallWriter, Expressions
+    from .requirements import Requirements
 
 
 def storage_sync(x: Expressions, call: Any) -> None:
@@ -67,6 +69,19 @@ def _require_size(x: Expressions, expr: Any) -> None:
             "Write all shuffles for the same size.",
         )
     requirements.subgroup_size = size
+    # A source lane that the device left empty has no value to give.
+    requirements.features.add("computeFullSubgroups")
+
+
+def check_block(requirements: Requirements, threads_in_x: int) -> None:
+    """Refusal where full subgroups are required of a block that has none; 0: known at launch."""
+    size = requirements.subgroup_size
+    if size is not None and threads_in_x % size != 0:
+        raise Refusal(
+            f"warp shuffles for {size} lanes in blocks of {threads_in_x} threads in x",
+            f"a multiple of {size} threads in x, which fills the warps",
+            "Bind more threads to threadIdx.x, or use the subgroup functions of any size.",
+        )
 
 
 def shuffle(kind: Literal["index", "up", "down", "xor"]) -> CallWriter:

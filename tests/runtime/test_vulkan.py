@@ -443,6 +443,27 @@ def test_a_required_subgroup_size_is_used(device: VulkanDevice) -> None:
     assert (device.numpy(out) == smallest).all()
 
 
+def test_full_subgroups_need_blocks_that_fill_them(device: VulkanDevice) -> None:
+    smallest = json.loads(device.hook("devices")())[0]["subgroup_size"][0]
+    needs = {"subgroup_size": smallest, "features": ["bufferDeviceAddress", "computeFullSubgroups"]}
+    source = (
+        "layout(local_size_x_id = 0) in; layout(push_constant) uniform P { U x; } p;"
+        "void main() { p.x.v[gl_LocalInvocationIndex] = gl_LocalInvocationIndex; }"
+    )
+    entry = kernel("full", source, [pointer("x", 0, "w")], requirements=needs,
+                   local_size=[0, 1, 1])  # fmt: skip
+    out = device.empty([4 * smallest], "uint32")
+    run = device.module(entry)["full"]
+    run(out, 1, 4 * smallest)
+    np.testing.assert_array_equal(device.numpy(out), np.arange(4 * smallest))
+    message = (
+        f"full has blocks of {smallest + 1} threads in x, but needs full subgroups, "
+        f"a multiple of {smallest}"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        run(out, 1, smallest + 1)
+
+
 def test_kernels_are_timed(device: VulkanDevice) -> None:
     spin, run = device.module(SPIN)["spin"], affine(device)
     a, b = device.tensor(np.zeros(64, np.float32)), device.empty([64])

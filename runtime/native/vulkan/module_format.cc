@@ -244,6 +244,8 @@ KernelInfo ParseKernel(const ffi::Any& value, const std::string& path, std::stri
 
   const Fields needs(fields.Get("requirements"), named + ".requirements");
   kernel.features = needs.Texts("features");
+  kernel.full_subgroups = std::find(kernel.features.begin(), kernel.features.end(),
+                                    "computeFullSubgroups") != kernel.features.end();
   kernel.extensions = needs.Texts("extensions");
   kernel.subgroup_operations = needs.Texts("subgroup_operations");
   if (needs.Get("subgroup_size").type_index() != ffi::TypeIndex::kTVMFFINone) {

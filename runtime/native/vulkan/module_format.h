@@ -68,6 +68,7 @@ struct KernelInfo {
   std::vector<std::string> extensions;
   std::vector<std::string> subgroup_operations;
   uint32_t subgroup_size = 0;  // 0: any
+  bool full_subgroups = false;  // a thread in every lane: the feature computeFullSubgroups
 
   bool HasDynamicSize() const {
     return local_size[0] == 0 || local_size[1] == 0 || local_size[2] == 0;

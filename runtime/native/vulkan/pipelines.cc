@@ -123,7 +123,14 @@ void Pipelines::CheckSize(const KernelInfo& kernel, const LocalSize& size) const
                                 << limits.maxComputeWorkGroupInvocations << " that "
                                 << core_->Label() << " allows; use smaller blocks.";
   }
-  const uint64_t subgroups = core_->physical.max_workgroup_subgroups;
+  const PhysicalDevice& device = core_->physical;
+  const uint32_t lanes = kernel.subgroup_size != 0 ? kernel.subgroup_size : device.subgroup_size;
+  if (kernel.full_subgroups && size[0] % lanes != 0) {
+    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << size[0]
+                                << " threads in x, but needs full subgroups, a multiple of "
+                                << lanes << " threads on " << core_->Label() << ".";
+  }
+  const uint64_t subgroups = device.max_workgroup_subgroups;
   if (kernel.subgroup_size != 0 && subgroups != 0 && threads > subgroups * kernel.subgroup_size) {
     TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << threads
                                 << " threads, more than " << subgroups << " subgroups of "
@@ -209,6 +216,9 @@ VkPipeline Pipelines::Create(size_t index, const LocalSize& size) {
   const PhysicalDevice& device = core_->physical;
   if (kernel.subgroup_size != 0 && device.min_subgroup_size != device.max_subgroup_size) {
     info.stage.pNext = &subgroup;
+  }
+  if (kernel.full_subgroups) {
+    info.stage.flags |= VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT;
   }
   info.stage.stage = VK_SHADER_STAGE_COMPUTE_BIT;
   info.stage.module = prepared_[index].shader;

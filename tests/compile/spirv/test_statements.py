@@ -9,6 +9,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import stmt
 
+from mxforge.errors import VulkanCodegenError
+
 N = 64
 
 
@@ -269,6 +271,26 @@ def test_warp_shuffles(kind):
     (kernel,) = unpack(generate(lowered(function)))
     assert kernel.reflection["requirements"]["subgroup_size"] == size
     assert "shuffle" in kernel.reflection["requirements"]["subgroup_operations"]
+    assert "computeFullSubgroups" in kernel.reflection["requirements"]["features"]
+
+
+@pytest.mark.parametrize(
+    ("threads_in_x", "fits"), [(32, True), (64, True), (16, False), (48, False)]
+)
+def test_warp_shuffles_need_full_subgroups(threads_in_x, fits):
+    x = buffer("x", "float32")
+
+    def body(i):
+        mask = tirx.const(2**32 - 1, "uint32")
+        return tirx.BufferStore(x, T.tvm_warp_shuffle(mask, load(x, i), 1, 32, 32), [i])
+
+    module = lowered(threads(body, x, size=threads_in_x))
+    if fits:
+        assert generate(module)
+        return
+    message = f"for 32 lanes in blocks of {threads_in_x} threads in x; expected a multiple of 32"
+    with pytest.raises(VulkanCodegenError, match=message):
+        generate(module)
 
 
 @pytest.mark.parametrize(
