@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from .encoding import (
     ADDRESSING_PHYSICAL_STORAGE_BUFFER_64,
@@ -22,6 +22,7 @@ from .encoding import (
     Op,
 )
 
+Instruction = tuple[int, list[int]]  # opcode, operands
 GENERATOR = 0  # not in Khronos' registry
 
 
@@ -117,6 +118,14 @@ class Assembler:
     ) -> None:
         _append(self._decorations, Op.MEMBER_DECORATE, target, member, decoration, *literals)
 
+    def declarations(self) -> Iterator[Instruction]:
+        """Types, constants and variables, so far."""
+        return _instructions(self._declarations)
+
+    def instructions(self) -> Iterator[Instruction]:
+        """The body, so far."""
+        return _instructions(self.body)
+
     def assemble(self, local_size: tuple[int, int, int] | None) -> bytes:
         """The module's bytes, little-endian: one entry point, "main", whose body is `body`.
 
@@ -153,6 +162,14 @@ class Assembler:
         if code.itemsize != 4 or struct.pack("=I", 1) != struct.pack("<I", 1):
             return header + struct.pack(f"<{len(words)}I", *words)
         return header + code.tobytes()
+
+
+def _instructions(section: list[int]) -> Iterator[Instruction]:
+    at = 0
+    while at < len(section):
+        words = section[at] >> 16
+        yield section[at] & 0xFFFF, section[at + 1 : at + words]
+        at += words
 
 
 def _append(section: list[int], op: Op, *operands: int) -> None:

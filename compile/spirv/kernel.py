@@ -124,6 +124,7 @@ def _generate(name: str, function: Any, exchanged: frozenset[int] = frozenset())
     b.leave()
     if memory.exchanged != exchanged:
         return _generate(name, function, memory.exchanged)
+    b.requirements.complete()
     check_block(b.requirements, threads.sizes[0])
     local_size = threads.specialize()
     reflection = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from .assembler import Assembler
 from .dtypes import DType
-from .encoding import Capability
+from .encoding import Capability, Op, StorageClass
 
 # Names of VkBool32 members of Vulkan's feature structs. What core Vulkan 1.2 has is not listed.
 _FEATURES: dict[Capability, str] = {
@@ -41,7 +41,6 @@ _ARITHMETIC: dict[tuple[str, int], Capability] = {
     ("integer", 8): Capability.INT8,
     ("integer", 16): Capability.INT16,
     ("integer", 64): Capability.INT64,
-    ("float", 16): Capability.FLOAT16,
     ("float", 64): Capability.FLOAT64,
 }
 
@@ -70,7 +69,10 @@ class Requirements:
         self.extensions.add(_DEVICE_EXTENSIONS[name])
 
     def arithmetic(self, dtype: DType) -> None:
-        """Registers of this type: 8, 16 and 64 bits are features of their own."""
+        """Registers of this type: 8, 16 and 64 bits are features of their own.
+
+        Whether float16 is more than loaded, converted and stored is seen at the end (`complete`).
+        """
         kind = "float" if dtype.is_float else "integer"
         if dtype.kind != "bool" and (kind, dtype.bits) in _ARITHMETIC:
             self.capability(_ARITHMETIC[kind, dtype.bits])
@@ -88,6 +90,11 @@ class Requirements:
         if narrow or (dtype.bits == 64 and not dtype.is_float):
             self.features.add("shaderSubgroupExtendedTypes")
 
+    def complete(self) -> None:
+        """The code is written: does it compute in float16?"""
+        if _computes_in_float16(self.assembler):
+            self.capability(Capability.FLOAT16)
+
     def to_json(self) -> dict[str, Any]:
         """The object `requirements` of the module format, in an order that never changes."""
         return {
@@ -96,3 +103,29 @@ class Requirements:
             "subgroup_operations": sorted(self.subgroup_operations),
             "subgroup_size": self.subgroup_size,
         }
+
+
+def _computes_in_float16(assembler: Assembler) -> bool:
+    """Whether float16 is more than loaded, converted and stored: that much needs no arithmetic."""
+    types: set[int] = set()  # float16 and its vectors
+    for op, words in assembler.declarations():
+        if (op == Op.TYPE_FLOAT and words[1] == 16) or (op == Op.TYPE_VECTOR and words[1] in types):
+            types.add(words[0])
+        elif op == Op.TYPE_POINTER:
+            if words[2] in types and words[1] != StorageClass.PHYSICAL_STORAGE_BUFFER:
+                return True
+        elif op == Op.TYPE_ARRAY:
+            if words[1] in types:
+                return True
+        elif words[0] in types and op != Op.TYPE_STRUCT:  # a constant
+            return True
+    values: set[int] = set()
+    for op, words in assembler.instructions() if types else ():
+        if op in (Op.LOAD, Op.F_CONVERT):
+            if words[0] in types:
+                values.add(words[1])
+        elif op not in (Op.STORE, Op.ACCESS_CHAIN):
+            ids = words[:3] + words[4:] if op == Op.EXT_INST else words
+            if (ids and ids[0] in types) or not values.isdisjoint(ids):
+                return True
+    return False

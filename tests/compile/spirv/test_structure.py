@@ -190,6 +190,49 @@ def test_capabilities_and_features_only_when_used():
     ]
 
 
+def widened(x):
+    return tirx.Cast("float32", x)
+
+
+@pytest.mark.parametrize(
+    ("operation", "inputs", "output", "arithmetic"),
+    [
+        (lambda x: widened(x) * widened(x), ["float16"], "float32", False),
+        (lambda x: tirx.Cast("float16", x + x), ["float32"], "float16", False),
+        (lambda x: tirx.Cast("float16", T.exp(widened(x))), ["float16"], "float16", False),
+        (lambda x: x, ["float16"], "float16", False),
+        (lambda x: x + x, ["float16"], "float16", True),
+        (lambda x: T.max(x, tirx.const(0, "float16")), ["float16"], "float16", True),
+        (lambda x: tirx.Cast("int32", x < x), ["float16"], "int32", True),
+        (lambda x: T.reinterpret("uint16", x), ["float16"], "uint16", True),
+        (lambda x: tirx.const(1, "float16"), ["float32"], "float16", True),
+    ],
+)
+@pytest.mark.parametrize("lanes", [1, 4, 8])
+def test_float16_that_is_only_stored_needs_no_arithmetic(
+    operation, inputs, output, arithmetic, lanes
+):
+    kernel, text = only(elementwise([operation], inputs, output, 256, lanes))
+    features = kernel.reflection["requirements"]["features"]
+    assert "storageBuffer16BitAccess" in features
+    assert ("shaderFloat16" in features) == ("OpCapability Float16" in text) == arithmetic
+
+
+def test_float16_in_shared_memory_needs_arithmetic():
+    i = tirx.Var("i", "int32")
+    x = tirx.decl_buffer((64,), "float16", "x")
+    staging = tirx.decl_buffer((64,), "float16", "staging", scope="shared")
+    body = stmt.stmt_seq(
+        stmt.AllocBuffer(staging),
+        tirx.BufferStore(staging, tirx.BufferLoad(x, [i]), [i]),
+        stmt.Evaluate(T.tvm_storage_sync("shared")),
+        tirx.BufferStore(x, tirx.BufferLoad(staging, [63 - i]), [i]),
+    )
+    function = tirx.PrimFunc([x], bound(i, "threadIdx.x", 64, body)).with_attr("s_tir", True)
+    kernel, _ = only(function)
+    assert "shaderFloat16" in kernel.reflection["requirements"]["features"]
+
+
 def test_dead_bindings_leave_no_trace():
     i, dead = tirx.Var("i", "int32"), tirx.Var("dead", "float16")
     half, out = tirx.decl_buffer((8,), "float16", "half"), tirx.decl_buffer((8,), "int32", "out")
