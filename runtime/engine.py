@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import vulkan
 from .artifact import Artifact, open_artifact
 from .errors import (
     CancelledError,
@@ -27,7 +28,7 @@ from .errors import (
     UsageError,
 )
 from .kv import PageNeeds, available_memory, check_memory, page_needs
-from .library import default_threads, usable_cores
+from .library import default_threads, device_memory, usable_cores
 from .manifest import Manifest
 from .model import check_memory_plan
 from .results import Completion, Piece
@@ -451,12 +452,14 @@ def _fit(
     """How many sequences run at once, and their page pools; KVMemoryError where they do not fit.
 
     Without a wish, as many as fit beside the weights, and one even where the weights do not:
-    they are mapped, and can be read from disk again and again. Random ones are made in memory.
+    they are mapped, and can be read from disk again and again. Random ones are made in memory,
+    and a GPU has copies.
     """
     memory = manifest.memory
     window = int(manifest.config["sliding_window"])
     page_bytes = (memory.kv_bytes_per_page_full, memory.kv_bytes_per_page_sliding)
-    available = available_memory()
+    kind = manifest.target.kind
+    available = _available(kind)
     rest = memory.workspace_bytes + OVERHEAD_BYTES
     weights = memory.weights_bytes
 
@@ -470,9 +473,22 @@ def _fit(
             batch -= 1
     else:
         batch = _checked_limit("max_batch", max_batch, manifest.limits.max_batch)
-    if manifest.random_seed is not None:
+    if manifest.random_seed is not None or kind != "cpu":
         rest += weights
     needed = check_memory(
-        context_length, batch, prefill_chunk + batch, window, *page_bytes, available, rest
-    )
+        context_length, batch, prefill_chunk + batch, window, *page_bytes, available, rest,
+        "" if kind == "cpu" else f" on {kind}:0",
+    )  # fmt: skip
     return batch, needed
+
+
+def _available(kind: str) -> int | None:
+    """Bytes that the model may take of the memory that its tensors lie in."""
+    if kind in ("cpu", "metal"):  # Apple's GPUs have the host's memory, and TVM does not say more
+        return available_memory()
+    device = device_memory(kind)
+    if kind == "vulkan" and vulkan.check().type in ("integrated", "cpu"):
+        # Its heaps are the host's memory, of which it may not know what others have taken.
+        known = [bytes_ for bytes_ in (device, available_memory()) if bytes_ is not None]
+        return min(known, default=None)
+    return device

@@ -407,11 +407,13 @@ def check_memory(
     bytes_per_page_sliding: int,
     available: int | None,
     other_bytes: int = 0,
+    where: str = "",
 ) -> PageNeeds:
     """`page_needs`, or KVMemoryError where its bytes do not fit.
 
     `available` is what may be taken (`available_memory`; None: unknown, nothing is refused),
-    `other_bytes` what else will be taken of it. The message names the longest context that fits.
+    `other_bytes` what else will be taken of it, `where` for a GPU " on vulkan:0". The message
+    names the longest context that fits.
     """
 
     def needs(context: int) -> PageNeeds:
@@ -436,7 +438,7 @@ def check_memory(
     others = f" beside {_gib(other_bytes)} for the rest" if other_bytes else ""
     raise KVMemoryError(
         f"The KV pool for {max_batch} x {context_length} tokens needs {_gib(wanted.bytes)}{others},"
-        f" but {_gib(max(0, available))} of memory are available; {advice}."
+        f" but {_gib(max(0, available))} of memory are available{where}; {advice}."
     )
 
 

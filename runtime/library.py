@@ -95,6 +95,23 @@ def _load_device(kind: str, index: int) -> _DeviceKind:
     return device
 
 
+_TOTAL_GLOBAL_MEMORY, _AVAILABLE_GLOBAL_MEMORY = 14, 15  # TVM's DeviceAttrKind
+
+
+def device_memory(kind: str, index: int = 0) -> int | None:
+    """Bytes that tensors may still take on a GPU; all that it has where TVM knows no better.
+
+    Vulkan's drivers know with VK_EXT_memory_budget. None: not even the whole is known.
+    """
+    device = _load_device(kind, index)
+    ask = tvm_ffi.get_global_func("runtime.GetDeviceAttr")
+    for attribute in (_AVAILABLE_GLOBAL_MEMORY, _TOTAL_GLOBAL_MEMORY):
+        answer = ask(device.number, index, attribute)
+        if answer is not None:
+            return int(answer)
+    return None
+
+
 def _load_nothing(_kind: str, _index: int) -> None:
     """The CPU is in TVM's runtime itself."""
 

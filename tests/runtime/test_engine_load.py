@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small import edit_manifest
+from vulkan_device import VulkanDevice
 
 from mxforge import Engine
-from mxforge.artifact import verify
+from mxforge.artifact import open_artifact, verify
+from mxforge.engine import _fit
 from mxforge.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -20,6 +25,7 @@ from mxforge.errors import (
     KVMemoryError,
     UsageError,
 )
+from mxforge.library import device_memory
 
 Load = Callable[..., Engine]
 
@@ -98,6 +104,49 @@ def test_random_weights_count_as_memory(
     monkeypatch.setattr("mxforge.engine.Worker", NothingIsBuilt)
     with pytest.raises(KVMemoryError, match=r"16.50 GiB for the rest, but 16.00 GiB"):
         Engine.load(artifact)
+
+
+@pytest.mark.parametrize(
+    ("kind", "type_", "device", "host", "available"),
+    [
+        ("vulkan", "discrete", 600, 100_000, "0.59"),
+        ("vulkan", "discrete", 600, 300, "0.59"),
+        ("vulkan", "integrated", 600, 300, "0.29"),  # which has the host's memory
+        ("cuda", "", 600, 300, "0.59"),
+        ("metal", "", None, 300, "0.29"),
+    ],
+)
+def test_on_a_gpu_the_pool_has_to_fit_its_memory(
+    odd_artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    type_: str,
+    device: int,
+    host: int,
+    available: str,
+) -> None:
+    manifest = open_artifact(odd_artifact).manifest
+    manifest = replace(
+        manifest,
+        target=replace(manifest.target, kind=kind),
+        memory=replace(manifest.memory, weights_bytes=100 << 20, workspace_bytes=0),
+    )
+    monkeypatch.setattr("mxforge.engine.available_memory", lambda: host << 20)
+    monkeypatch.setattr("mxforge.engine.device_memory", lambda _: device << 20)
+    monkeypatch.setattr("mxforge.vulkan.check", lambda: SimpleNamespace(type=type_))
+    message = (
+        r"0.25 GiB beside 0.60 GiB for the rest, "
+        rf"but {available} GiB of memory are available on {kind}:0"
+    )
+    with pytest.raises(KVMemoryError, match=message):
+        _fit(manifest, 131_072, 4, 32)
+
+
+def test_the_device_says_how_much_memory_it_has_left(vulkan: VulkanDevice) -> None:
+    described = json.loads(vulkan.hook("devices")())[0]
+    left = device_memory("vulkan")
+    assert left is not None
+    assert 0 < left <= sum(heap["bytes"] for heap in described["heaps"])
 
 
 @pytest.mark.parametrize("name", ["kv_bytes_per_page_full", "kv_bytes_per_page_sliding"])
