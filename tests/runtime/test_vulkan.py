@@ -18,6 +18,7 @@ DEFAULTS = {
     "direct_copies": 1,
     "batch_commands": 256,
     "first_batch_commands": 32,
+    "batch_milliseconds": 100,
     "batches_in_flight": 8,
     "staging_chunk_bytes": 4 << 20,
     "staging_chunks": 4,
@@ -499,6 +500,54 @@ def test_pointers_of_another_stage_of_life(device: VulkanDevice) -> None:
     for _ in range(50):
         affine(device)(a, b)
     assert (device.numpy(b) == 3).all()
+
+
+@pytest.mark.parametrize(("limit", "batches", "expected"), [
+    pytest.param(32, [[31, 1.0]] * 4, [64, 64, 64, 64], id="grows only where it was used"),
+    pytest.param(32, [[32, 1.0], [64, 1.0], [128, 1.0], [256, 1.0]], [64, 128, 256, 256],
+                 id="up to what is set"),
+    pytest.param(32, [[32, 1600.0]], [2], id="shrinks at once"),
+    pytest.param(32, [[1, 5000.0]], [1], id="never below one command"),
+    pytest.param(1, [[1, 5000.0], [1, 1.0], [2, 1.0]], [1, 2, 4], id="recovers"),
+    pytest.param(32, [[32, 80.0]], [40], id="to what fits"),
+    pytest.param(32, [[3, 0.001]], [32], id="a small batch says little"),
+    pytest.param(32, [[3, 90.0]], [3], id="unless it was slow"),
+    pytest.param(32, [[32, 0.0]], [64], id="faster than the clock"),
+])  # fmt: skip
+def test_batches_shrink_and_grow_with_the_time_they_take(
+    vulkan: VulkanDevice, limit: int, batches: list[list[float]], expected: list[int]
+) -> None:
+    simulate = vulkan.hook("batch_limit_simulate")
+    assert json.loads(simulate(json.dumps([limit, 100.0, 256, batches]))) == expected
+
+
+def test_long_kernels_make_small_batches(device: VulkanDevice) -> None:
+    spin, run = device.module(SPIN)["spin"], affine(device)
+    a, b = device.empty([16 * 64]), device.empty([64])
+    c = device.tensor(np.zeros(64, np.float32))
+    device.configure(batch_milliseconds=1)
+    for _ in range(36):
+        spin(a, 60_000, 16, 64)  # 10 ms and more
+    device.sync()
+    assert device.statistics()["batch_limit"] == 1
+    before = device.statistics()["submits"]
+    for _ in range(5):
+        spin(a, 60_000, 16, 64)
+    assert device.statistics()["submits"] == before + 5
+    device.sync()
+    device.configure(batch_milliseconds=100_000)
+    for _ in range(600):
+        run(c, b)
+    device.sync()
+    assert device.statistics()["batch_limit"] > 32
+    device.configure(batch_milliseconds=0)
+    device.sync()
+    before = device.statistics()["submits"]
+    for _ in range(100):
+        run(c, b)
+    device.sync()
+    assert device.statistics()["submits"] <= before + 3, "only the number counts"
+    assert (device.numpy(b) == 1).all()
 
 
 def test_unknown_settings_are_refused(device: VulkanDevice) -> None:

@@ -24,6 +24,7 @@ struct Settings {
   bool direct_copies = true;           // the host reads and writes mapped memory itself
   uint32_t batch_commands = 256;       // commands after which a batch is submitted anyway
   uint32_t first_batch_commands = 32;  // the same while the device has nothing else to do
+  uint32_t batch_milliseconds = 100;   // how long a batch should take at most; 0: any time
   uint32_t batches_in_flight = 8;      // submitted and not known to have ended
   uint64_t block_bytes = 64 << 20;     // of a block that small tensors share; 0: none do
   uint64_t staging_chunk_bytes = 4 << 20;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "batch_limit.h"
 #include "border.h"
 #include "device.h"
 #include "device_api.h"
@@ -102,6 +103,7 @@ String StatisticsOf(int id) {
       {"device_allocations", device->memory().allocations},
       {"pending_frees", device->memory().buried()},
       {"batches_in_flight", device->default_stream()->InFlight()},
+      {"batch_limit", device->default_stream()->batch_limit()},
       {"streams", device->stream_count()},
       {"pipeline_cache_loaded_bytes", device->cache().loaded_bytes()},
       {"pipeline_cache_saves", device->cache().saves()},
@@ -125,6 +127,8 @@ void Configure(int id, const String& name, int64_t value) {
     settings.batch_commands = count;
   } else if (setting == "first_batch_commands") {
     settings.first_batch_commands = count;
+  } else if (setting == "batch_milliseconds") {
+    settings.batch_milliseconds = static_cast<uint32_t>(std::clamp<int64_t>(value, 0, UINT32_MAX));
   } else if (setting == "batches_in_flight") {
     settings.batches_in_flight = count;
   } else if (setting == "block_bytes") {
@@ -249,6 +253,21 @@ String PlanMemory(const String& described) {
   return json::Stringify(types);
 }
 
+/*! \brief [limit, target in ms, most, [[commands, ms], ...]] -> the limit after each batch. */
+String SimulateBatchLimit(const String& described) {
+  const auto values = json::Parse(described).cast<json::Array>();
+  auto limit = static_cast<uint32_t>(values[0].cast<int64_t>());
+  json::Array limits;
+  for (const ffi::Any& each : values[3].cast<json::Array>()) {
+    const auto batch = each.cast<json::Array>();
+    limit = NextBatchLimit(limit, static_cast<uint32_t>(batch[0].cast<int64_t>()),
+                           batch[1].cast<double>(), values[1].cast<double>(),
+                           static_cast<uint32_t>(values[2].cast<int64_t>()));
+    limits.push_back(static_cast<int64_t>(limit));
+  }
+  return json::Stringify(limits);
+}
+
 /*! \brief (function, n, arguments...) -> nanoseconds a call, without Python's share of it. */
 void TimeCalls(ffi::PackedArgs arguments, ffi::Any* result) {
   const auto function = arguments[0].cast<ffi::Function>();
@@ -283,6 +302,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("mxforge.vulkan.hazard_log_read",
            [](int id) { return String(Device::Get(id)->HazardLogJson()); })
       .def("mxforge.vulkan.hazard_simulate", &SimulateHazards)
+      .def("mxforge.vulkan.batch_limit_simulate", &SimulateBatchLimit)
       .def("mxforge.vulkan.memory_plan", &PlanMemory)
       .def_packed("mxforge.vulkan.time_calls", &TimeCalls)
       .def("mxforge.vulkan.build_id", [] { return String(MXFORGE_VULKAN_BUILD_ID); })

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "batch_limit.h"
+
 namespace mxforge {
 namespace vulkan {
 namespace {
@@ -49,6 +51,7 @@ Batch::Batch(Core* core, Memory* memory) : core_(core), memory_(memory) {
 }
 
 Batch::~Batch() {
+  if (span_ != VK_NULL_HANDLE) core_->call.DestroyQueryPool(core_->handle, span_, nullptr);
   if (queries_ != VK_NULL_HANDLE) core_->call.DestroyQueryPool(core_->handle, queries_, nullptr);
   core_->call.DestroyCommandPool(core_->handle, pool_, nullptr);
 }
@@ -65,16 +68,32 @@ void Batch::Begin(uint64_t new_value) {
   auto info = Struct<VkCommandBufferBeginInfo>(VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO);
   info.flags = VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT;
   core_->Check(core_->call.BeginCommandBuffer(commands, &info), "vkBeginCommandBuffer");
-  stamping_ = core_->profiling && core_->physical.timestamp_bits != 0;
-  if (!stamping_) return;
-  if (queries_ == VK_NULL_HANDLE) {
-    auto pool = Struct<VkQueryPoolCreateInfo>(VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO);
-    pool.queryType = VK_QUERY_TYPE_TIMESTAMP;
-    pool.queryCount = kQueries;
-    core_->Check(core_->call.CreateQueryPool(core_->handle, &pool, nullptr, &queries_),
-                 "vkCreateQueryPool");
-  }
+  stamping_ = false;
+  if (core_->physical.timestamp_bits == 0) return;
+  if (span_ == VK_NULL_HANDLE) span_ = CreateQueries(2);
+  core_->call.CmdResetQueryPool(commands, span_, 0, 2);
+  core_->call.CmdWriteTimestamp(commands, VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, span_, 0);
+  if (!core_->profiling) return;
+  stamping_ = true;
+  if (queries_ == VK_NULL_HANDLE) queries_ = CreateQueries(kQueries);
   core_->call.CmdResetQueryPool(commands, queries_, 0, kQueries);
+}
+
+VkQueryPool Batch::CreateQueries(uint32_t count) {
+  auto info = Struct<VkQueryPoolCreateInfo>(VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO);
+  info.queryType = VK_QUERY_TYPE_TIMESTAMP;
+  info.queryCount = count;
+  VkQueryPool pool = VK_NULL_HANDLE;
+  core_->Check(core_->call.CreateQueryPool(core_->handle, &info, nullptr, &pool),
+               "vkCreateQueryPool");
+  return pool;
+}
+
+void Batch::End() {
+  if (span_ != VK_NULL_HANDLE) {
+    core_->call.CmdWriteTimestamp(commands, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, span_, 1);
+  }
+  core_->CheckFatal(core_->call.EndCommandBuffer(commands), "vkEndCommandBuffer");
 }
 
 uint64_t Batch::WriteArguments(const uint8_t* block, uint32_t bytes) {
@@ -111,26 +130,47 @@ void Batch::StampAfter() {
                                 static_cast<uint32_t>(2 * stamped_.size() - 1));
 }
 
-void Batch::Finish() {
+double Batch::Milliseconds(uint64_t from, uint64_t to) const {
+  const uint32_t bits = core_->physical.timestamp_bits;
+  const uint64_t mask = bits >= 64 ? UINT64_MAX : (1ULL << bits) - 1;
+  return static_cast<double>((to - from) & mask) * core_->physical.limits.timestampPeriod * 1e-6;
+}
+
+double Batch::Finish(uint64_t* previous) {
+  CountKernels();
+  uint64_t span[2];
+  if (span_ == VK_NULL_HANDLE ||
+      core_->call.GetQueryPoolResults(core_->handle, span_, 0, 2, sizeof(span), span,
+                                      sizeof(uint64_t), VK_QUERY_RESULT_64_BIT) != VK_SUCCESS) {
+    return -1;
+  }
+  // It may have begun, as far as the clock goes, while the one before it was still running.
+  const double whole = Milliseconds(span[0], span[1]);
+  const double alone = *previous == 0 ? whole : Milliseconds(*previous, span[1]);
+  *previous = span[1];
+  return std::min(whole, alone);
+}
+
+void Batch::CountKernels() {
   if (stamped_.empty()) return;
   std::vector<uint64_t> stamps(2 * stamped_.size());
   const VkResult result = core_->call.GetQueryPoolResults(
       core_->handle, queries_, 0, static_cast<uint32_t>(stamps.size()),
       stamps.size() * sizeof(uint64_t), stamps.data(), sizeof(uint64_t), VK_QUERY_RESULT_64_BIT);
   if (result != VK_SUCCESS) return;  // times are an aid; without them the work is still done
-  const uint32_t bits = core_->physical.timestamp_bits;
-  const uint64_t mask = bits >= 64 ? UINT64_MAX : (1ULL << bits) - 1;
   for (size_t i = 0; i < stamped_.size(); ++i) {
     KernelTime& time = core_->times[*stamped_[i]];
     ++time.count;
-    time.nanoseconds += static_cast<double>((stamps[2 * i + 1] - stamps[2 * i]) & mask) *
-                        core_->physical.limits.timestampPeriod;
+    time.nanoseconds += 1e6 * Milliseconds(stamps[2 * i], stamps[2 * i + 1]);
   }
   stamped_.clear();
 }
 
 Stream::Stream(Core* core, Memory* memory, const std::vector<std::unique_ptr<Stream>>* siblings)
-    : core_(core), memory_(memory), siblings_(siblings) {
+    : core_(core),
+      memory_(memory),
+      batch_limit_(core->settings.first_batch_commands),
+      siblings_(siblings) {
   auto type = Struct<VkSemaphoreTypeCreateInfo>(VK_STRUCTURE_TYPE_SEMAPHORE_TYPE_CREATE_INFO);
   type.semaphoreType = VK_SEMAPHORE_TYPE_TIMELINE;
   auto info = Struct<VkSemaphoreCreateInfo>(VK_STRUCTURE_TYPE_SEMAPHORE_CREATE_INFO);
@@ -171,7 +211,9 @@ void Stream::Count() {
   Batch* batch = open_.get();
   batch->position = hazards.Position();
   ++batch->count;
-  if (batch->count >= core_->settings.batch_commands) {
+  const uint32_t most = core_->settings.batch_commands;
+  const bool timed = core_->settings.batch_milliseconds != 0;
+  if (batch->count >= (timed ? std::min(batch_limit_, most) : most)) {
     Submit();
   } else if (batch->count == core_->settings.first_batch_commands) {
     Poll();
@@ -254,7 +296,7 @@ uint64_t Stream::Submit() {
   if ((!open_ || open_->count == 0) && dependencies_.empty()) return submitted_;
   Open();
   core_->EnsureAlive();
-  core_->CheckFatal(core_->call.EndCommandBuffer(open_->commands), "vkEndCommandBuffer");
+  open_->End();
 
   std::vector<VkSemaphore> wait_semaphores;
   std::vector<uint64_t> wait_values;
@@ -296,7 +338,14 @@ uint64_t Stream::Submit() {
 void Stream::Reached(uint64_t value) {
   ended_ = std::max(ended_, value);
   while (!in_flight_.empty() && in_flight_.front()->value <= ended_) {
-    in_flight_.front()->Finish();
+    const Settings& settings = core_->settings;
+    const double took = in_flight_.front()->Finish(&last_end_);
+    if (took < 0) {
+      batch_limit_ = settings.batch_commands;  // nobody knows: the number alone has to do
+    } else if (in_flight_.front()->count != 0 && settings.batch_milliseconds != 0) {
+      batch_limit_ = NextBatchLimit(batch_limit_, in_flight_.front()->count, took,
+                                    settings.batch_milliseconds, settings.batch_commands);
+    }
     hazards.Waited(in_flight_.front()->position);
     spare_.push_back(std::move(in_flight_.front()));
     in_flight_.pop_front();

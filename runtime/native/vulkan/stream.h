@@ -54,8 +54,14 @@ class Batch {
   uint64_t WriteArguments(const uint8_t* block, uint32_t bytes);
   void StampBefore(const std::string* name);
   void StampAfter();
-  /*! \brief The batch has ended: account for its timestamps. */
-  void Finish();
+  /*! \brief Nothing more will be recorded. */
+  void End();
+  /*! \brief The batch has ended: account for its timestamps.
+   *
+   * Returns the milliseconds that it took on its own: `previous` is when the one before it ended
+   * by the device's clock, and becomes when this one did. Negative where there is no clock.
+   */
+  double Finish(uint64_t* previous);
 
  private:
   static constexpr uint64_t kArgumentChunk = 64 << 10;
@@ -64,6 +70,7 @@ class Batch {
   Core* core_;
   Memory* memory_;
   VkCommandPool pool_ = VK_NULL_HANDLE;
+  VkQueryPool span_ = VK_NULL_HANDLE;  // the batch's own begin and end
   VkQueryPool queries_ = VK_NULL_HANDLE;
   std::vector<const std::string*> stamped_;  // kernels between pairs of timestamps
   bool stamping_ = false;                    // this batch has timestamps at all
@@ -71,6 +78,10 @@ class Batch {
   std::vector<std::unique_ptr<Buffer>> arguments_;
   size_t argument_chunk_ = 0;
   uint64_t argument_offset_ = 0;
+
+  VkQueryPool CreateQueries(uint32_t count);
+  double Milliseconds(uint64_t from, uint64_t to) const;
+  void CountKernels();
 };
 
 class Stream {
@@ -115,6 +126,9 @@ class Stream {
   uint64_t host_barrier() const { return host_barrier_; }
   size_t InFlight() const { return in_flight_.size(); }
 
+  /*! \brief Commands that a batch may have at present, as long as earlier ones took. */
+  uint32_t batch_limit() const { return batch_limit_; }
+
   /*! \brief False between FreeStream and the next CreateStream. */
   bool in_use = true;
 
@@ -128,6 +142,8 @@ class Stream {
   uint64_t submitted_ = 0;  // the last batch's value
   uint64_t ended_ = 0;      // known to have been signalled
   uint64_t host_barrier_ = 0;
+  uint32_t batch_limit_;
+  uint64_t last_end_ = 0;  // of a batch, by the device's clock
   std::unique_ptr<Batch> open_;
   std::deque<std::unique_ptr<Batch>> in_flight_;
   std::vector<std::unique_ptr<Batch>> spare_;
