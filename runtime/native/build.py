@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +92,8 @@ def up_to_date(output: Path = OUTPUT) -> bool:
 
 
 def find_compiler() -> list[str]:
-    """The command of a C++ compiler: $CXX, g++, clang++, c++, or the package ziglang's."""
+    """The command of a C++ compiler: $CXX, g++, clang++, c++, or the package ziglang's, wherever
+    the packages of this Python are installed."""
     if chosen := os.environ.get("CXX", "").split():
         return chosen
     for name in ("g++", "clang++", "c++"):
@@ -99,6 +101,11 @@ def find_compiler() -> list[str]:
             return [found]
     if importlib.util.find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "c++"]
+    # pip hides from its builds what is installed beside it, but does not take it away.
+    for folder in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        zig = Path(folder, "ziglang", "zig.exe" if sys.platform == "win32" else "zig")
+        if zig.is_file():
+            return [str(zig), "c++"]
     raise BuildError(
         "The Vulkan library needs a C++17 compiler, but there is neither g++ nor clang++; install "
         "one (Debian and Ubuntu: apt-get install g++; anywhere: pip install ziglang)."

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ from mxforge.errors import VulkanError
 from mxforge.native import build
 
 
-def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(build.BuildError, match="apt-get install g"):
         build.find_compiler()
 
@@ -27,6 +31,41 @@ def test_ziglang_serves_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert build.find_compiler() == [sys.executable, "-m", "ziglang", "c++"]
+
+
+def test_pips_builds_find_the_ziglang_that_is_installed(tmp_path: Path) -> None:
+    """With PYTHONPATH and a sitecustomize.py pip hides the packages of the environment."""
+    venv.create(tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    zig = site / "ziglang" / "zig"
+    zig.parent.mkdir()
+    zig.touch()
+    (zig.parent / "__init__.py").touch()
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    hide = f"import sys\nsys.path[:] = [p for p in sys.path if p != {str(site)!r}]\n"
+    (overlay / "sitecustomize.py").write_text(hide)
+    backend = build.HERE / "backend.py"
+    code = (
+        "import sys, types\n"
+        "for name in ('setuptools', 'setuptools.build_meta', 'setuptools.command',\n"
+        "             'setuptools.command.bdist_wheel', 'setuptools.command.build_py'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "sys.modules['setuptools'].build_meta = sys.modules['setuptools.build_meta']\n"
+        "sys.modules['setuptools.command.bdist_wheel'].bdist_wheel = object\n"
+        "sys.modules['setuptools.command.build_py'].build_py = object\n"
+        f"sys.path.insert(0, {str(backend.parent)!r})\n"
+        "import backend\n"
+        "print(*backend._native().find_compiler())\n"
+    )
+    outside = {name: value for name, value in os.environ.items() if name != "CXX"}
+    result = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True,
+        env={**outside, "PATH": str(tmp_path), "PYTHONPATH": str(overlay)},
+    )  # fmt: skip
+    assert result.stdout == f"{zig} c++\n", result.stderr
 
 
 def test_the_environment_chooses_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
