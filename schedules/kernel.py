@@ -10,6 +10,7 @@ Kernel names carry types: f32_ is the activation, bf16w_ or mxfp4w_ the weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -136,13 +137,21 @@ def bind_items(
 ) -> tvm.tirx.PrimFunc:
     """The simple GPU schedule: one thread computes one work item.
 
-    Fuses the loops around the block named `block` (whose body is serial code) and spreads them
-    over blocks of `tile.threads` threads. Correct for every kernel and tuned for none.
+    Spreads the loops around the block named `block` (whose body is serial code) over blocks of
+    `tile.threads` threads. Correct for every kernel and tuned for none. Devices take 65,535 blocks
+    an axis and no more: the first loop, over tokens or pages, is an axis of its own wherever the
+    others fill a block.
     """
     tile = tile or GpuTile()
     sch = tvm.s_tir.Schedule(func)
-    fused = sch.fuse(*sch.get_loops(sch.get_sblock(block)))
-    outer, inner = sch.split(fused, factors=[None, tile.threads])
+    first, *others = sch.get_loops(sch.get_sblock(block))
+    sizes = [sch.get(loop).extent for loop in others]
+    constant = all(isinstance(size, tvm.tirx.IntImm) for size in sizes)
+    if others and constant and math.prod(int(size) for size in sizes) >= tile.threads:
+        sch.bind(first, "blockIdx.y")
+    else:
+        others = [first, *others]
+    outer, inner = sch.split(sch.fuse(*others), factors=[None, tile.threads])
     sch.bind(outer, "blockIdx.x")
     sch.bind(inner, "threadIdx.x")
     return scheduled(sch.mod["main"], kernel, "one thread an item", tile)

@@ -204,6 +204,7 @@ CASES = (
     _case("tokens not a multiple of the tile", 7, 128, 160, bias=True),
     _case("one row", 3, 1, 32, residual=True),
     _case("one channel 1000 times the others", 5, 200, 96, bias=True, residual=True, spike=1000),
+    _case("more outputs than one axis of a grid has threads for", 64, 131_200, 32),
     _case("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),
 )
 
