@@ -10,6 +10,7 @@ from .kernel import Case, Kernel, Target
 from .kv_append import ROPE_KV_APPEND
 from .kv_copy import KV_COPY_PAGES
 from .linear import LINEAR
+from .linear_i8 import LINEAR_I8
 from .moe_down import DOWN, DOWN_I8
 from .moe_gate_up import GATE_UP, GATE_UP_I8
 from .moe_plan import MOE_PLAN
@@ -28,6 +29,7 @@ KERNELS: dict[str, Kernel] = {
         ROPE_TABLE,
         RMS_NORM,
         LINEAR,
+        LINEAR_I8,
         ROPE_KV_APPEND,
         PAGED_ATTENTION,
         ROUTER_TOPK,

@@ -78,7 +78,6 @@ class Kernel:
     inplace: names of the inputs that the kernel updates; the reference returns their new value
         after the fresh outputs
     outputs(inputs, **static) -> [(shape, dtype)] of the fresh outputs, in the PrimFunc's order
-    needs: CPU features without which the kernel has no schedule
     """
 
     name: str
@@ -90,7 +89,6 @@ class Kernel:
     pack: Callable[..., list[np.ndarray]] = _as_stored
     inplace: tuple[str, ...] = ()
     targets: tuple[TargetKind, ...] = TARGET_KINDS
-    needs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ offsets i32 [experts+1], order i32 [n·top_k]: moe_plan's
 blocks, scales: MXFP4 [experts, hidden, units] (layouts in mxfp4.py)  bias f32 [experts, hidden]
 residual, y f32 [n, hidden]
 
-With i8 activations h is replaced by q, h_scale, h_offset of quantize.py. The bias is added before
+With i8 activations h is replaced by q, h_step, h_total of quantize.py. The bias is added before
 the expert's weight is applied. On the CPU each work item owns 32 rows of y and adds the experts
 in ascending order, so the sum does not depend on the batch or on the number of threads.
 
@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import tvm
 
+from .int8 import BLOCK, GROUP
 from .kernel import Case, Kernel, T, Target, bind_items, parameter, scheduled
-from .moe_experts import cpu_tile, expert_arrays, expert_walk, routing
+from .moe_experts import ExpertDot, expert_arrays, expert_dot, expert_walk, routing
 from .mxfp4 import (
-    BLOCK,
-    GROUP,
     Activations,
     dequantize,
     nibble_value,
@@ -38,10 +37,7 @@ from .mxfp4 import (
 from .quantize import quantize_ref
 
 NAME = "mxfp4w_moe_down"
-NAMES = {
-    "f32": (NAME, "rows interleaved"),
-    "i8": ("mxfp4w_i8_moe_down", "rows interleaved, VNNI"),
-}
+I8_NAME = "mxfp4w_i8_moe_down"
 
 
 def down_ref(
@@ -58,8 +54,8 @@ def down_ref(
 ) -> tuple[np.ndarray]:
     """The module's formula in float64; for i8 activations, of the quantized h."""
     if activations == "i8":
-        q, h_scale, _ = quantize_ref(h)
-        h = q * np.repeat(2 * h_scale.astype(np.float64), BLOCK, axis=1)
+        q, h_step, _ = quantize_ref(h)
+        h = q * np.repeat(h_step.astype(np.float64), BLOCK, axis=1)
     top_k = ids.shape[1]
     y = residual.astype(np.float64)
     for expert in np.unique(ids):
@@ -80,15 +76,17 @@ def down(
     units: int,
     activations: Activations = "f32",
 ) -> tvm.tirx.PrimFunc:
-    """(h | q, scale, offset; ids, weights, offsets, order, blocks, scales, bias, residual, y)."""
+    """(h | q, step, total; ids, weights, offsets, order, blocks, scales, bias, residual, y)."""
     shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units)
     if target.is_gpu:
         return bind_items(down_items(**shape), NAME)
-    return scheduled(_cpu(activations, **shape), *NAMES[activations], cpu_tile(activations))
+    dot = expert_dot(target, activations, units)
+    name = NAME if activations == "f32" else I8_NAME
+    return scheduled(_cpu(dot, activations, **shape), name, dot.schedule, dot.tile)
 
 
 def _cpu(
-    activations: Activations, *, experts: int, top_k: int, hidden: int, units: int
+    dot: ExpertDot, activations: Activations, *, experts: int, top_k: int, hidden: int, units: int
 ) -> tvm.tirx.PrimFunc:
     blocks_shape, scales_shape = packed_shapes(experts, hidden, units, activations)
 
@@ -108,7 +106,7 @@ def _cpu(
             )
 
     walk = expert_walk(
-        activations,
+        dot,
         k=units,
         experts=experts,
         groups=hidden // GROUP,
@@ -124,8 +122,8 @@ def _cpu(
             h = parameter("h", (n * top_k, units), "float32")
         else:
             q = parameter("q", (n * top_k, units), "int8")
-            q_scale = parameter("q_scale", (n * top_k, units // BLOCK), "float32")
-            q_offset = parameter("q_offset", (n * top_k, units // BLOCK), "int32")
+            q_step = parameter("q_step", (n * top_k, units // BLOCK), "float32")
+            q_total = parameter("q_total", (n * top_k, units // BLOCK), "int32")
         parameter("ids", (n, top_k), "int32")
         weights = parameter("weights", (n, top_k), "float32")
         offsets = parameter("offsets", (experts + 1,), "int32")
@@ -136,7 +134,7 @@ def _cpu(
         residual = parameter("residual", (n, hidden), "float32")
         y = parameter("y", (n, hidden), "float32")
         walk(
-            (h,) if activations == "f32" else (q, q_scale, q_offset),
+            (h,) if activations == "f32" else (q, q_step, q_total),
             offsets, order, w, s, y, (residual, weights, bias),
         )  # fmt: skip
 
@@ -305,7 +303,7 @@ DOWN = Kernel(
     pack=_pack,
 )
 DOWN_I8 = Kernel(
-    NAMES["i8"][0],
+    I8_NAME,
     build=down,
     items=down_items,
     reference=down_ref,
@@ -313,5 +311,4 @@ DOWN_I8 = Kernel(
     cases=CASES_I8,
     pack=_pack,
     targets=("cpu",),
-    needs=frozenset({"avx512vnni"}),
 )

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .kernel import T, TileConfig
-from .mxfp4 import BLOCK, DOT, GROUP, REGISTERS, Activations
+from .int8 import BLOCK, GROUP, Int8Tile, dot_i8
+from .isa import isa_of
+from .kernel import T, Target, TileConfig
+from .mxfp4 import LANES, Activations, dot_f32, int8_weights
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,54 @@ class MoeTile(TileConfig):
 
 
 # 32 vector registers: 2 sums and 2 partial sums a token, the rest unpacks.
-_CPU_TILES = {"f32": MoeTile(tokens=4), "i8": MoeTile(tokens=4)}
+F32_TILE = MoeTile(tokens=4)
+# AVX2 and SSSE3 have 16 registers, the others 32.
+I8_TILES = {
+    "AVX-512 VNNI": Int8Tile(tokens=4, rows=32),
+    "AVX-512": Int8Tile(tokens=4, rows=32),
+    "AVX2": Int8Tile(tokens=2, rows=16),
+    "SSSE3": Int8Tile(tokens=2, rows=8),
+    "NEON dotprod": Int8Tile(tokens=2, rows=16),
+    "NEON": Int8Tile(tokens=2, rows=16),
+    "plain": Int8Tile(tokens=1, rows=4),
+}
 
 
-def cpu_tile(activations: Activations) -> MoeTile:
-    return _CPU_TILES[activations]
+@dataclass(frozen=True)
+class ExpertDot:
+    """A tile's product, what it is called, and what it holds besides its sums."""
+
+    schedule: str
+    tile: MoeTile | Int8Tile
+    dot: Any
+    part: tuple[int, str]
+    value: tuple[int, str]
+
+
+def expert_dot(target: Target, activations: Activations, k: int) -> ExpertDot:
+    """The CPU's product of a group of rows with `activations` of k inputs."""
+    if activations == "f32":
+        tokens = F32_TILE.tokens
+        return ExpertDot(
+            "rows interleaved",
+            F32_TILE,
+            dot_f32(k),
+            part=(tokens * GROUP, "float32"),
+            value=(LANES, "float32"),
+        )
+    isa = isa_of(target)
+    tile = I8_TILES[isa.name]
+    return ExpertDot(
+        f"rows interleaved, {isa.name}",
+        tile,
+        dot_i8(isa, k, tile, int8_weights(isa)),
+        part=(tile.tokens * tile.rows, "int32"),
+        value=(4 * isa.lanes, "uint8"),
+    )
 
 
 def expert_walk(
-    activations: Activations,
+    expert_dot: ExpertDot,
     *,
     k: int,
     experts: int,
@@ -39,16 +80,16 @@ def expert_walk(
 
     It walks the slots of each expert in tiles, so that a weight is read once however many tokens
     share it. Returns the T.inline `walk(x, offsets, order, blocks, scales, out, operands)` with
-    x as `mxfp4.DOT` takes it. The kernel says what differs:
+    x as the product takes it. The kernel says what differs:
 
       row_of(slot)                              the row of x that a slot multiplies
       begin(group, out, operands)               T.inline, before the first expert
       store(acc, t, slot, expert, group, out, operands)
                                                 T.inline: acc[32·t : 32·t + 32] is the product
     """
-    tile = cpu_tile(activations)
-    dot = DOT[activations](k)
-    registers = REGISTERS[activations]
+    tile, dot = expert_dot.tile, expert_dot.dot
+    part_size, part_dtype = expert_dot.part
+    value_size, value_dtype = expert_dot.value
 
     @T.inline
     def tokens_tile(
@@ -57,7 +98,7 @@ def expert_walk(
         for t in T.unroll(tokens):
             slot[t] = order[start + t]
             row[t] = row_of(slot[t])
-        dot(acc, part, value, row, tokens, x, w, s, expert, group)
+        dot(acc, part, value, row, tokens, x, w, s, (expert, group))
         for t in T.unroll(tokens):
             store(acc, t, slot[t], expert, group, out, operands)
 
@@ -71,8 +112,8 @@ def expert_walk(
                 T.writes(out[0 : out.shape[0], 0 : out.shape[1]])
                 # In the default scope: LLVM keeps these in registers, `local` would be the heap.
                 acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
-                part = T.sblock_alloc_buffer((tile.tokens * GROUP,), registers.part)
-                value = T.sblock_alloc_buffer((registers.value_size,), registers.value)
+                part = T.sblock_alloc_buffer((part_size,), part_dtype)
+                value = T.sblock_alloc_buffer((value_size,), value_dtype)
                 slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
                 row = T.sblock_alloc_buffer((tile.tokens,), "int32")
                 begin(group, out, operands)

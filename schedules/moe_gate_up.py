@@ -7,7 +7,7 @@ x f32 [n, hidden]  ids i32 [n, top_k]  offsets i32 [experts+1], order i32 [n·to
 blocks, scales: MXFP4 [experts, 2·units, hidden] (layouts in mxfp4.py)  bias f32 [experts, 2·units]
 h f32 [n·top_k, units], in slot order: row t·top_k + j is token t's j-th expert.
 
-With i8 activations x is replaced by q, x_scale, x_offset of quantize.py.
+With i8 activations x is replaced by q, x_step, x_total of quantize.py.
 
 The CPU's schedule is moe_experts.py's walk; the bias is packed like the rows.
 
@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import tvm
 
+from .int8 import BLOCK, GROUP
 from .kernel import Case, Kernel, T, Target, bind_items, parameter, scheduled
 from .math import sigmoid_f32
-from .moe_experts import cpu_tile, expert_arrays, expert_walk, routing
+from .moe_experts import ExpertDot, expert_arrays, expert_dot, expert_walk, routing
 from .mxfp4 import (
-    BLOCK,
-    GROUP,
     LANES,
     Activations,
     dequantize,
@@ -41,10 +40,7 @@ from .mxfp4 import (
 from .quantize import quantize_ref
 
 NAME = "mxfp4w_moe_gate_up_swiglu"
-NAMES = {
-    "f32": (NAME, "rows interleaved"),
-    "i8": ("mxfp4w_i8_moe_gate_up_swiglu", "rows interleaved, VNNI"),
-}
+I8_NAME = "mxfp4w_i8_moe_gate_up_swiglu"
 ALPHA = 1.702
 
 
@@ -61,8 +57,8 @@ def gate_up_ref(
 ) -> tuple[np.ndarray]:
     """The module's formula in float64; for i8 activations, of the quantized x."""
     if activations == "i8":
-        q, x_scale, _ = quantize_ref(x)
-        x = q * np.repeat(2 * x_scale.astype(np.float64), BLOCK, axis=1)
+        q, x_step, _ = quantize_ref(x)
+        x = q * np.repeat(x_step.astype(np.float64), BLOCK, axis=1)
     n, top_k = ids.shape
     h = np.empty((n * top_k, bias.shape[1] // 2))
     for expert in np.unique(ids):
@@ -87,13 +83,15 @@ def gate_up(
     limit: float,
     activations: Activations = "f32",
 ) -> tvm.tirx.PrimFunc:
-    """(x | q, x_scale, x_offset; ids, offsets, order, blocks, scales, bias, h), for `target`."""
+    """(x | q, x_step, x_total; ids, offsets, order, blocks, scales, bias, h), for `target`."""
     shape: dict[str, Any] = dict(
         experts=experts, top_k=top_k, hidden=hidden, units=units, limit=limit
     )
     if target.is_gpu:
         return bind_items(gate_up_items(**shape), NAME)
-    return scheduled(_cpu(activations, **shape), *NAMES[activations], cpu_tile(activations))
+    dot = expert_dot(target, activations, hidden)
+    name = NAME if activations == "f32" else I8_NAME
+    return scheduled(_cpu(dot, activations, **shape), name, dot.schedule, dot.tile)
 
 
 def _swiglu(gate: Any, up: Any, limit: float) -> Any:
@@ -103,6 +101,7 @@ def _swiglu(gate: Any, up: Any, limit: float) -> Any:
 
 
 def _cpu(
+    dot: ExpertDot,
     activations: Activations,
     *,
     experts: int,
@@ -127,7 +126,7 @@ def _cpu(
             )
 
     walk = expert_walk(
-        activations,
+        dot,
         k=hidden,
         experts=experts,
         groups=2 * units // GROUP,
@@ -143,8 +142,8 @@ def _cpu(
             x = parameter("x", (n, hidden), "float32")
         else:
             q = parameter("q", (n, hidden), "int8")
-            q_scale = parameter("q_scale", (n, hidden // BLOCK), "float32")
-            q_offset = parameter("q_offset", (n, hidden // BLOCK), "int32")
+            q_step = parameter("q_step", (n, hidden // BLOCK), "float32")
+            q_total = parameter("q_total", (n, hidden // BLOCK), "int32")
         parameter("ids", (n, top_k), "int32")
         offsets = parameter("offsets", (experts + 1,), "int32")
         order = parameter("order", (n * top_k,), "int32")
@@ -153,7 +152,7 @@ def _cpu(
         bias = parameter("bias", (experts, 2 * units), "float32")
         h = parameter("h", (n * top_k, units), "float32")
         walk(
-            (x,) if activations == "f32" else (q, q_scale, q_offset),
+            (x,) if activations == "f32" else (q, q_step, q_total),
             offsets, order, w, s, h, bias,
         )  # fmt: skip
 
@@ -327,7 +326,7 @@ GATE_UP = Kernel(
     pack=_pack,
 )
 GATE_UP_I8 = Kernel(
-    NAMES["i8"][0],
+    I8_NAME,
     build=gate_up,
     items=gate_up_items,
     reference=gate_up_ref,
@@ -335,5 +334,4 @@ GATE_UP_I8 = Kernel(
     cases=CASES_I8,
     pack=_pack,
     targets=("cpu",),
-    needs=frozenset({"avx512vnni"}),
 )

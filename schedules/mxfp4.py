@@ -14,20 +14,19 @@ CPU layouts, both in groups of 32 rows whose order the caller chooses (`row_orde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 from tvm.script import tirx as T
 
-BLOCK = 32  # inputs that share a scale
-GROUP = 32  # rows of one packed group
+from .int8 import BLOCK, GROUP, Int8Weights
+from .isa import Isa
+
 LANES = 16
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = np.array([*E2M1, *(-value for value in E2M1)], np.float32)
-# Twice the value plus 12: the unsigned bytes that an unsigned×signed dot product wants.
-BIASED = (2 * VALUES + 12).astype(np.uint8)
 
 Activations = Literal["f32", "i8"]
 
@@ -121,14 +120,14 @@ def _half_bits(low: bool, byte: Any) -> Any:
 
 
 def dot_f32(k: int) -> Any:
-    """acc[t, 0:32] = W[expert, group]·x[row[t]] for `tokens` rows of x = (x,); f32 throughout.
+    """As int8.dot_i8, for x = (x,) in f32, which it stays throughout; part, value: f32.
 
     Sums within a block first, then times the block's scale: that keeps the scale out of the
     inner loop, and any scale byte exact.
     """
 
     @T.inline
-    def dot(acc, part, value, row, tokens, x, blocks, scales, expert, group):
+    def dot(acc, part, value, row, tokens, x, blocks, scales, at):
         for i in T.unroll(tokens * 2):
             for lane in T.vectorized(LANES):
                 acc[i * LANES + lane] = T.float32(0)
@@ -139,9 +138,7 @@ def dot_f32(k: int) -> Any:
             for i in T.serial(BLOCK // 2):
                 for v in T.unroll(2):
                     for lane in T.vectorized(LANES):
-                        value[lane] = _half_bits(
-                            True, blocks[expert, group, b * 16 + i, v * LANES + lane]
-                        )
+                        value[lane] = _half_bits(True, blocks[(*at, b * 16 + i, v * LANES + lane)])
                     for t in T.unroll(tokens):
                         for lane in T.vectorized(LANES):
                             part[(t * 2 + v) * LANES + lane] = (
@@ -149,9 +146,7 @@ def dot_f32(k: int) -> Any:
                                 + value[lane] * x[0][row[t], b * BLOCK + i * 2]
                             )
                     for lane in T.vectorized(LANES):
-                        value[lane] = _half_bits(
-                            False, blocks[expert, group, b * 16 + i, v * LANES + lane]
-                        )
+                        value[lane] = _half_bits(False, blocks[(*at, b * 16 + i, v * LANES + lane)])
                     for t in T.unroll(tokens):
                         for lane in T.vectorized(LANES):
                             part[(t * 2 + v) * LANES + lane] = (
@@ -163,107 +158,31 @@ def dot_f32(k: int) -> Any:
                     for lane in T.vectorized(LANES):
                         acc[(t * 2 + v) * LANES + lane] = acc[(t * 2 + v) * LANES + lane] + (
                             part[(t * 2 + v) * LANES + lane] * T.float32(16384)
-                        ) * scale_value(scales[expert, group, b, v * LANES + lane])
+                        ) * scale_value(scales[(*at, b, v * LANES + lane)])
 
     return dot
 
 
-def _biased_table() -> Any:
-    """The 16 biased values in every 128-bit lane of a 512-bit register."""
-    low, high = (int.from_bytes(BIASED[i : i + 8].tobytes(), "little") for i in (0, 8))
-    odd = T.bitwise_and(T.ramp(T.int32(0), 1, 8), T.broadcast(T.int32(1), 8))
-    return T.reinterpret(
-        "uint8x64",
-        T.Select(
-            odd == T.broadcast(T.int32(0), 8),
-            T.broadcast(T.int64(low), 8),
-            T.broadcast(T.int64(high), 8),
-        ),
+def _nibbles(isa: Isa) -> Callable[..., Any]:
+    """Operands of stored bytes: the low nibbles, then the high ones."""
+    size = 4 * isa.lanes
+
+    def operand(w, at, b, i, vector, part):
+        stored = w[(*at, b * 4 + i, T.ramp(vector * size, 1, size))]
+        shift = T.broadcast(T.Cast("uint8", part * 4), size)
+        low = T.bitwise_and(T.shift_right(stored, shift), T.broadcast(T.uint8(15), size))
+        return isa.value_of(low)
+
+    return operand
+
+
+def int8_weights(isa: Isa) -> Int8Weights:
+    """MXFP4 weights as operands of 8-bit products: doubled, so that they are integers."""
+    return Int8Weights(
+        parts=2,
+        operand=_nibbles(isa),
+        scale=lambda s, at, b, row: scale_value(s[(*at, b, row)]),
+        dot=isa.dot_values,
+        bias=isa.value_bias,
+        factor=0.5,
     )
-
-
-def _lookup(index: Any) -> Any:
-    return T.call_llvm_pure_intrin(
-        "uint8x64", "llvm.x86.avx512.pshuf.b.512", _biased_table(), index
-    )
-
-
-def _dot4(acc: Any, weights: Any, x: Any) -> Any:
-    """16 lanes of acc + Σ of four u8·i8 products."""
-    return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, weights, x)
-
-
-def dot_i8(k: int) -> Any:
-    """As `dot_f32` with i8 activations, on AVX-512 VNNI.
-
-    x is a tuple of buffers: q i8 [n, k], x_scale f32 [n, k/32] (half the quantization
-    step, for the table holds doubled values; the offset −12·Σq cancels the table's bias.
-    """
-
-    @T.inline
-    def dot(acc, part, value, row, tokens, x, blocks, scales, expert, group):
-        for i in T.unroll(tokens * 2):
-            acc[T.ramp(i * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
-        for b in T.serial(k // BLOCK):
-            for t in T.unroll(tokens):
-                for v in T.unroll(2):
-                    part[T.ramp((t * 2 + v) * LANES, 1, LANES)] = T.broadcast(
-                        x[2][row[t], b], LANES
-                    )
-            for i in T.unroll(BLOCK // 8):
-                for v in T.unroll(2):
-                    value[T.ramp(0, 1, 64)] = _lookup(
-                        T.bitwise_and(
-                            blocks[expert, group, b * 4 + i, T.ramp(v * 64, 1, 64)],
-                            T.broadcast(T.uint8(15), 64),
-                        )
-                    )
-                    value[T.ramp(64, 1, 64)] = _lookup(
-                        T.shift_right(
-                            blocks[expert, group, b * 4 + i, T.ramp(v * 64, 1, 64)],
-                            T.broadcast(T.uint8(4), 64),
-                        )
-                    )
-                    for t in T.unroll(tokens):
-                        part[T.ramp((t * 2 + v) * LANES, 1, LANES)] = _dot4(
-                            _dot4(
-                                part[T.ramp((t * 2 + v) * LANES, 1, LANES)],
-                                value[T.ramp(0, 1, 64)],
-                                _four(x[0], row[t], b * BLOCK + i * 8),
-                            ),
-                            value[T.ramp(64, 1, 64)],
-                            _four(x[0], row[t], b * BLOCK + i * 8 + 4),
-                        )
-            for t in T.unroll(tokens):
-                for v in T.unroll(2):
-                    for lane in T.vectorized(LANES):
-                        acc[(t * 2 + v) * LANES + lane] = acc[(t * 2 + v) * LANES + lane] + T.Cast(
-                            "float32", part[(t * 2 + v) * LANES + lane]
-                        ) * (
-                            x[1][row[t], b]
-                            * scale_value(scales[expert, group, b, v * LANES + lane])
-                        )
-
-    return dot
-
-
-def _four(x: Any, row: Any, start: Any) -> Any:
-    """Four neighbouring i8 activations in every 32-bit lane."""
-    word = T.reinterpret("int32", x[row, T.ramp(start, 1, 4)])
-    return T.reinterpret("int8x64", T.broadcast(word, LANES))
-
-
-@dataclass(frozen=True)
-class Registers:
-    """What one tile of `tokens` tokens holds besides its sums: dtypes and sizes by activations."""
-
-    part: str
-    value: str
-    value_size: int
-
-
-REGISTERS = {
-    "f32": Registers(part="float32", value="float32", value_size=LANES),
-    "i8": Registers(part="int32", value="uint8", value_size=128),
-}
-DOT = {"f32": dot_f32, "i8": dot_i8}

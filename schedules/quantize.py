@@ -1,9 +1,9 @@
 """Quantize activations to 8 bits, one scale per 32: q = round(x / step), step = max|x| / 127.
 
-x f32 [n, k] -> q i8 [n, k], scale f32 [n, k/32] = step / 2, offset i32 [n, k/32] = −12·Σq
+x f32 [n, k] -> q i8 [n, k], step f32 [n, k/32], total i32 [n, k/32] = Σq
 
-Scale and offset are what the VNNI product with doubled, biased MXFP4 values needs (see mxfp4.py).
-Rounding is to nearest, half away from zero; a block whose peak is below 1e-30 counts as zeros.
+The total is for products with biased weights (see isa.py). Rounding is to nearest, half away from
+zero; a block whose peak is below 1e-30 counts as zeros.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import tvm
 
+from .int8 import BLOCK
 from .kernel import Case, Kernel, T, Target, bind_items, parallel_items
-from .mxfp4 import BLOCK
 
 NAME = "f32_quantize_i8"
 
@@ -28,13 +28,13 @@ def quantize_ref(x: np.ndarray, **_static: Any) -> tuple[np.ndarray, np.ndarray,
         inverse = np.where(peak > 1e-30, np.float32(127) / peak, np.float32(0)).astype(np.float32)
     scaled = (blocks * inverse[..., None]).astype(np.float32)
     q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    offset = -12 * q.astype(np.int32).sum(axis=-1, dtype=np.int32)
-    return q.reshape(x.shape), peak / np.float32(254), offset
+    total = q.astype(np.int32).sum(axis=-1, dtype=np.int32)
+    return q.reshape(x.shape), peak / np.float32(127), total
 
 
 @cache
 def quantize(target: Target, *, k: int) -> tvm.tirx.PrimFunc:
-    """(x, q, scale, offset) -> None, scheduled for `target`."""
+    """(x, q, step, total) -> None, scheduled for `target`."""
     schedule = bind_items if target.is_gpu else parallel_items
     return schedule(quantize_items(k=k), NAME)
 
@@ -47,8 +47,8 @@ def quantize_items(*, k: int) -> tvm.tirx.PrimFunc:
         n = T.int64()
         x = T.match_buffer(xp, (n, k), "float32")
         q = T.match_buffer(qp, (n, k), "int8")
-        scale = T.match_buffer(sp, (n, k // BLOCK), "float32")
-        offset = T.match_buffer(op, (n, k // BLOCK), "int32")
+        step = T.match_buffer(sp, (n, k // BLOCK), "float32")
+        totals = T.match_buffer(op, (n, k // BLOCK), "int32")
         for t, b in T.grid(n, k // BLOCK):
             with T.sblock("item"):
                 vt, vb = T.axis.remap("SS", [t, b])
@@ -63,8 +63,8 @@ def quantize_items(*, k: int) -> tvm.tirx.PrimFunc:
                     whole[0] = _round(x[vt, vb * BLOCK + i] * _inverse(peak[0]))
                     q[vt, vb * BLOCK + i] = T.Cast("int8", whole[0])
                     total[0] = total[0] + whole[0]
-                scale[vt, vb] = peak[0] / T.float32(254)
-                offset[vt, vb] = total[0] * -12
+                step[vt, vb] = peak[0] / T.float32(127)
+                totals[vt, vb] = total[0]
 
     return main
 

@@ -1,0 +1,102 @@
+"""Products of 8-bit activations with packed weights, on every CPU instruction set.
+
+A token's activations are i8, one step per 32 neighbours (quantize.py). A block of 32 is summed in
+integers, exactly, then multiplied by the step and by the weights' scale, and added up in float32.
+
+Weights lie in groups of 32 rows: of each block, the next four inputs of all rows side by side,
+then the next four. So a register of any width holds rows, and no sum is horizontal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+
+from .isa import Dot4, Isa, four
+from .kernel import TileConfig
+
+BLOCK = 32  # inputs that share a scale
+GROUP = 32  # rows of one packed group
+
+
+@dataclass(frozen=True)
+class Int8Tile(TileConfig):
+    tokens: int  # tokens that share a weight in registers
+    rows: int  # of a group at a time; what is left waits for another pass over the activations
+
+
+@dataclass(frozen=True)
+class Int8Weights:
+    """How stored weights become operands.
+
+    A stored register holds `parts` operands of four inputs a row. `operand(w, at, block, i,
+    vector, part)` is a u8 register: inputs 4·(i·parts + part) to + 3 of the block, of the group's
+    rows vector·lanes and following; `at` is the group's index. `scale(s, at, block, row)` is a
+    float32. What the operands stand for is them less `bias`, times `factor`.
+    """
+
+    parts: int
+    operand: Callable[..., Any]
+    scale: Callable[..., Any]
+    dot: Dot4
+    bias: int
+    factor: float
+
+
+def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights) -> Any:
+    """The T.inline `dot(acc, part, value, row, tokens, x, w, s, at)`.
+
+    acc[32·t : 32·t + 32] = W[at]·x[row[t]] for t < tokens, with x a tuple of buffers: q i8 [n, k],
+    step f32 [n, k/32], total i32 [n, k/32] = Σq. part: i32 for tile.tokens·tile.rows sums; value:
+    u8, a register.
+    """
+    lanes, parts = isa.lanes, weights.parts
+    vectors = tile.rows // lanes
+    start = _start_of(weights.bias, lanes)
+
+    @T.inline
+    def dot(acc, part, value, row, tokens, x, w, s, at):
+        for h in T.unroll(GROUP // tile.rows):
+            for t in T.unroll(tokens):
+                for v in T.unroll(vectors):
+                    acc[T.ramp(t * GROUP + h * tile.rows + v * lanes, 1, lanes)] = T.broadcast(
+                        T.float32(0), lanes
+                    )
+            for b in T.serial(k // BLOCK):
+                for t in T.unroll(tokens):
+                    for v in T.unroll(vectors):
+                        part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = start(x[2], row[t], b)
+                for i in T.unroll(BLOCK // (4 * parts)):
+                    for v in T.unroll(vectors):
+                        for j in T.unroll(parts):
+                            value[T.ramp(0, 1, 4 * lanes)] = weights.operand(
+                                w, at, b, i, h * vectors + v, j
+                            )
+                            for t in T.unroll(tokens):
+                                part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = weights.dot(
+                                    part[T.ramp((t * vectors + v) * lanes, 1, lanes)],
+                                    value[T.ramp(0, 1, 4 * lanes)],
+                                    four(x[0], row[t], b * BLOCK + (i * parts + j) * 4, lanes),
+                                )
+                for t in T.unroll(tokens):
+                    for v in T.unroll(vectors):
+                        for lane in T.vectorized(lanes):
+                            acc[t * GROUP + h * tile.rows + v * lanes + lane] = acc[
+                                t * GROUP + h * tile.rows + v * lanes + lane
+                            ] + T.Cast("float32", part[(t * vectors + v) * lanes + lane]) * (
+                                x[1][row[t], b]
+                                * T.float32(weights.factor)
+                                * weights.scale(s, at, b, h * tile.rows + v * lanes + lane)
+                            )
+
+    return dot
+
+
+def _start_of(bias: int, lanes: int) -> Callable[[Any, Any, Any], Any]:
+    """The sum to begin with: what the bias will add, taken off."""
+    if not bias:
+        return lambda _total, _row, _block: T.broadcast(T.int32(0), lanes)
+    return lambda total, row, block: T.broadcast(total[row, block] * -bias, lanes)
