@@ -414,10 +414,10 @@ class _Parts:
 
     def head(self, x: np.ndarray) -> np.ndarray:
         """x [m, H] -> logits f32 [m, V]."""
+        names = [name for name in self._order if name.split(".")[0] == "lm_head"]
         out = self._library["head"](
             self._library.tensor(x.astype(np.float32)),
-            self._weights["model.norm.weight"],
-            self._weights["lm_head.weight"],
+            *(self._weights[name] for name in ("model.norm.weight", *names)),
         )
         return self._library.numpy(out)
 

@@ -92,7 +92,12 @@ class Job:
                         host_system(),
                     ),
                     numerics=self.numerics,
-                    precision=PrecisionInfo("f32", self.precision.kv_dtype, self.precision.experts),
+                    precision=PrecisionInfo(
+                        "f32",
+                        self.precision.kv_dtype,
+                        self.precision.experts,
+                        self.precision.dense,
+                    ),
                     limits=ArtifactLimits(
                         self.max_batch, self.prefill_chunk, self.config.max_position_embeddings
                     ),

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from mxforge import vulkan
 from mxforge.errors import TargetError
 from mxforge.machine import architecture, missing_cpu_features
+from mxforge.schedules.int8 import BLOCK
 from mxforge.schedules.kernel import Target
 from mxforge.schedules.mxfp4 import Activations
 
@@ -28,6 +29,7 @@ from .config import ModelConfig
 
 Numerics = Literal["exact", "fast"]
 NUMERICS: tuple[Numerics, ...] = ("exact", "fast")
+Dense = Literal["bf16", "i8"]  # weights of attention and of the output layer
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Precision:
 
     kv_dtype: Literal["float32", "float16"]
     experts: Activations
+    dense: Dense = "bf16"
+
+    def dense_of(self, k: int) -> Dense:
+        """How a dense weight of k inputs is kept: 8-bit weights have a scale for every 32."""
+        return self.dense if k % BLOCK == 0 else "bf16"
 
 
 @dataclass(frozen=True)
@@ -141,14 +148,12 @@ def _cpu(variant: str) -> CompileTarget:
             f"this machine can compile for {here or 'none: its architecture is not supported'}."
         )
     level = levels[0]
-    features = frozenset(level.required)
-    fast = Precision("float16", "i8" if "avx512vnni" in features else "f32")
     return CompileTarget(
         name=f"cpu:{level.name}",
-        kernels=Target("cpu", features),
+        kernels=Target("cpu", frozenset(level.required)),
         tvm=_llvm(level),
         required_features=level.required,
-        fast=fast,
+        fast=Precision("float16", experts="i8", dense="i8"),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mxforge.schedules import linear, mxfp4
+from mxforge.schedules import linear, linear_i8, mxfp4
 from mxforge.schedules.kernel import Target
 
 from .checkpoint import Checkpoint, check_scales
@@ -59,6 +59,7 @@ class _Dtype(NamedTuple):
 
 _DTYPES = {
     "bfloat16": _Dtype("BF16", 2),
+    "float16": _Dtype("F16", 2),
     "float32": _Dtype("F32", 4),
     "uint8": _Dtype("U8", 1),
 }
@@ -89,7 +90,9 @@ def packed_weights(config: ModelConfig, target: Target, precision: Precision) ->
         weights += _layer(config, target, precision, f"model.layers.{layer}")
     weights += [
         _vector("model.norm.weight", hidden, {"constant": 1.0}),
-        _dense(target, "lm_head.weight", ("lm_head.weight",), config.vocab_size, hidden),
+        *_dense(
+            target, precision, "lm_head.weight", ("lm_head.weight",), config.vocab_size, hidden
+        ),
     ]
     return weights
 
@@ -104,8 +107,9 @@ def _layer(
     experts, units = config.num_local_experts, config.intermediate_size
     return [
         _vector(f"{prefix}.input_layernorm.weight", hidden, {"constant": 1.0}),
-        _dense(
+        *_dense(
             target,
+            precision,
             f"{attention}.qkv_proj.weight",
             tuple(f"{name}.weight" for name in qkv),
             config.qkv_rows,
@@ -118,12 +122,17 @@ def _layer(
             config.qkv_rows,
         ),
         _vector(f"{attention}.sinks", heads, {"normal": 1.0}),
-        _dense(
-            target, f"{attention}.o_proj.weight", (f"{attention}.o_proj.weight",), hidden, queries
+        *_dense(
+            target,
+            precision,
+            f"{attention}.o_proj.weight",
+            (f"{attention}.o_proj.weight",),
+            hidden,
+            queries,
         ),
         _bias(config, f"{attention}.o_proj.bias", (f"{attention}.o_proj.bias",), hidden),
         _vector(f"{prefix}.post_attention_layernorm.weight", hidden, {"constant": 1.0}),
-        _dense(target, f"{mlp}.router.weight", (f"{mlp}.router.weight",), experts, hidden),
+        _bf16(target, f"{mlp}.router.weight", (f"{mlp}.router.weight",), experts, hidden),
         _vector(f"{mlp}.router.bias", experts, {"normal": 0.1}),
         *_expert_half(target, precision, f"{mlp}.experts.gate_up_proj", experts, 2 * units, hidden),
         *_expert_half(target, precision, f"{mlp}.experts.down_proj", experts, hidden, units),
@@ -156,19 +165,52 @@ def _bias(config: ModelConfig, name: str, sources: tuple[str, ...], size: int) -
     return PackedWeight(name, (size,), "float32", sources, pieces, {"normal": 0.02})
 
 
-def _dense(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int) -> PackedWeight:
+def _dense(
+    target: Target, precision: Precision, name: str, sources: tuple[str, ...], rows: int, k: int
+) -> list[PackedWeight]:
+    """A large dense weight [rows, k], the sources stacked, as `precision` wants it."""
+    if precision.dense_of(k) == "bf16":
+        return [_bf16(target, name, sources, rows, k)]
+    stacked = _stacked(sources, rows, linear_i8.GROUP, k)
+
+    def weight(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        return map(linear_i8.pack_weight, stacked(checkpoint))
+
+    def scales(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        return map(linear_i8.pack_scales, stacked(checkpoint))
+
+    shape, scales_shape = linear_i8.packed_shapes(rows, k)
+    # A random byte has a root mean square of 74.
+    scale = {"constant": k**-0.5 / 74}
+    return [
+        PackedWeight(name, shape, "uint8", sources, weight, {"bytes": [0, 255]}),
+        PackedWeight(f"{name}_scale", scales_shape, "float16", sources, scales, scale),
+    ]
+
+
+def _bf16(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int) -> PackedWeight:
     """bf16 [rows, k], the sources stacked, in linear.py's layout."""
+    stacked = _stacked(sources, rows, linear.CPU_TILE.rows, k)
+
+    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        for piece in stacked(checkpoint):
+            yield linear.pack_weight(target, piece.astype(ml_dtypes.bfloat16, copy=False))
+
+    shape = linear.packed_shape(target, rows, k)
+    return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
+
+
+def _stacked(sources: tuple[str, ...], rows: int, group: int, k: int) -> Pieces:
+    """[rows, k] of the sources one below the other, in pieces of whole groups of rows."""
 
     def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         tensors = [checkpoint.tensor(source) for source in sources]
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        step = linear.CPU_TILE.rows * max(1, PIECE_BYTES // (2 * k * linear.CPU_TILE.rows))
+        step = group * max(1, PIECE_BYTES // (2 * k * group))
         for start in range(0, rows, step):
-            piece = stacked[start : start + step].astype(ml_dtypes.bfloat16, copy=False)
-            yield linear.pack_weight(target, piece)
+            yield stacked[start : start + step]
 
-    shape = linear.packed_shape(target, rows, k)
-    return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
+    return pieces
 
 
 def _expert_half(

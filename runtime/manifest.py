@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from ._version import __version__
 from .errors import ArtifactCorruptError, ArtifactVersionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ABI_VERSION = 1
 MANIFEST = "manifest.json"
 
@@ -31,7 +31,7 @@ CONFIG_SIZES = {
 }
 LAYER_TYPES = ("sliding_attention", "full_attention")
 KV_BYTES = {"float32": 4, "float16": 2}  # of an element
-WEIGHT_BYTES = {"bfloat16": 2, "float32": 4, "uint8": 1}
+WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class PrecisionInfo:
-    """Number formats by name: activations between kernels, the KV pages, the experts' inputs."""
+    """Number formats by name: activations between kernels, the KV pages, the experts' inputs, the
+    weights of attention and of the output layer."""
 
     activations: str
     kv_dtype: str
     experts: str
+    dense: str
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .linear_i8 import LINEAR_I8
 from .moe_down import DOWN, DOWN_I8
 from .moe_gate_up import GATE_UP, GATE_UP_I8
 from .moe_plan import MOE_PLAN
-from .quantize import QUANTIZE
+from .quantize import QUANTIZE_I8, QUANTIZE_I16
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE
 from .router_topk import ROUTER_TOPK
@@ -34,7 +34,8 @@ KERNELS: dict[str, Kernel] = {
         PAGED_ATTENTION,
         ROUTER_TOPK,
         MOE_PLAN,
-        QUANTIZE,
+        QUANTIZE_I8,
+        QUANTIZE_I16,
         GATE_UP,
         GATE_UP_I8,
         DOWN,

@@ -1,7 +1,8 @@
-"""Products of 8-bit activations with packed weights, on every CPU instruction set.
+"""Products of quantized activations with packed weights, on every CPU instruction set.
 
-A token's activations are i8, one step per 32 neighbours (quantize.py). A block of 32 is summed in
-integers, exactly, then multiplied by the step and by the weights' scale, and added up in float32.
+A token's activations are 8-bit integers, or 15-bit ones in two planes of 8-bit digits, with one
+step per 32 neighbours (quantize.py). A block of 32 is summed in integers, exactly, then
+multiplied by the step and by the weights' scale, and added up in float32.
 
 Weights lie in groups of 32 rows: of each block, the next four inputs of all rows side by side,
 then the next four. So a register of any width holds rows, and no sum is horizontal.
@@ -20,6 +21,7 @@ from .kernel import TileConfig
 
 BLOCK = 32  # inputs that share a scale
 GROUP = 32  # rows of one packed group
+DIGIT_BITS = 7  # a step of the first of two planes is 128 of the second's
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,30 @@ class Int8Weights:
     factor: float
 
 
-def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights) -> Any:
+def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights, planes: int = 1) -> Any:
     """The T.inline `dot(acc, part, value, row, tokens, x, w, s, at)`.
 
-    acc[32·t : 32·t + 32] = W[at]·x[row[t]] for t < tokens, with x a tuple of buffers: q i8 [n, k],
-    step f32 [n, k/32], total i32 [n, k/32] = Σq. part: i32 for tile.tokens·tile.rows sums; value:
-    u8, a register.
+    acc[32·t : 32·t + 32] = W[at]·x[row[t]] for t < tokens, with x a tuple of buffers: q i8
+    [n, planes·k], step f32 [n, k/32], total i32 [n, k/32], as quantize.py makes them. part: i32
+    for tile.tokens·tile.rows sums; value: u8, a register.
     """
-    lanes, parts = isa.lanes, weights.parts
+    lanes, parts, bias = isa.lanes, weights.parts, weights.bias
     vectors = tile.rows // lanes
-    start = _start_of(weights.bias, lanes)
+
+    @T.inline
+    def plane(first, part, value, row, tokens, x, w, at, h, b):
+        for i in T.unroll(BLOCK // (4 * parts)):
+            for v in T.unroll(vectors):
+                for j in T.unroll(parts):
+                    value[T.ramp(0, 1, 4 * lanes)] = weights.operand(
+                        w, at, b, i, h * vectors + v, j
+                    )
+                    for t in T.unroll(tokens):
+                        part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = weights.dot(
+                            part[T.ramp((t * vectors + v) * lanes, 1, lanes)],
+                            value[T.ramp(0, 1, 4 * lanes)],
+                            four(x[0], row[t], first + b * BLOCK + (i * parts + j) * 4, lanes),
+                        )
 
     @T.inline
     def dot(acc, part, value, row, tokens, x, w, s, at):
@@ -66,21 +82,22 @@ def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights) -> Any:
                         T.float32(0), lanes
                     )
             for b in T.serial(k // BLOCK):
+                # The total of both planes is taken off before the second.
                 for t in T.unroll(tokens):
                     for v in T.unroll(vectors):
-                        part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = start(x[2], row[t], b)
-                for i in T.unroll(BLOCK // (4 * parts)):
-                    for v in T.unroll(vectors):
-                        for j in T.unroll(parts):
-                            value[T.ramp(0, 1, 4 * lanes)] = weights.operand(
-                                w, at, b, i, h * vectors + v, j
+                        part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = T.broadcast(
+                            _less(bias if planes == 1 else 0, x[2], row[t], b), lanes
+                        )
+                plane(0, part, value, row, tokens, x, w, at, h, b)
+                if planes == 2:
+                    for t in T.unroll(tokens):
+                        for v in T.unroll(vectors):
+                            part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = part[
+                                T.ramp((t * vectors + v) * lanes, 1, lanes)
+                            ] * T.broadcast(T.int32(1 << DIGIT_BITS), lanes) + T.broadcast(
+                                _less(bias, x[2], row[t], b), lanes
                             )
-                            for t in T.unroll(tokens):
-                                part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = weights.dot(
-                                    part[T.ramp((t * vectors + v) * lanes, 1, lanes)],
-                                    value[T.ramp(0, 1, 4 * lanes)],
-                                    four(x[0], row[t], b * BLOCK + (i * parts + j) * 4, lanes),
-                                )
+                    plane(k, part, value, row, tokens, x, w, at, h, b)
                 for t in T.unroll(tokens):
                     for v in T.unroll(vectors):
                         for lane in T.vectorized(lanes):
@@ -95,8 +112,6 @@ def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights) -> Any:
     return dot
 
 
-def _start_of(bias: int, lanes: int) -> Callable[[Any, Any, Any], Any]:
-    """The sum to begin with: what the bias will add, taken off."""
-    if not bias:
-        return lambda _total, _row, _block: T.broadcast(T.int32(0), lanes)
-    return lambda total, row, block: T.broadcast(total[row, block] * -bias, lanes)
+def _less(bias: int, total: Any, row: Any, block: Any) -> Any:
+    """What a bias of the weights adds to a sum, taken off."""
+    return total[row, block] * -bias if bias else T.int32(0)

@@ -1,6 +1,6 @@
-"""Dense layer with 8-bit weights and activations: y = x·Wᵀ (+ bias) (+ residual). CPU only.
+"""Dense layer with 8-bit weights: y = x·Wᵀ (+ bias) (+ residual). CPU only.
 
-    q i8 [n, k], step f32 [n, k/32], total i32 [n, k/32]: x, of quantize.py
+    q i8 [n, 2k], step f32 [n, k/32], total i32 [n, k/32]: x, of quantize.py, in two planes
     W i8 [rows, k], one float16 scale per 32 inputs (the values of Q8_0)
     bias f32 [rows]   residual f32 [n, rows]   y f32 [n, rows]
 
@@ -23,9 +23,10 @@ from .int8 import BLOCK, GROUP, Int8Tile, Int8Weights, dot_i8
 from .isa import Isa, isa_of
 from .kernel import Case, Kernel, T, Target, parameter, scheduled
 from .linear import linear_items, linear_ref
-from .quantize import quantize_ref
+from .quantize import dequantize, quantize_ref
 
-NAME = "i8w_i8_linear"
+NAME = "i8w_i16_linear"
+PLANES = 2  # with one, activations would cost as much accuracy as the weights do
 QUADS = BLOCK // 4
 
 # AVX2 and SSSE3 have 16 registers, the others 32.
@@ -40,28 +41,29 @@ TILES = {
 }
 
 
-def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[rows, k] -> i8 [rows, k/32, 32] and float16 scales [rows, k/32]: the largest of 32 is 127.
-
-    The scale is rounded first, up where float16 needs it, so that 127 is never exceeded.
-    """
+def weight_scales(weight: np.ndarray) -> np.ndarray:
+    """Float16 [rows, k/32] of a weight [rows, k]: what 1 of 127 is worth."""
     blocks = weight.astype(np.float32).reshape(len(weight), -1, BLOCK)
-    peak = np.abs(blocks).max(axis=-1)
-    scale = (peak / np.float32(127)).astype(np.float16)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        q = np.rint(blocks / scale.astype(np.float32)[..., None])
-    q = np.clip(np.where(scale[..., None] > 0, q, 0), -127, 127)
-    return q.astype(np.int8), scale
+    return (np.abs(blocks).max(axis=-1) / np.float32(127)).astype(np.float16)
+
+
+def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """i8 [rows, k/32, 32] and weight_scales, rounded before, of a weight [rows, k]."""
+    blocks = weight.astype(np.float32).reshape(len(weight), -1, BLOCK)
+    scales = weight_scales(weight)
+    wide = scales.astype(np.float32)[..., None]
+    with np.errstate(divide="ignore"):
+        inverse = np.where(wide > 0, 1 / wide, 0)
+    return np.clip(np.rint(blocks * inverse), -127, 127).astype(np.int8), scales
 
 
 def linear_i8_ref(
     x: np.ndarray, weight: np.ndarray, *optional: np.ndarray, **arrays: Any
 ) -> tuple[np.ndarray]:
     """linear_ref of the quantized x and the quantized weight, in float64."""
-    q, step, _ = quantize_ref(x)
-    x = q * np.repeat(step.astype(np.float64), BLOCK, axis=1)
-    w, scale = quantize_weight(weight)
-    weight = (w * scale.astype(np.float64)[..., None]).reshape(weight.shape)
+    x = dequantize(*quantize_ref(x, planes=PLANES)[:2])
+    w, scales = quantize_weight(weight)
+    weight = (w * scales.astype(np.float64)[..., None]).reshape(weight.shape)
     return linear_ref(x, weight, *optional, **arrays)
 
 
@@ -71,17 +73,22 @@ def packed_shapes(rows: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (groups, k // BLOCK, QUADS, 4 * GROUP), (groups, k // BLOCK, GROUP)
 
 
-def pack_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Any number of rows of a [rows, k] weight as u8 and float16 arrays in this layout."""
-    q, scale = quantize_weight(weight)
-    rows, blocks, _ = q.shape
-    padding = -rows % GROUP
-    q = np.pad(q, ((0, padding), (0, 0), (0, 0)))
-    scale = np.pad(scale, ((0, padding), (0, 0)))
-    grouped = q.reshape(-1, GROUP, blocks, QUADS, 4).transpose(0, 2, 3, 1, 4)
-    packed = np.ascontiguousarray(grouped).reshape(-1, blocks, QUADS, 4 * GROUP)
-    scales = scale.reshape(-1, GROUP, blocks).transpose(0, 2, 1)
-    return packed.view(np.uint8), np.ascontiguousarray(scales)
+def pack_weight(weight: np.ndarray) -> np.ndarray:
+    """The 8-bit values of any number of rows of a weight [rows, k], u8 in this layout."""
+    q = _whole_groups(quantize_weight(weight)[0])
+    grouped = q.reshape(-1, GROUP, q.shape[1], QUADS, 4).transpose(0, 2, 3, 1, 4)
+    packed = np.ascontiguousarray(grouped).reshape(-1, q.shape[1], QUADS, 4 * GROUP)
+    return packed.view(np.uint8)
+
+
+def pack_scales(weight: np.ndarray) -> np.ndarray:
+    """Their scales, float16 in this layout."""
+    scales = _whole_groups(weight_scales(weight))
+    return np.ascontiguousarray(scales.reshape(-1, GROUP, scales.shape[1]).transpose(0, 2, 1))
+
+
+def _whole_groups(rows: np.ndarray) -> np.ndarray:
+    return np.pad(rows, ((0, -len(rows) % GROUP), *((0, 0),) * (rows.ndim - 1)))
 
 
 def _operands(isa: Isa) -> Int8Weights:
@@ -103,7 +110,7 @@ def linear_i8(
     """(q, step, total, weight, scales, [bias], [residual], y) -> None, scheduled for a CPU."""
     isa = isa_of(target)
     tile = TILES[isa.name]
-    dot = dot_i8(isa, k, tile, _operands(isa))
+    dot = dot_i8(isa, k, tile, _operands(isa), PLANES)
     weight_shape, scales_shape = packed_shapes(rows, k)
     groups = weight_shape[0]
 
@@ -123,7 +130,7 @@ def linear_i8(
     @T.prim_func(s_tir=True, private=True)
     def main():
         n = T.int64()
-        q = parameter("q", (n, k), "int8")
+        q = parameter("q", (n, PLANES * k), "int8")
         step = parameter("step", (n, k // BLOCK), "float32")
         total = parameter("total", (n, k // BLOCK), "int32")
         w = parameter("w", weight_shape, "uint8")
@@ -137,7 +144,7 @@ def linear_i8(
             with T.sblock("item"):
                 group = T.axis.spatial(groups, g)
                 # Said here because detection gives up on vector loads; nothing schedules further.
-                T.reads(q[0:n, 0:k])
+                T.reads(q[0:n, 0 : PLANES * k])
                 T.writes(y[0:n, 0:rows])
                 acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
                 part = T.sblock_alloc_buffer((tile.tokens * tile.rows,), "int32")
@@ -160,7 +167,7 @@ def linear_i8(
 
 def _pack(_target: Target, inputs: dict[str, np.ndarray], **_static: Any) -> list[np.ndarray]:
     x, weight, *rest = inputs.values()
-    return [*quantize_ref(x), *pack_weight(weight), *rest]
+    return [*quantize_ref(x, planes=PLANES), pack_weight(weight), pack_scales(weight), *rest]
 
 
 def _case(
@@ -183,7 +190,7 @@ def _case(
         {"rows": rows, "k": k, "with_bias": bias, "with_residual": residual},
         inputs,
         flops=2 * n * rows * k,
-        bytes=rows * k * 34 // 32 + n * (k + 4 * rows),
+        bytes=rows * k * 34 // 32 + n * (PLANES * k + 4 * rows),
     )
 
 

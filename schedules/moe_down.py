@@ -34,6 +34,7 @@ from .mxfp4 import (
     packed_shapes,
     scale_value,
 )
+from .quantize import dequantize as dequantize_activations
 from .quantize import quantize_ref
 
 NAME = "mxfp4w_moe_down"
@@ -54,8 +55,7 @@ def down_ref(
 ) -> tuple[np.ndarray]:
     """The module's formula in float64; for i8 activations, of the quantized h."""
     if activations == "i8":
-        q, h_step, _ = quantize_ref(h)
-        h = q * np.repeat(h_step.astype(np.float64), BLOCK, axis=1)
+        h = dequantize_activations(*quantize_ref(h)[:2])
     top_k = ids.shape[1]
     y = residual.astype(np.float64)
     for expert in np.unique(ids):

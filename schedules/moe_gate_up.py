@@ -37,6 +37,7 @@ from .mxfp4 import (
     packed_shapes,
     scale_value,
 )
+from .quantize import dequantize as dequantize_activations
 from .quantize import quantize_ref
 
 NAME = "mxfp4w_moe_gate_up_swiglu"
@@ -57,8 +58,7 @@ def gate_up_ref(
 ) -> tuple[np.ndarray]:
     """The module's formula in float64; for i8 activations, of the quantized x."""
     if activations == "i8":
-        q, x_step, _ = quantize_ref(x)
-        x = q * np.repeat(x_step.astype(np.float64), BLOCK, axis=1)
+        x = dequantize_activations(*quantize_ref(x)[:2])
     n, top_k = ids.shape
     h = np.empty((n * top_k, bias.shape[1] // 2))
     for expert in np.unique(ids):

@@ -54,7 +54,7 @@ SMALL_MANIFEST = Manifest(
     },
     target=TargetInfo("cpu", "cpu:x86-64", (), host_system()),
     numerics="exact",
-    precision=PrecisionInfo("float32", "float32", "f32"),
+    precision=PrecisionInfo("float32", "float32", "f32", "bf16"),
     limits=Limits(4, 64, 1024),
     stop_token_ids=(2, 12),
     memory=MemoryPlan(320, 1024, 1024, 4096),

@@ -35,6 +35,7 @@ from mxforge.schedules import (
     kv_append,
     kv_copy,
     linear,
+    linear_i8,
     moe_down,
     moe_gate_up,
     moe_plan,
@@ -160,14 +161,12 @@ class GptOss:
         where = [step.positions, step.token_seq, tables.pages, tables.first]
 
         h = self.norm(x, w["input_layernorm.weight"], n)  # [hidden]
-        qkv = self.call(
-            linear.linear(self.target, rows=c.qkv_rows, k=c.hidden_size, with_bias=True),
-            [
-                h,
-                w["self_attn.qkv_proj.weight"],  # bf16 [(heads + 2 kv_heads)·head_dim, hidden]
-                w["self_attn.qkv_proj.bias"],  # f32 [(heads + 2 kv_heads)·head_dim]
-            ],
-            self.f32(n, c.qkv_rows),
+        qkv = self.dense(
+            h,
+            n,
+            w,
+            "self_attn.qkv_proj",  # weight [(heads + 2 kv_heads)·head_dim, hidden], bias f32
+            (c.qkv_rows, c.hidden_size),
         )
         q, kv = self.call_inplace(
             kv_append.rope_kv_append(
@@ -187,17 +186,13 @@ class GptOss:
             [q, kv, *where, w["self_attn.sinks"]],  # f32 [heads]
             self.f32(n, queries),
         )
-        return self.call(
-            linear.linear(
-                self.target, rows=c.hidden_size, k=queries, with_bias=True, with_residual=True
-            ),
-            [
-                a,
-                w["self_attn.o_proj.weight"],  # bf16 [hidden, heads·head_dim]
-                w["self_attn.o_proj.bias"],  # f32 [hidden]
-                x,
-            ],
-            self.f32(n, c.hidden_size),
+        return self.dense(
+            a,
+            n,
+            w,
+            "self_attn.o_proj",  # weight [hidden, heads·head_dim], bias f32 [hidden]
+            (c.hidden_size, queries),
+            residual=x,
         )
 
     def moe_block(self, x: Expr, step: Step, w: Weights) -> tuple[Expr, Expr, Expr]:
@@ -257,14 +252,38 @@ class GptOss:
 
     def head(self, x: Expr, n: Any, w: Weights) -> Expr:
         c = self.config
-        return self.call(
-            linear.linear(self.target, rows=c.vocab_size, k=c.hidden_size),
-            [
-                self.norm(x, w["model.norm.weight"], n),  # [hidden]
-                w["lm_head.weight"],  # bf16 [vocab, hidden]
-            ],
-            self.f32(n, c.vocab_size),
+        return self.dense(
+            self.norm(x, w["model.norm.weight"], n),  # [hidden]
+            n,
+            w,
+            "lm_head",  # weight [vocab, hidden]
+            (c.vocab_size, c.hidden_size),
         )
+
+    def dense(
+        self,
+        x: Expr,
+        n: Any,
+        w: Weights,
+        name: str,
+        shape: tuple[int, int],
+        residual: Expr | None = None,
+    ) -> Expr:
+        """A large dense layer f32 [n, k] -> f32 [n, rows], its weights bf16 or 8-bit."""
+        rows, k = shape
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        static = dict(rows=rows, k=k, with_bias=bias in w, with_residual=residual is not None)
+        if self.precision.dense_of(k) == "i8":
+            kernel = linear_i8.linear_i8(self.target, **static)
+            operands = [*self.quantized(x, n, k, linear_i8.PLANES), w[weight], w[f"{weight}_scale"]]
+        else:
+            kernel = linear.linear(self.target, **static)
+            operands = [x, w[weight]]
+        if bias in w:
+            operands.append(w[bias])
+        if residual is not None:
+            operands.append(residual)
+        return self.call(kernel, operands, self.f32(n, rows))
 
     def norm(self, x: Expr, weight: Expr, n: Any) -> Expr:
         kernel = rms_norm.rms_norm(
@@ -274,13 +293,15 @@ class GptOss:
 
     def expert_input(self, x: Expr, n: Any, k: int) -> list[Expr]:
         """Activations as the expert kernels take them: f32, or quantized to i8."""
-        if self.precision.experts == "f32":
-            return [x]
+        return [x] if self.precision.experts == "f32" else self.quantized(x, n, k)
+
+    def quantized(self, x: Expr, n: Any, k: int, planes: int = 1) -> list[Expr]:
+        """f32 [n, k] as planes of 8-bit digits, their steps and totals."""
         return list(
             self.call(
-                quantize.quantize(self.target, k=k),
+                quantize.quantize(self.target, k=k, planes=planes),
                 [x],
-                TensorType((n, k), "int8"),
+                TensorType((n, planes * k), "int8"),
                 self.f32(n, k // 32),
                 self.i32(n, k // 32),
             )
@@ -411,7 +432,13 @@ class GptOss:
 
         n = _symbol("n")
         x = Var("x", self.f32(n, hidden))
-        weights = self._weight_inputs([named["model.norm.weight"], named["lm_head.weight"]])
+        weights = self._weight_inputs(
+            [
+                weight
+                for name, weight in named.items()
+                if name == "model.norm.weight" or name.split(".")[0] == "lm_head"
+            ]
+        )
         with self._function("head", [x, *weights.values()], {}):
             self._output(self.head(x, n, weights))
 

@@ -41,7 +41,8 @@ def test_every_part_is_within_its_bound(
     relative = [c for c in report.comparisons if c.tensor != "expert_ids"]
     assert {c.bound for c in relative} == {BOUNDS[numerics]}
     assert report.routed == 320 * layers
-    assert report.close_calls <= 0.02 * report.routed  # nearly everything counts
+    # Nearly everything counts; more is close where attention is rounded too.
+    assert report.close_calls <= {"exact": 0.02, "fast": 0.05}[numerics] * report.routed
 
 
 # Weight whose bytes change -> the first tensor that shows it.

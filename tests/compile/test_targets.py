@@ -107,11 +107,11 @@ def config_of(experts: int) -> ModelConfig:
     return ModelConfig.from_hf(hf_config("tiny", changes))
 
 
-def test_8_bit_experts_need_vnni_and_more_than_one_expert():
+def test_8_bit_experts_need_more_than_one_expert():
     for level in LEVELS:
         target = resolve(f"cpu:{level.name}")
         fast = target.precision("fast", config_of(experts=2))
-        assert fast.experts == ("i8" if "avx512vnni" in level.required else "f32")
+        assert (fast.experts, fast.dense) == ("i8", "i8")
         assert fast.kv_dtype == "float16"
         one = target.precision("fast", config_of(experts=1))
         assert (one.experts, one.kv_dtype) == ("f32", "float16")
@@ -133,23 +133,16 @@ def test_a_cpu_level_compiles_and_is_exact(level, compiled: Compiled, golden):
     assert relative_error(logits[truth.rows], truth.logits) <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "level", [lv for lv in LEVELS if lv.name in ("x86-64", "avx2", "neon")], ids=lambda lv: lv.name
-)
-def test_a_cpu_level_without_vnni_is_fast_within_its_bound(
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
+def test_every_cpu_level_is_fast_within_its_bound(
     level, compiled: Compiled, odd_checkpoint: Checkpoints
 ):
-    """16-bit KV pages, on x86-64 without an instruction that converts them."""
     artifact = compiled("odd-1", "fast", target=f"cpu:{level.name}")
-    manifest = read_manifest(artifact)
-    assert manifest.precision.kv_dtype == "float16"
-    assert manifest.precision.experts == "f32"
+    precision = read_manifest(artifact).precision
+    assert (precision.kv_dtype, precision.experts, precision.dense) == ("float16", "i8", "i8")
     if missing := missing_cpu_features(level.required):
         pytest.skip(f"this CPU lacks {', '.join(missing)}: compiled, but not run")
-    report = compare(artifact, odd_checkpoint("odd-1"), tokens=100)
-    report.check()
-    # Nothing but the pages is rounded, so fast is better here than it has to be.
-    assert max(c.error for c in report.comparisons if c.tensor == "output") <= 1e-3
+    compare(artifact, odd_checkpoint("odd-1"), tokens=100).check()
 
 
 def test_another_level_than_the_best_gets_its_own_code(compiled: Compiled):

@@ -23,38 +23,45 @@ class Harness:
 
     def __init__(self) -> None:
         self.cpu: CompileTarget = resolve("cpu")
-        self._compiled: dict[tvm.tirx.PrimFunc, Any] = {}
+        self._compiled: dict[tuple[str, tvm.tirx.PrimFunc], Any] = {}
 
     def module(self, func: tvm.tirx.PrimFunc) -> tvm.IRModule:
         return tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
 
-    def compiled(self, func: tvm.tirx.PrimFunc) -> Any:
-        if func not in self._compiled:
-            self._compiled[func] = tvm.compile(self.module(func), self.cpu.tvm)["main"]
-        return self._compiled[func]
+    def compiled(self, func: tvm.tirx.PrimFunc, target: CompileTarget) -> Any:
+        key = target.name, func
+        if key not in self._compiled:
+            self._compiled[key] = tvm.compile(self.module(func), target.tvm)["main"]
+        return self._compiled[key]
 
     def run(
-        self, kernel: Kernel, inputs: Mapping[str, np.ndarray], static: Mapping[str, Any]
+        self,
+        kernel: Kernel,
+        inputs: Mapping[str, np.ndarray],
+        static: Mapping[str, Any],
+        target: CompileTarget | None = None,
     ) -> list[np.ndarray]:
-        """The CPU schedule: fresh outputs, then the new values of the inputs it updates."""
-        return self._call(kernel, self.cpu.kernels, kernel.build, inputs, static)
+        """A CPU schedule, the best if not another is asked for: fresh outputs, then the new
+        values of the inputs it updates."""
+        target = target or self.cpu
+        return self._call(kernel, target.kernels, target, kernel.build, inputs, static)
 
     def run_items(
         self, kernel: Kernel, inputs: Mapping[str, np.ndarray], static: Mapping[str, Any]
     ) -> list[np.ndarray]:
         """What one thread of the simple GPU schedules does, one item after the other."""
         return self._call(
-            kernel, Target("cuda"), lambda _, **kw: kernel.items(**kw), inputs, static
+            kernel, Target("cuda"), self.cpu, lambda _, **kw: kernel.items(**kw), inputs, static
         )
 
-    def _call(self, kernel, target, build, inputs, static) -> list[np.ndarray]:
+    def _call(self, kernel, target, compiled_for, build, inputs, static) -> list[np.ndarray]:
         inputs = {name: value.copy() for name, value in inputs.items()}
         packed = [tvm.runtime.tensor(a) for a in kernel.pack(target, inputs, **static)]
         fresh = [
             tvm.runtime.tensor(_filled(shape, dtype))
             for shape, dtype in kernel.outputs(inputs, **static)
         ]
-        self.compiled(build(target, **static))(*packed, *fresh)
+        self.compiled(build(target, **static), compiled_for)(*packed, *fresh)
         names = list(inputs)
         updated = [packed[names.index(name)] for name in kernel.inplace]
         return [tensor.numpy() for tensor in (*fresh, *updated)]

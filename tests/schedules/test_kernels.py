@@ -12,8 +12,13 @@ import pytest
 import tvm
 
 import mxforge.schedules
+from mxforge.compile.targets import CPU_LEVELS, resolve
+from mxforge.machine import architecture, missing_cpu_features
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import TARGET_KINDS, Case, Kernel, Target
+from mxforge.schedules.linear_i8 import LINEAR_I8
+from mxforge.schedules.moe_down import DOWN_I8
+from mxforge.schedules.moe_gate_up import GATE_UP_I8
 
 CASES = [
     pytest.param(kernel, case, id=f"{name}: {case.name}")
@@ -23,17 +28,12 @@ CASES = [
 EVERY = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
 GPUS = [kind for kind in TARGET_KINDS if Target(kind).is_gpu]
 CUDA = {"kind": "cuda", "arch": "sm_90a"}
-AARCH64 = {"kind": "llvm", "mtriple": "aarch64-unknown-linux-gnu", "mattr": ["+neon"]}
+AARCH64 = {"kind": "llvm", "mtriple": "aarch64-unknown-linux-gnu"}
 
 
 def made_inputs(case: Case) -> dict[str, np.ndarray]:
     """The same inputs whichever test asks, and in whatever order."""
     return case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
-
-
-def skip_unless_supported(kernel: Kernel, target: Target) -> None:
-    if not target.has(*kernel.needs):
-        pytest.skip(f"needs {', '.join(sorted(kernel.needs - target.features))}")
 
 
 def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -62,9 +62,36 @@ def compare(kernel: Kernel, case: Case, inputs, results: list[np.ndarray]) -> No
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
 def test_cpu_schedule_agrees_with_reference(harness, kernel, case):
-    skip_unless_supported(kernel, harness.cpu.kernels)
     inputs = made_inputs(case)
     compare(kernel, case, inputs, harness.run(kernel, inputs, case.static))
+
+
+# Most kernels leave instructions to LLVM; these choose them by level (isa.py).
+CHOOSING = {LINEAR_I8.name, GATE_UP_I8.name, DOWN_I8.name}
+LOWER_LEVELS = [
+    pytest.param(
+        level,
+        kernel,
+        case,
+        id=f"{level.name}, {kernel.name}: {case.name}",
+        marks=() if kernel.name in CHOOSING else pytest.mark.full,
+    )
+    for level in CPU_LEVELS
+    if level.machine == architecture()
+    for kernel in KERNELS.values()
+    for case in kernel.cases
+]
+
+
+@pytest.mark.parametrize(("level", "kernel", "case"), LOWER_LEVELS)
+def test_schedules_of_every_cpu_level_agree_with_reference(harness, level, kernel, case):
+    if missing := missing_cpu_features(level.required):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    target = resolve(f"cpu:{level.name}")
+    if target == harness.cpu:
+        pytest.skip("the best level: tested above")
+    inputs = made_inputs(case)
+    compare(kernel, case, inputs, harness.run(kernel, inputs, case.static, target))
 
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
@@ -77,7 +104,6 @@ def test_items_of_simple_gpu_schedule_agree_with_reference(harness, kernel, case
 
 @pytest.mark.parametrize("kernel", EVERY)
 def test_cpu_results_do_not_depend_on_thread_count(harness, kernel):
-    skip_unless_supported(kernel, harness.cpu.kernels)
     case = max(kernel.cases, key=lambda case: case.bytes)
     inputs = made_inputs(case)
     two = harness.run(kernel, inputs, case.static)
@@ -93,11 +119,9 @@ def test_registered_completely(harness, kernel):
     assert len(kernel.cases) >= 3
     assert len({case.name for case in kernel.cases}) == len(kernel.cases)
     assert set(kernel.targets) <= set(TARGET_KINDS)
-    assert kernel.needs or set(kernel.targets) == set(TARGET_KINDS)
+    assert set(kernel.targets) in ({"cpu"}, set(TARGET_KINDS))
     for kind in kernel.targets:
         target = harness.cpu.kernels if kind == "cpu" else Target(kind)
-        if kind == "cpu" and not target.has(*kernel.needs):
-            continue
         attributes = kernel.build(target, **kernel.cases[0].static).attrs
         assert attributes["tirx.is_scheduled"], kind
         assert attributes["mxforge.kernel"] == kernel.name
@@ -114,12 +138,12 @@ def test_registry_holds_every_kernel_once():
     assert found == KERNELS
 
 
+@pytest.mark.parametrize("features", [("neon",), ("neon", "dotprod")], ids=" ".join)
 @pytest.mark.parametrize("kernel", EVERY)
-def test_cpu_code_generates_for_aarch64(harness, kernel):
-    target = Target("cpu")
-    skip_unless_supported(kernel, target)
-    func = kernel.build(target, **kernel.cases[0].static)
-    tvm.compile(harness.module(func), AARCH64)
+def test_cpu_code_generates_for_aarch64(harness, kernel, features):
+    func = kernel.build(Target("cpu", frozenset(features)), **kernel.cases[0].static)
+    mattr = [f"+{feature}" for feature in features]
+    tvm.compile(harness.module(func), {**AARCH64, "mattr": mattr})
 
 
 @pytest.mark.parametrize("kernel", EVERY)
