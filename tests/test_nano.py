@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mxforge import Engine, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.config import ModelConfig
 from mxforge.compile.reference import (
@@ -643,17 +642,18 @@ def test_the_demo_answers():
 
 
 @needs_nano
-def test_fast_numerics_predict_what_exact_ones_do(tmp_path: Path, renderer: Any):
+def test_fast_numerics_predict_what_exact_ones_do(nano: Path, tmp_path: Path, renderer: Any):
+    import mxforge
+
     evaluation = script("_nano_eval")
-    checkpoint = compact.expand(NANO, tmp_path / "nano")
     used = frozenset(map(int, compact.Compact(NANO).used))
     asked = [case for group in evaluation.cases(renderer, 2, used).values() for case in group]
     artifacts = [
-        compile_model(checkpoint, output=tmp_path / numerics, numerics=numerics)
+        mxforge.compile_model(nano, output=tmp_path / numerics, numerics=numerics)
         for numerics in ("exact", "fast")
     ]
     with (
-        Engine.load(artifacts[0], context_length=1024) as exact,
-        Engine.load(artifacts[1], context_length=1024) as fast,
+        mxforge.Engine.load(artifacts[0], context_length=1024) as exact,
+        mxforge.Engine.load(artifacts[1], context_length=1024) as fast,
     ):
         assert 0 < evaluation.mean_divergence(exact, fast, asked) <= 0.01
