@@ -378,7 +378,7 @@ class _Parts:
         manifest: Manifest = artifact.manifest
         Library.use_threads(default_threads())
         self._library = Library(artifact.library, manifest.target.kind)
-        self._weights = load_weights(self._library, artifact)
+        self._weights, _ = load_weights(self._library, artifact)
         self._order = manifest.weights_order
         self._kinds = layer_kinds(manifest)
         pages = -(-count // PAGE_TOKENS)

@@ -13,14 +13,16 @@ import numpy as np
 
 from .artifact import Artifact
 from .errors import ArtifactCorruptError
-from .kv import PageNeeds, PageTables
+from .kv import PageNeeds, PageTables, available_memory
 from .library import Library, aligned_empty
 from .manifest import KV_BYTES, REMEDY, WEIGHT_BYTES, Manifest, WeightInfo
+from .prefault import Prefault
 from .random_weights import fill_random
 from .results import TokenLogprob
 from .sampling import SampleArguments
 
 PAGE_TOKENS = 16
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class Model:
@@ -33,13 +35,18 @@ class Model:
         )
         self.kinds = layer_kinds(manifest)
         self.vocab_size = int(manifest.config["vocab_size"])
-        self.weights = load_weights(self.library, artifact)
+        self.weights, mapped = load_weights(self.library, artifact)
+        self._prefault = Prefault(mapped)
         self._ordered = [self.weights[name] for name in manifest.weights_order]
         pages = {"full": needs.full_pages, "sliding": needs.sliding_pages}
         self.kv = [
             self.library.empty(kv_shape(manifest, pages[kind]), manifest.precision.kv_dtype)
             for kind in self.kinds
         ]
+
+    def close(self) -> None:
+        """Stop reading ahead, so that the files can be unmapped."""
+        self._prefault.close()
 
     def forward(
         self,
@@ -169,21 +176,29 @@ def _nbytes(weight: WeightInfo) -> int:
     return math.prod(weight.shape) * WEIGHT_BYTES[weight.dtype]
 
 
-def load_weights(library: Library, artifact: Artifact) -> dict[str, Any]:
-    """Every weight by name: views of the mapped files, or random ones made here."""
+def load_weights(library: Library, artifact: Artifact) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Every weight by name: views of the mapped files, copies on a GPU, or random ones made here.
+
+    Beside them what is mapped and read in every step, in order; nothing where it does not fit
+    into memory, so that there is no use in reading it ahead.
+    """
     files = {
         name: np.memmap(opened.path, np.uint8, mode="c")  # copy-on-write: TVM refuses read-only
         for name, opened in artifact.weight_files.items()
     }
-    weights = {}
+    weights, mapped = {}, []
     for weight in artifact.manifest.weights:
         if weight.file is None:
             content = _made(weight, artifact.manifest)
         else:
             where = artifact.weight_files[weight.file].tensors[weight.name]
             content = files[weight.file][where.begin : where.end]
+            if weight.name != EMBEDDING:  # of which a step reads a row a token
+                mapped.append(content)
         weights[weight.name] = library.weight(content, weight.shape, weight.dtype)
-    return weights
+    available = available_memory()
+    fits = available is None or sum(array.nbytes for array in mapped) <= available
+    return weights, mapped if library.on_cpu and fits else []
 
 
 def _made(weight: WeightInfo, manifest: Manifest) -> np.ndarray:

@@ -130,6 +130,7 @@ class Worker:
                     self._kv.release(request.pages)
                     request.inbox.put(error)
                 self._running.clear()
+        self._model.close()
         for request in (*self._running, *self._waiting):
             request.inbox.put(CancelledError("The engine was closed while it answered."))
 

@@ -33,7 +33,7 @@ QUADS = BLOCK // 4
 TILES = {
     "AVX-512 VNNI": Int8Tile(tokens=4, rows=32),
     "AVX-512": Int8Tile(tokens=4, rows=32),
-    "AVX2": Int8Tile(tokens=2, rows=16),
+    "AVX2": Int8Tile(tokens=3, rows=16),
     "SSSE3": Int8Tile(tokens=2, rows=8),
     "NEON dotprod": Int8Tile(tokens=4, rows=16),
     "NEON": Int8Tile(tokens=2, rows=16),

@@ -1,0 +1,50 @@
+"""Brings mapped weights into this process's page tables before they are asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+PIECE_BYTES = 16 << 20
+_MADV_POPULATE_READ = 22  # Linux 5.14: reads the file and maps its pages, as a first read would
+
+
+class Prefault:
+    """A thread that touches mapped arrays in order, until it is done or closed.
+
+    What computes meanwhile faults only where it is ahead. Does nothing where the system cannot.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = list(arrays)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mxforge-prefault", daemon=True)
+        if sys.platform == "linux":
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop, before the arrays are unmapped."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Until everything is mapped."""
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        # Through ctypes, which lets go of the interpreter; mmap.madvise holds it.
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for array in self._arrays:
+            begin, size = array.ctypes.data, array.nbytes
+            for start in range(0, size, PIECE_BYTES):
+                if self._stopped.is_set():
+                    return
+                if madvise(begin + start, min(PIECE_BYTES, size - start), _MADV_POPULATE_READ):
+                    return  # an older system, or no memory left: pages come as they are read
