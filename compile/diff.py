@@ -8,12 +8,12 @@ A tensor's error is ‖ours - reference‖ / ‖reference‖ over all tokens; be
 whose row errs most. Bounds: 1e-4 with exact numerics, 1e-2 with fast ones.
 
 Routing is discrete: where two experts' logits are close, an error within the bound picks another
-expert, and the token's output is another one, though rightly computed. So each layer has its *own
-error*, the most by which two router logits can have moved against each other:
+expert, and the token's output is another one, though rightly computed. So each token has in each
+layer its *own error*, the most by which two of its router logits can have moved against each other:
 
     own = 2 (max |norm(a' - a) Wᵀ| + 2⁻²² max Σ |norm(a)| |W|)
 
-over all tokens and experts, where a' is the library's residual stream after attention, a the
+over all experts, where a' is the library's residual stream after attention, a the
 reference's, norm(a' - a) the difference of both normed, and W the router. The first part is what
 the measured error of a' does to the logits, the second what rounding to f32 inside norm and router
 may add. A token whose router gap (k-th less k+1-th logit) is below `own` is a *close call*. Where
@@ -59,8 +59,8 @@ class Comparison:
     rerouted     how many of them took other experts, and are left out after that
 
     `expert_ids` has as its errors the largest router gap among tokens that took other experts
-    than the reference without being close calls (0: none did), and as its bound the layer's own
-    error.
+    than the reference without being close calls (0: none did), and as its bound the own error of
+    the token that it names.
     """
 
     tensor: str
@@ -146,7 +146,7 @@ class Report:
             raise NumericsError(
                 f"Layer {wrong.layer} routes token {wrong.token} to other experts than the "
                 f"reference, though the router gap of {_number(wrong.error)} is above the "
-                f"layer's own error of {wrong.bound:.1e}; its router or its top-k is wrong."
+                f"token's own error of {wrong.bound:.1e}; its router or its top-k is wrong."
             )
         raise NumericsError(
             f"{wrong.where} differs by {_number(wrong.error)}, expected at most {wrong.bound:.0e} "
@@ -273,7 +273,7 @@ def _layer(
         "expert_ids",
         layer,
         error=_finite(gap[token]),
-        bound=own,
+        bound=float(own[token]),
         token=token,
         token_error=_finite(gap[token]),
         compared=len(gap),
@@ -288,8 +288,9 @@ def _layer(
 
 def _own_error(
     after_attention: np.ndarray, truth: LayerTrace, layer: int, reference: ReferenceModel
-) -> float:
-    """The most by which two router logits can have moved against each other; see the module."""
+) -> np.ndarray:
+    """f64 [n]: the most by which two of a token's router logits can have moved against each other;
+    see the module."""
     prefix = layer_prefix(layer)
     normed = rms_norm(
         after_attention.astype(truth.mlp_input.dtype),
@@ -297,9 +298,9 @@ def _own_error(
         reference.config.rms_norm_eps,
     )
     router = reference.weight(f"{prefix}mlp.router.weight").T
-    moved = np.abs((normed - truth.mlp_input) @ router).max()
-    rounded = _ROUNDING * (np.abs(truth.mlp_input) @ np.abs(router)).max()
-    return float(2 * (moved + rounded))
+    moved = np.abs((normed - truth.mlp_input) @ router).max(axis=1)
+    rounded = _ROUNDING * (np.abs(truth.mlp_input) @ np.abs(router)).max(axis=1)
+    return np.asarray(2 * (moved + rounded), np.float64)
 
 
 def _tensor(
