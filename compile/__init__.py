@@ -38,7 +38,7 @@ def compile_model(
 
     checkpoint      a folder in Hugging Face's layout or OpenAI's original one, which is found
                     out; or with `random_weights` a config.json of either
-    target          cpu, cpu:LEVEL, cuda, cuda:sm_XX, vulkan, vulkan:PROFILE or metal
+    target          cpu, cpu:LEVEL, cpu:portable, cuda, cuda:sm_XX, vulkan, vulkan:PROFILE or metal
     output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>
     numerics        "exact" (f32 throughout) or "fast" (what the target does best)
     max_batch       most sequences in one step

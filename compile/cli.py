@@ -18,6 +18,7 @@ _TARGETS = """\
 targets:
   cpu              this machine's CPU, with the best instructions it has (default)
   cpu:LEVEL        avx512vnni, avx512, avx2, x86-64 or neon
+  cpu:portable     every CPU of this architecture: a library for each level, chosen at load
   cuda[:sm_XX]     NVIDIA GPUs; building needs nvcc
   vulkan           GPUs with Vulkan 1.2, of any maker; vulkan:desktop, vulkan:mobile, vulkan:minimum
   metal            Apple GPUs"""

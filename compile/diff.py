@@ -189,7 +189,7 @@ def compare(
     source.check()
     _check_pair(opened, source)
     report = Report(
-        str(artifact), manifest.target.name, manifest.numerics, tokens=tokens, seed=seed
+        str(artifact), opened.variant.target, manifest.numerics, tokens=tokens, seed=seed
     )
     for comparison in _comparisons(opened, ReferenceModel(source, dtype), tokens, seed):
         report.comparisons.append(comparison)

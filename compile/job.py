@@ -9,9 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mxforge.errors import TargetError
 from mxforge.machine import host_system
 from mxforge.manifest import (
     KernelInfo,
+    LibraryInfo,
     Manifest,
     MemoryPlan,
     PrecisionInfo,
@@ -31,11 +33,20 @@ from .checkpoint.folder import HARMONY_STOP_IDS
 from .config import ModelConfig
 from .models.gpt_oss import GptOss, Limits, layer_kind
 from .targets import CompileTarget, Numerics, Precision
-from .weights import PackedWeight, packed_weights
+from .weights import PackedWeight, first_difference, packed_weights
 
 WEIGHT_FILE = "weights-00001.safetensors"
-LIBRARY_ROOM = 64 << 20  # what the library and the manifest may take on disk
+LIBRARY_ROOM = 64 << 20  # what a library and its part of the manifest may take on disk
 PAGE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class _Library:
+    """A compiled library, its kernels, and the workspace in bytes that was planned for it."""
+
+    info: LibraryInfo
+    kernels: tuple[KernelInfo, ...]
+    workspace: int
 
 
 @dataclass
@@ -54,13 +65,13 @@ class Job:
     progress: bool
     checkpoint: FolderCheckpoint | None = field(init=False, default=None)
     config: ModelConfig = field(init=False)
-    target: CompileTarget = field(init=False)
+    targets: tuple[CompileTarget, ...] = field(init=False)  # a library for each, best first
     precision: Precision = field(init=False)
     weights: list[PackedWeight] = field(init=False)
     fingerprint: Fingerprint = field(init=False)
 
     def __post_init__(self) -> None:
-        self.target = targets.resolve(self.target_name)
+        self.targets = targets.resolve_all(self.target_name)
         if self.source.is_dir():
             self.announce("checking the checkpoint")
             self.checkpoint = open_checkpoint(self.source)
@@ -69,26 +80,26 @@ class Job:
                 self.checkpoint.check()
         else:
             self.config = ModelConfig.from_file(self.source)
-        self.precision = self.target.precision(self.numerics, self.config)
-        self.weights = packed_weights(self.config, self.target.kernels, self.precision)
+        self.precision = self.targets[0].precision(self.numerics, self.config)
+        self.weights = self._weights_of(self.targets[0])
         self.fingerprint = Fingerprint(self.config, self._stop_token_ids())
 
     def run(self, folder: Path, force: bool) -> None:
         """Compile into `folder`, which appears complete or not at all."""
         with ArtifactWriter(folder, force=force) as writer:
             packed = 0 if self.random_weights else self._weights_bytes()
-            writer.reserve(packed + LIBRARY_ROOM)
+            writer.reserve(packed + LIBRARY_ROOM * len(self.targets))
             tokenizer = self._tokenizer(writer)  # first: what cannot be read shows at once
-            kernels, workspace = self._compile(writer)
+            self._check_shared()
+            libraries = [self._compile(writer, number) for number in range(len(self.targets))]
             weights = self._pack(writer)
             writer.finish(
                 Manifest(
                     name=self.name,
                     config=self.config.to_dict(),
                     target=TargetInfo(
-                        self.target.kernels.kind,
-                        self.target.name,
-                        self.target.required_features,
+                        self.targets[0].kernels.kind,
+                        self.targets[0].name if len(self.targets) == 1 else self.target_name,
                         host_system(),
                     ),
                     numerics=self.numerics,
@@ -102,8 +113,9 @@ class Job:
                         self.max_batch, self.prefill_chunk, self.config.max_position_embeddings
                     ),
                     stop_token_ids=self._stop_token_ids(),
-                    memory=self._memory(workspace),
-                    kernels=kernels,
+                    memory=self._memory(max(made.workspace for made in libraries)),
+                    libraries=tuple(made.info for made in libraries),
+                    kernels=tuple(kernel for made in libraries for kernel in made.kernels),
                     weights=weights,
                     weights_order=tuple(weight.name for weight in self.weights),
                     source=self._source(),
@@ -112,26 +124,60 @@ class Job:
                 )
             )
 
-    def _compile(self, writer: ArtifactWriter) -> tuple[tuple[KernelInfo, ...], int]:
-        """The library; returns its kernel table and its planned workspace in bytes."""
+    def _weights_of(self, target: CompileTarget) -> list[PackedWeight]:
+        precision = target.precision(self.numerics, self.config)
+        return packed_weights(self.config, target.kernels, precision)
+
+    def _check_shared(self) -> None:
+        """TargetError where the libraries could not share the weights or the cache's layout."""
+        first, *others = self.targets
+        checkpoint = None if self.random_weights else self.checkpoint
+        for target in others:
+            precision = target.precision(self.numerics, self.config)
+            if precision != self.precision:
+                raise TargetError(
+                    f"Libraries of one artifact should compute alike, but {first.name} has "
+                    f"{self.precision} and {target.name} {precision}; compile for one of them."
+                )
+            weight = first_difference(self.weights, self._weights_of(target), checkpoint)
+            if weight is not None:
+                raise TargetError(
+                    f"Libraries of one artifact should read the same weights, but {first.name} and "
+                    f"{target.name} have {weight} packed differently; compile for one of them."
+                )
+
+    def _compile(self, writer: ArtifactWriter, number: int) -> _Library:
+        """The library for the target of this number, and its compiled GPU code."""
         started = time.perf_counter()
-        self.announce("building the model")
+        target, count = self.targets[number], len(self.targets)
+        level = target.name.partition(":")[2]
+        prefix = f"{target.name} ({number + 1} of {count}): " if count > 1 else ""
+        dump = self.dump / level if count > 1 and self.dump is not None else self.dump
+
+        def announce(text: str) -> None:
+            self.announce(prefix + text)
+
+        announce("building the model")
         limits = Limits(self.max_batch, self.prefill_chunk)
-        model = GptOss(self.config, self.target.kernels, self.precision, limits, self.weights)
+        model = GptOss(self.config, target.kernels, self.precision, limits, self.weights)
         module = pipeline.lower(
-            model.module(), self.target, self.dump, lambda name: self.announce(f"phase {name}")
+            model.module(), target, dump, lambda name: announce(f"phase {name}")
         )
-        self.announce("generating code")
-        executable = pipeline.build(module, self.target, self.dump)
-        self.announce("linking")
-        name = f"model{library.SUFFIX}"
+        announce("generating code")
+        executable = pipeline.build(module, target, dump)
+        announce("linking")
+        name = f"model-{level}{library.SUFFIX}" if count > 1 else f"model{library.SUFFIX}"
         library.export(executable, writer.path(name))
         writer.add(name)
         folder = writer.path(name).parent
-        for file, code in library.device_code(executable, self.target, folder).items():
+        for file, code in library.device_code(executable, target, folder).items():
             writer.write(file, code)
-        self.announce(f"library compiled in {time.perf_counter() - started:.1f} s")
-        return pipeline.kernel_table(module, self.target), pipeline.workspace_bytes(module)
+        announce(f"library compiled in {time.perf_counter() - started:.1f} s")
+        return _Library(
+            LibraryInfo(target.name, name, target.required_features),
+            pipeline.kernel_table(module, target),
+            pipeline.workspace_bytes(module),
+        )
 
     def _tokenizer(self, writer: ArtifactWriter) -> TokenizerInfo:
         path = self.checkpoint.tokenizer_path if self.checkpoint is not None else None

@@ -4,6 +4,7 @@ The names:
 
     cpu                 the best level that this machine has
     cpu:<level>         one of CPU_LEVELS, also for another machine of this architecture
+    cpu:portable        a library for each level of this architecture, chosen at load
     cuda, cuda:sm_XX    NVIDIA GPUs; needs nvcc to build
     vulkan              GPUs with Vulkan 1.2: the first of VULKAN_PROFILES
     vulkan:<profile>    one of VULKAN_PROFILES
@@ -57,6 +58,9 @@ CPU_LEVELS: tuple[CpuLevel, ...] = (
     CpuLevel("x86-64", "x86_64", "x86-64", (), ()),
     CpuLevel("neon", "aarch64", "generic", ("neon",), ()),
 )
+
+
+PORTABLE = "cpu:portable"
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,23 @@ def resolve(name: str) -> CompileTarget:
     raise TargetError(f"Unknown target {name!r}; the known ones are {', '.join(known_targets())}.")
 
 
+def resolve_all(name: str) -> tuple[CompileTarget, ...]:
+    """What an artifact for `name` has a library for, best first: one unless it is PORTABLE.
+
+    TargetError as of `resolve`.
+    """
+    if name != PORTABLE:
+        return (resolve(name),)
+    machine = architecture()
+    levels = [level.name for level in CPU_LEVELS if level.machine == machine]
+    return tuple(_cpu(level) for level in levels or ["portable"])  # which _cpu refuses
+
+
 def known_targets() -> list[str]:
-    """What `resolve` takes, for help texts and errors."""
+    """What `resolve_all` takes, for help texts and errors."""
     levels = [f"cpu:{level.name}" for level in CPU_LEVELS]
     profiles = [f"vulkan:{profile.name}" for profile in VULKAN_PROFILES]
-    return ["cpu", *levels, "cuda", "cuda:sm_XX", "vulkan", *profiles, "metal"]
+    return ["cpu", *levels, PORTABLE, "cuda", "cuda:sm_XX", "vulkan", *profiles, "metal"]
 
 
 def _cpu(variant: str) -> CompileTarget:

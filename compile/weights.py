@@ -8,8 +8,9 @@ beyond the page cache, whatever the model's size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -95,6 +96,29 @@ def packed_weights(config: ModelConfig, target: Target, precision: Precision) ->
         ),
     ]
     return weights
+
+
+def first_difference(
+    ours: Sequence[PackedWeight], theirs: Sequence[PackedWeight], checkpoint: Checkpoint | None
+) -> str | None:
+    """The first weight that two lists of one model's weights pack differently, if there is one.
+
+    All are compared by what they declare. Bytes are compared of the first piece, and not of layers
+    after the first, which are packed by the same functions as that; none without a checkpoint.
+    """
+    for a, b in zip_longest(ours, theirs):
+        if a is None or b is None or _declared(a) != _declared(b):
+            return (a or b).name
+        repeated = a.name.startswith("model.layers.") and not a.name.startswith("model.layers.0.")
+        if checkpoint is None or repeated:
+            continue
+        if next(a.pieces(checkpoint)).tobytes() != next(b.pieces(checkpoint)).tobytes():
+            return a.name
+    return None
+
+
+def _declared(weight: PackedWeight) -> tuple[object, ...]:
+    return (weight.name, weight.shape, weight.dtype, weight.sources, weight.fill)
 
 
 def _layer(

@@ -2,7 +2,7 @@
 
     <name>/
       manifest.json           everything about the others; see `mxforge.manifest`
-      model.so                the library
+      model.so                the library; of several, model-<level>.so
       weights-*.safetensors   packed weights; none where random weights are made at load
       tokenizer/              see `mxforge.tokenizer`
 
@@ -23,30 +23,34 @@ from .errors import (
     ArtifactError,
     ArtifactTargetError,
     SafetensorsError,
+    UsageError,
 )
-from .machine import host_system, missing_cpu_features
-from .manifest import MANIFEST, REMEDY, FileInfo, Manifest, TargetInfo, short
+from .machine import host_system, knows_cpu_features, missing_cpu_features
+from .manifest import MANIFEST, REMEDY, FileInfo, LibraryInfo, Manifest, short
 
 if TYPE_CHECKING:
     from .safetensors import Safetensors
     from .tokenizer import Tokenizer
 
+CPU_VARIABLE = "MXFORGE_CPU"
 _TOKENIZER_FOLDER = "tokenizer"
 _CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened artifact; `weight_files` maps relative paths to memory-mapped weight files."""
+    """An opened artifact; `weight_files` maps relative paths to memory-mapped weight files,
+    `variant` is that of its libraries which runs here."""
 
     path: Path
     manifest: Manifest
     weight_files: Mapping[str, Safetensors]
+    variant: LibraryInfo
 
     @property
     def library(self) -> Path:
         """The compiled library."""
-        return self.path / _library(self.path, self.manifest)
+        return self.path / self.variant.file
 
     @property
     def device_code(self) -> dict[str, Path]:
@@ -91,11 +95,12 @@ def open_artifact(path: str | Path) -> Artifact:
     Checks the manifest, that this machine can run it, that every file is there with its size, the
     hashes of all but the weights, and the weight files' headers against the manifest. The weights
     themselves are left to `verify`. Raises ArtifactError (no artifact), ArtifactVersionError,
-    ArtifactTargetError, ArtifactCorruptError.
+    ArtifactTargetError, ArtifactCorruptError; UsageError where MXFORGE_CPU asks for a library
+    that the artifact does not have.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    check_target(manifest.target)
+    variant = choose_library(manifest)
     weight_files = {}
     for name, info in manifest.files.items():
         if problem := _problem(path / name, info, whole=False):
@@ -103,17 +108,7 @@ def open_artifact(path: str | Path) -> Artifact:
         if info.header_sha256 is not None:
             weight_files[name] = _open_weights(path / name)
     _check_weights(path, manifest, weight_files)
-    _library(path, manifest)
-    return Artifact(path, manifest, weight_files)
-
-
-def _library(path: Path, manifest: Manifest) -> str:
-    names = [name for name in manifest.files if name.startswith("model.")]
-    if len(names) != 1:
-        raise ArtifactCorruptError(
-            f"{path / MANIFEST} should list one library model.*, but lists {len(names)}; {REMEDY}"
-        )
-    return names[0]
+    return Artifact(path, manifest, weight_files, variant)
 
 
 def _problem(path: Path, info: FileInfo, whole: bool, bar: Any = None) -> str:
@@ -181,19 +176,55 @@ def _check_weights(path: Path, manifest: Manifest, files: Mapping[str, Safetenso
             )
 
 
-def check_target(target: TargetInfo) -> None:
-    """Raise ArtifactTargetError where this machine cannot run what was compiled for `target`."""
-    if target.host != host_system():
+def choose_library(manifest: Manifest) -> LibraryInfo:
+    """The best library for this machine, or the one that MXFORGE_CPU names.
+
+    Raises ArtifactTargetError where this machine can run none (of those asked for), UsageError
+    where MXFORGE_CPU names none.
+    """
+    host = manifest.target.host
+    if host != host_system():
         raise ArtifactTargetError(
-            f"The artifact was compiled for {short(target.host)}, but this machine is "
+            f"The artifact was compiled for {short(host)}, but this machine is "
             f"{host_system()}; compile the model here."
         )
-    if missing := missing_cpu_features(target.features):
-        lacking = ", ".join(short(feature)[1:-1] for feature in missing)
-        raise ArtifactTargetError(
-            f"The artifact was compiled for a CPU with {lacking}, which this one lacks; compile "
-            "the model on this machine, or for an older CPU level."
+    candidates = _asked_for(manifest)
+    missing = {library.target: missing_cpu_features(library.features) for library in candidates}
+    fitting = [library for library in candidates if not missing[library.target]]
+    if not fitting:
+        lacking = "; ".join(
+            f"{_plain(name)} needs {_plain(*lack)}" for name, lack in missing.items()
         )
+        remedy = (
+            "Compile the model on this machine, for an older CPU level, or for cpu:portable."
+            if candidates == list(manifest.libraries)
+            else f"Unset {CPU_VARIABLE}, or name another."
+        )
+        raise ArtifactTargetError(
+            f"The artifact was compiled for a CPU with more than this one has: {lacking}. {remedy}"
+        )
+    # An instruction that is not there ends the process, so the unknown CPU gets the plainest code.
+    return fitting[0] if knows_cpu_features() else fitting[-1]
+
+
+def _asked_for(manifest: Manifest) -> list[LibraryInfo]:
+    """The libraries to choose from: all, or the one that MXFORGE_CPU names."""
+    level = os.environ.get(CPU_VARIABLE)
+    if not level or manifest.target.kind != "cpu":
+        return list(manifest.libraries)
+    asked = [library for library in manifest.libraries if library.target == f"cpu:{level}"]
+    if not asked:
+        known = _plain(*(library.target.removeprefix("cpu:") for library in manifest.libraries))
+        raise UsageError(
+            f"{CPU_VARIABLE} should name a CPU level of the artifact ({known}), but is "
+            f"{short(level)}; name one of these, or unset it."
+        )
+    return asked
+
+
+def _plain(*names: str) -> str:
+    """Names out of a manifest, without quotes."""
+    return ", ".join(short(name)[1:-1] for name in names)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def measure(
             "load_s": load_s,
             "peak_rss_bytes": _peak_rss(),
             "threads": engine.threads,
-            "target": engine.manifest.target.name,
+            "target": engine.target,
             "numerics": engine.manifest.numerics,
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,

@@ -239,7 +239,7 @@ def _generate(args: argparse.Namespace) -> None:
                     "usage": dataclasses.asdict(last.usage),
                     "timings": dataclasses.asdict(last.timings),
                     "model": engine.manifest.name,
-                    "target": engine.manifest.target.name,
+                    "target": engine.target,
                 }
             )
             return
@@ -268,7 +268,7 @@ def _chat(args: argparse.Namespace) -> None:
             date=date,
             style=may_style(),
         )
-        run(chat, f"{engine.manifest.name} on {engine.manifest.target.name}; /help, Ctrl-D ends")
+        run(chat, f"{engine.manifest.name} on {engine.target}; /help, Ctrl-D ends")
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -306,8 +306,9 @@ def _inspect(args: argparse.Namespace) -> None:
         if isinstance(value, list):
             print(f"{key}:")
             for entry in value:
-                print("  " + ("  ".join(str(v) for v in entry.values() if v != "")))
-        else:
+                words = (" ".join(v) if isinstance(v, tuple) else str(v) for v in entry.values())
+                print("  " + "  ".join(word for word in words if word))
+        elif value not in (None, ""):
             print(f"{key:12} {value}")
 
 

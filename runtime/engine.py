@@ -74,6 +74,7 @@ class Engine:
         manifest = artifact.manifest
         check_memory_plan(manifest)
         self.manifest: Manifest = manifest
+        self.target = artifact.variant.target  # of the library in use, such as cpu:avx2
         self.threads = _checked_threads(threads)
         self.vocab_size = int(manifest.config["vocab_size"])
         self.context_length = _checked_context(context_length, manifest.limits.context)

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .artifact import read_manifest
-from .errors import needs_compiler
+from .artifact import choose_library, read_manifest
+from .errors import ArtifactTargetError, UsageError, needs_compiler
 from .manifest import Manifest
 
 
@@ -24,11 +24,18 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _artifact(manifest: Manifest) -> dict[str, Any]:
+    here, problem = None, ""
+    try:
+        here = choose_library(manifest).target
+    except (ArtifactTargetError, UsageError) as error:
+        problem = str(error)
     return {
         "kind": "artifact",
         "name": manifest.name,
         "target": asdict(manifest.target),
         "numerics": manifest.numerics,
+        "runs_here": here,  # the target of the library that would be loaded
+        "problem": problem,
         "precision": asdict(manifest.precision),
         "limits": asdict(manifest.limits),
         "memory": asdict(manifest.memory),
@@ -40,6 +47,7 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
             "format": manifest.format_version,
             "abi": manifest.abi_version,
         },
+        "libraries": [asdict(library) for library in manifest.libraries],
         "kernels": [asdict(kernel) for kernel in manifest.kernels],
     }
 

@@ -50,7 +50,7 @@ _NOTABLE_FEATURES = (
 
 def cpu_features() -> tuple[str, ...]:
     """Which of the notable instruction sets this CPU has, under LLVM's names."""
-    if not _cpu_flags():
+    if not knows_cpu_features():
         return ()
     missing = missing_cpu_features(_NOTABLE_FEATURES)
     return tuple(name for name in _NOTABLE_FEATURES if name not in missing)
@@ -66,6 +66,11 @@ def missing_cpu_features(required: Iterable[str]) -> tuple[str, ...]:
     if not present:
         return ()
     return tuple(sorted(f for f in set(required) if names.get(f, f) not in present))
+
+
+def knows_cpu_features() -> bool:
+    """Whether the system tells its CPU's features."""
+    return bool(_cpu_flags())
 
 
 @cache

@@ -36,16 +36,25 @@ WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What the library was compiled for.
+    """What the artifact was compiled for.
 
-    `features` are the CPU's, in LLVM's spelling; `host` is the system and architecture of the
-    machine that loads the library, as `mxforge.machine.host_system` tells it.
+    `host` is the system and architecture of the machine that loads it, as
+    `mxforge.machine.host_system` tells it.
     """
 
     kind: str
     name: str
-    features: tuple[str, ...]
     host: str
+
+
+@dataclass(frozen=True)
+class LibraryInfo:
+    """One compiled library: its file, the target that it is for, such as cpu:avx2, and the CPU
+    features that it needs, in LLVM's spelling."""
+
+    target: str
+    file: str
+    features: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ MOST = Limits(max_batch=1024, prefill_chunk=8192, context=1 << 24)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes: all weights; one KV page of all layers of a kind; what a step needs beside them."""
+    """Bytes: all weights; one KV page of all layers of a kind; what a step needs beside them,
+    with whichever library."""
 
     weights_bytes: int
     kv_bytes_per_page_full: int
@@ -84,7 +94,8 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """One kernel and how it was scheduled; `functions` are the library's names of its uses."""
+    """One kernel and how it was scheduled for the library of `target`; `functions` are that
+    library's names of its uses."""
 
     name: str
     target: str
@@ -138,8 +149,9 @@ class Manifest:
     """manifest.json. `config` is the model's (ModelConfig.to_dict()); only `CONFIG_SIZES` and
     layer_types are checked here, which the runtime reads, the rest is left to the compiler.
 
-    weights         every argument of the library, with or without a file
-    weights_order   their names in the library's argument order
+    libraries       best first; all take the same weights. More than one only for CPUs
+    weights         every argument of a library, with or without a file
+    weights_order   their names in the libraries' argument order
     files           every file beside the manifest, by path relative to the folder
     random_seed     what weights without a file are made from; None where all have one
     """
@@ -152,6 +164,7 @@ class Manifest:
     limits: Limits
     stop_token_ids: tuple[int, ...]
     memory: MemoryPlan
+    libraries: tuple[LibraryInfo, ...]
     kernels: tuple[KernelInfo, ...]
     weights: tuple[WeightInfo, ...]
     weights_order: tuple[str, ...]
@@ -209,6 +222,7 @@ class Manifest:
                     raise _FieldError(f"files[{short(path)}].{label} should be 64 hex digits")
             if (info.header_sha256 is not None) != path.endswith(".safetensors"):
                 raise _FieldError(f"files[{short(path)}].header_sha256 belongs to weight files")
+        self._check_libraries()
         names = {weight.name for weight in self.weights}
         if len(names) != len(self.weights) or sorted(names) != sorted(self.weights_order):
             raise _FieldError("weights_order should name each of weights once")
@@ -232,6 +246,25 @@ class Manifest:
         for label, most in asdict(MOST).items():
             if getattr(self.limits, label) > most:
                 raise _FieldError(f"limits.{label} is beyond {most}")
+
+    def _check_libraries(self) -> None:
+        libraries = self.libraries
+        if not libraries:
+            raise _FieldError("libraries should list one library at least, but lists none")
+        if len(libraries) > 1 and self.target.kind != "cpu":
+            raise _FieldError(
+                f"libraries should list one library for {short(self.target.kind)}, but lists "
+                f"{len(libraries)}"
+            )
+        for label, values in (
+            ("target", [library.target for library in libraries]),
+            ("file", [library.file for library in libraries]),
+        ):
+            if len(set(values)) != len(values):
+                raise _FieldError(f"libraries should each have another {label}")
+        for index, library in enumerate(libraries):
+            if library.file not in self.files:
+                raise _FieldError(f"libraries[{index}].file is not among files")
 
     def _check_config(self) -> None:
         for name, most in CONFIG_SIZES.items():

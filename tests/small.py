@@ -15,6 +15,7 @@ from mxforge.machine import host_system
 from mxforge.manifest import (
     MANIFEST,
     KernelInfo,
+    LibraryInfo,
     Limits,
     Manifest,
     MemoryPlan,
@@ -52,13 +53,14 @@ SMALL_MANIFEST = Manifest(
         "layer_types": ["full_attention"],
         "rope_theta": 150000.0,
     },
-    target=TargetInfo("cpu", "cpu:x86-64", (), host_system()),
+    target=TargetInfo("cpu", "cpu:x86-64", host_system()),
     numerics="exact",
     precision=PrecisionInfo("float32", "float32", "f32", "bf16"),
     limits=Limits(4, 64, 1024),
     stop_token_ids=(2, 12),
     memory=MemoryPlan(320, 1024, 1024, 4096),
-    kernels=(KernelInfo("f32_rms_norm", "cpu", "parallel items", "rows=1", ("norm",)),),
+    libraries=(LibraryInfo("cpu:x86-64", "model.so", ()),),
+    kernels=(KernelInfo("f32_rms_norm", "cpu:x86-64", "parallel items", "rows=1", ("norm",)),),
     weights=(
         WeightInfo("a.weight", (4, 16), "float32", "weights-00001.safetensors"),
         WeightInfo("b.scales", (64,), "uint8", "weights-00001.safetensors"),
@@ -87,21 +89,22 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def fill_artifact(writer: ArtifactWriter) -> None:
-    """Write the files that go with `SMALL_MANIFEST`; its library is none."""
+def fill_artifact(writer: ArtifactWriter, manifest: Manifest = SMALL_MANIFEST) -> None:
+    """Write the files that go with a variation of `SMALL_MANIFEST`; its libraries are none."""
     with writer.weights(
         "weights-00001.safetensors", [("a.weight", "F32", (4, 16)), ("b.scales", "U8", (64,))]
     ) as weights:
         weights.write("a.weight", np.arange(64, dtype=np.float32).reshape(4, 16))
         weights.write("b.scales", np.arange(64, dtype=np.uint8))
     writer.write("tokenizer/special_tokens.json", b"{}\n")
-    writer.path("model.so").write_bytes(b"library")
-    writer.add("model.so")
+    for library in manifest.libraries:
+        writer.path(library.file).write_bytes(b"library")
+        writer.add(library.file)
 
 
 def make_artifact(path: Path, force: bool = False, manifest: Manifest = SMALL_MANIFEST) -> Path:
     with ArtifactWriter(path, force) as writer:
-        fill_artifact(writer)
+        fill_artifact(writer, manifest)
         writer.finish(manifest)
     return path
 

@@ -6,13 +6,15 @@ import os
 from dataclasses import replace
 
 import pytest
-from small import SMALL_MANIFEST, edit_manifest
+from small import SMALL_MANIFEST, edit_manifest, make_artifact
 
-from mxforge.artifact import open_artifact, read_manifest, verify
+from mxforge import machine
+from mxforge.artifact import CPU_VARIABLE, open_artifact, read_manifest, verify
 from mxforge.compile.artifact_writer import ArtifactWriter
-from mxforge.errors import ArtifactCorruptError, ArtifactError, ArtifactTargetError
+from mxforge.errors import ArtifactCorruptError, ArtifactError, ArtifactTargetError, UsageError
+from mxforge.inspect import describe
 from mxforge.machine import host_system
-from mxforge.manifest import MANIFEST, WeightInfo
+from mxforge.manifest import MANIFEST, LibraryInfo, WeightInfo
 
 
 def test_what_is_written_is_read_back(made):
@@ -97,8 +99,8 @@ def test_weights_from_a_seed_need_no_file(tmp_path):
 
 
 def test_a_cpu_without_a_needed_feature_is_named(made):
-    edit_manifest(made, lambda c: c["target"].update(features=["avx9000", "amx-none"]))
-    with pytest.raises(ArtifactTargetError, match="amx-none, avx9000"):
+    edit_manifest(made, lambda c: c["libraries"][0].update(features=["avx9000", "amx-none"]))
+    with pytest.raises(ArtifactTargetError, match="cpu:x86-64 needs amx-none, avx9000"):
         open_artifact(made)
 
 
@@ -106,6 +108,119 @@ def test_another_system_is_named(made):
     edit_manifest(made, lambda c: c["target"].update(host="plan9-vax"))
     with pytest.raises(ArtifactTargetError, match=f"plan9-vax.*{host_system()}"):
         open_artifact(made)
+
+
+# -------------------------------------------------------------------------------- several libraries
+
+
+LIBRARIES = (
+    LibraryInfo("cpu:best", "model-best.so", ("quick", "wide")),
+    LibraryInfo("cpu:good", "model-good.so", ("quick",)),
+    LibraryInfo("cpu:plain", "model-plain.so", ()),
+)
+
+
+@pytest.fixture
+def portable(tmp_path):
+    return make_artifact(
+        tmp_path / "portable", manifest=replace(SMALL_MANIFEST, libraries=LIBRARIES)
+    )
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """cpu(*features): this machine's CPU has these; none: the system tells none."""
+
+    def has(*features):
+        monkeypatch.setattr(machine, "_cpu_flags", lambda: frozenset(features))
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("features", "chosen"),
+    [
+        (("fpu", "quick", "wide"), "best"),
+        (("fpu", "quick"), "good"),
+        (("fpu", "wide"), "plain"),
+        (("fpu",), "plain"),
+        ((), "plain"),
+    ],
+    ids=str,
+)
+def test_the_best_library_that_this_cpu_can_run(portable, cpu, features, chosen):
+    cpu(*features)
+    opened = open_artifact(portable)
+    assert opened.variant.target == f"cpu:{chosen}"
+    assert opened.library == portable / f"model-{chosen}.so"
+
+
+def test_a_library_can_be_asked_for(portable, cpu, monkeypatch):
+    cpu("fpu", "quick")
+    for level in ("good", "plain"):
+        monkeypatch.setenv(CPU_VARIABLE, level)
+        assert open_artifact(portable).variant.target == f"cpu:{level}"
+    monkeypatch.setenv(CPU_VARIABLE, "")
+    assert open_artifact(portable).variant.target == "cpu:good"
+
+
+def test_a_library_asked_for_that_this_cpu_cannot_run(portable, cpu, monkeypatch):
+    cpu("fpu", "quick")
+    monkeypatch.setenv(CPU_VARIABLE, "best")
+    with pytest.raises(ArtifactTargetError, match=f"cpu:best needs wide. Unset {CPU_VARIABLE}"):
+        open_artifact(portable)
+
+
+@pytest.mark.parametrize("level", ["avx9000", "cpu:good", "\x1b[2J", " "])
+def test_a_library_asked_for_that_is_not_there(portable, level, monkeypatch):
+    monkeypatch.setenv(CPU_VARIABLE, level)
+    with pytest.raises(UsageError, match=rf"{CPU_VARIABLE}.*\(best, good, plain\)") as caught:
+        open_artifact(portable)
+    assert str(caught.value).isprintable()
+
+
+def test_asking_for_a_cpu_means_nothing_to_a_gpu(made, monkeypatch):
+    edit_manifest(made, lambda c: c["target"].update(kind="vulkan", name="vulkan:desktop"))
+    monkeypatch.setenv(CPU_VARIABLE, "avx2")
+    assert open_artifact(made).library == made / "model.so"
+
+
+def test_a_cpu_that_can_run_none_learns_what_each_needs(tmp_path, cpu):
+    manifest = replace(SMALL_MANIFEST, libraries=LIBRARIES[:2])
+    artifact = make_artifact(tmp_path / "model", manifest=manifest)
+    cpu("fpu", "wide")
+    with pytest.raises(
+        ArtifactTargetError,
+        match=r"cpu:best needs quick; cpu:good needs quick\. Compile .*portable",
+    ):
+        open_artifact(artifact)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.target)
+def test_every_library_is_checked_whichever_runs_here(portable, library):
+    path = portable / library.file
+    flip(path, 2)
+    with pytest.raises(ArtifactCorruptError, match=f"{library.file} has another content"):
+        open_artifact(portable)
+    assert verify(portable, progress=False).changed == (library.file,)
+    path.unlink()
+    with pytest.raises(ArtifactCorruptError, match=f"{library.file} is missing"):
+        open_artifact(portable)
+    assert verify(portable, progress=False).missing == (library.file,)
+
+
+def test_inspecting_shows_the_libraries_and_the_one_that_runs_here(portable, cpu, monkeypatch):
+    cpu("fpu", "quick")
+    about = describe(portable)
+    assert [library["target"] for library in about["libraries"]] == [
+        "cpu:best", "cpu:good", "cpu:plain",
+    ]  # fmt: skip
+    assert about["libraries"][0]["features"] == ("quick", "wide")
+    assert (about["runs_here"], about["problem"]) == ("cpu:good", "")
+    monkeypatch.setenv(CPU_VARIABLE, "best")
+    about = describe(portable)
+    assert about["runs_here"] is None
+    assert "cpu:best needs wide" in about["problem"]
 
 
 # --------------------------------------------------------------------------------------- verifying

@@ -204,9 +204,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = {
         "abi_version 0",
     ),
     "another CPU": (
-        lambda a: edit_manifest(a, lambda m: m["target"]["features"].append("quantum")),
+        lambda a: edit_manifest(a, lambda m: m["libraries"][0]["features"].append("quantum")),
         ArtifactTargetError,
-        "compiled for a CPU with quantum",
+        "needs quantum",
     ),
     "another system": (
         lambda a: edit_manifest(a, lambda m: m["target"].update(host="plan9-mips")),

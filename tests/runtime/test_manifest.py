@@ -10,17 +10,19 @@ from small import edit_manifest
 
 from mxforge.artifact import open_artifact
 from mxforge.errors import ArtifactCorruptError, ArtifactError, ArtifactVersionError
-from mxforge.manifest import MANIFEST, Manifest, is_inside
+from mxforge.manifest import ABI_VERSION, FORMAT_VERSION, MANIFEST, Manifest, is_inside
 
 
-@pytest.mark.parametrize("name", ["format_version", "abi_version"])
-def test_another_version_is_named_before_anything_else(made, name):
+@pytest.mark.parametrize(
+    ("name", "known"), [("format_version", FORMAT_VERSION), ("abi_version", ABI_VERSION)]
+)
+def test_another_version_is_named_before_anything_else(made, name, known):
     def change(content):
         content[name] = 7
         del content["limits"]
 
     edit_manifest(made, change)
-    with pytest.raises(ArtifactVersionError, match=f"{name} 7.*reads 1"):
+    with pytest.raises(ArtifactVersionError, match=f"{name} 7.*reads {known}"):
         open_artifact(made)
 
 
@@ -65,7 +67,22 @@ def test_another_version_is_named_before_anything_else(made, name):
         (lambda c: c["files"].update({"/etc/x": c["files"]["model.so"]}), "inside the folder"),
         (lambda c: c["files"].update({MANIFEST: c["files"]["model.so"]}), "inside the folder"),
         (lambda c: c["files"].update({"\x1b[2J": c["files"]["model.so"]}), r"x1b\[2J"),
-        (lambda c: c["files"].pop("model.so"), r"one library"),
+        (lambda c: c["files"].pop("model.so"), r"libraries\[0\]\.file is not among files"),
+        (lambda c: c["libraries"].clear(), "at least, but lists none"),
+        (lambda c: c["libraries"].append(c["libraries"][0]), "each have another target"),
+        (
+            lambda c: c["libraries"].append({**c["libraries"][0], "target": "cpu:avx2"}),
+            "each have another file",
+        ),
+        (lambda c: c["libraries"][0].pop("features"), r"libraries\[0\]\.features is missing"),
+        (lambda c: c["libraries"][0].update(features="avx2"), "features should be a list"),
+        (
+            lambda c: (
+                c["target"].update(kind="cuda"),
+                c["libraries"].append({**c["libraries"][0], "target": "cuda:sm_90"}),
+            ),
+            "one library for 'cuda', but lists 2",
+        ),
         (
             lambda c: c["files"]["weights-00001.safetensors"].update(header_sha256=None),
             "header_sha256",
