@@ -200,8 +200,8 @@ def compare(
     else:
         if announce is not None:
             announce(
-                f"all within bounds; {report.close_calls} of {report.routed} routings were close "
-                f"calls, {report.rerouted} took other experts"
+                f"all within bounds on {report.target}; {report.close_calls} of {report.routed} "
+                f"routings were close calls, {report.rerouted} took other experts"
             )
     return report
 

@@ -254,7 +254,8 @@ def test_the_command_tells_every_tensor(compiled: Compiled, odd_checkpoint: Chec
         "layer 0 output",
         "logits",
     ]
-    assert lines[-1].startswith("all within bounds; 0 of 64 routings were close calls")
+    assert lines[-1].startswith("all within bounds on cpu:")
+    assert "; 0 of 64 routings were close calls" in lines[-1]
 
 
 def test_the_command_prints_one_json_object(

@@ -12,6 +12,7 @@ import pytest
 
 from mxforge import Engine
 from mxforge.artifact import CPU_VARIABLE, open_artifact, read_manifest, verify
+from mxforge.bench import measure
 from mxforge.compile import compile_model, targets, weights
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.diff import compare
@@ -59,7 +60,6 @@ def test_every_level_has_the_same_weights_byte_by_byte(
     shape, numerics, odd_checkpoint: Checkpoints
 ):
     checkpoint = HFCheckpoint(odd_checkpoint(shape))
-    # Of each architecture: a CPU level says nothing about how weights are packed.
     kernels = [targets.Target("cpu", frozenset(level.required)) for level in CPU_LEVELS]
     precision = resolve("cpu").precision(numerics, checkpoint.config)
     lists = [packed_weights(checkpoint.config, target, precision) for target in kernels]
@@ -186,6 +186,12 @@ def test_every_library_keeps_its_bound(
             logits = engine.logits(truth.tokens)[truth.rows]
         error = np.linalg.norm(logits - truth.logits) / np.linalg.norm(truth.logits)
         assert error <= 1e-4
+
+
+def test_a_measurement_names_the_library(portable: Path, monkeypatch):
+    monkeypatch.setenv(CPU_VARIABLE, RUNNABLE[-1].name)
+    result = measure(portable, prompt_tokens=4, new_tokens=2, context_length=64)
+    assert result["target"] == f"cpu:{RUNNABLE[-1].name}"
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
