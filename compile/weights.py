@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from mxforge.schedules import linear, linear_i8, mxfp4
+from mxforge.schedules.int8 import GROUP
 from mxforge.schedules.kernel import Target
 
 from .checkpoint import Checkpoint, check_scales
@@ -195,7 +196,8 @@ def _dense(
     """A large dense weight [rows, k], the sources stacked, as `precision` wants it."""
     if precision.dense_of(k) == "bf16":
         return [_bf16(target, name, sources, rows, k)]
-    stacked = _stacked(sources, rows, linear_i8.GROUP, k)
+    # An eighth of a piece: what is rounded passes through several float32 copies.
+    stacked = _stacked(sources, rows, GROUP, k, PIECE_BYTES // 8)
 
     def weight(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         return map(linear_i8.pack_weight, stacked(checkpoint))
@@ -224,13 +226,15 @@ def _bf16(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int
     return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
 
 
-def _stacked(sources: tuple[str, ...], rows: int, group: int, k: int) -> Pieces:
+def _stacked(
+    sources: tuple[str, ...], rows: int, group: int, k: int, piece_bytes: int = PIECE_BYTES
+) -> Pieces:
     """[rows, k] of the sources one below the other, in pieces of whole groups of rows."""
 
     def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         tensors = [checkpoint.tensor(source) for source in sources]
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        step = group * max(1, PIECE_BYTES // (2 * k * group))
+        step = group * max(1, piece_bytes // (2 * k * group))
         for start in range(0, rows, step):
             yield stacked[start : start + step]
 
