@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Engine
-from .errors import UsageError
+from .engine import Engine, Stream
+from .errors import KVMemoryError, UsageError
+from .kv import PAGE_TOKENS
 from .sampling import SamplingParams
 
 
@@ -23,11 +24,15 @@ def measure(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     batch: int = 1,
+    depth: int = 0,
     context_length: int = 8192,
     threads: int | None = None,
     repeats: int = 1,
 ) -> dict[str, Any]:
     """Time `batch` sequences of `prompt_tokens` random tokens, then `new_tokens` more of each.
+
+    With a `depth` each sequence stands so many tokens into the context before its prompt: keys and
+    values of these are made up, not computed.
 
     Returns tokens a second of prefill and decode (all sequences together), seconds from process
     start to the first token of a 16-token prompt, seconds of loading, peak resident bytes, and
@@ -41,15 +46,19 @@ def measure(
     ):
         if type(value) is not int or value < 1:
             raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
+    if type(depth) is not int or (depth and depth < PAGE_TOKENS):
+        raise UsageError(
+            f"depth must be 0 or a whole number of at least {PAGE_TOKENS}, found {depth!r}."
+        )
     loading = time.perf_counter()
     with Engine.load(
         path, threads=threads, context_length=context_length, max_batch=batch
     ) as engine:
         load_s = time.perf_counter() - loading
-        if prompt_tokens + new_tokens >= engine.context_length:
+        if depth + prompt_tokens + new_tokens >= engine.context_length:
             raise UsageError(
-                "prompt_tokens + new_tokens must be less than the context of "
-                f"{engine.context_length}, found {prompt_tokens + new_tokens}."
+                "depth + prompt_tokens + new_tokens must be less than the context of "
+                f"{engine.context_length}, found {depth + prompt_tokens + new_tokens}."
             )
         rng = np.random.default_rng(0)
 
@@ -60,49 +69,81 @@ def measure(
 
         greedy = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
         engine.generate(prompts(min(16, engine.context_length - 1))[0], greedy)
-        first_token_s = _since_process_start()
-        samples = [_sample(engine, prompts(prompt_tokens), new_tokens) for _ in range(repeats)]
+        first_token_s = since_process_start()
+        pasts = [_past(engine, past) for past in prompts(depth)] if depth else [[]] * batch
+        samples = []
+        for _ in range(repeats):
+            asked = [past + new for past, new in zip(pasts, prompts(prompt_tokens), strict=True)]
+            samples.append(_sample(engine, asked, new_tokens, depth))
         return {
             "prefill_tok_s": statistics.median(sample["prefill_tok_s"] for sample in samples),
             "decode_tok_s": statistics.median(sample["decode_tok_s"] for sample in samples),
             "first_token_s": first_token_s,
             "load_s": load_s,
-            "peak_rss_bytes": _peak_rss(),
+            "peak_rss_bytes": peak_rss(),
             "threads": engine.threads,
             "target": engine.target,
             "numerics": engine.manifest.numerics,
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
             "batch": batch,
+            "depth": depth,
             "context_length": engine.context_length,
             "samples": samples,
         }
 
 
-def _sample(engine: Engine, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
+def _past(engine: Engine, tokens: list[int]) -> list[int]:
+    """Make the engine take `tokens` for computed, as the beginning of later prompts.
+
+    A first part really is, which the rest becomes copies of.
+    """
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    computed = min(engine.prefill_chunk, len(tokens)) // PAGE_TOKENS * PAGE_TOKENS
+    engine.generate(tokens[:computed], params)
+    request = engine._request([*tokens, 0], params)
+    request.made_up = len(tokens)
+    engine._submit(request)
+    for _ in Stream(engine, request):
+        pass
+    return tokens
+
+
+def _sample(
+    engine: Engine, prompts: list[list[int]], new_tokens: int, depth: int = 0
+) -> dict[str, float]:
     """One round: the first token of every prompt, then the rest of all of them together.
 
     The second half asks again with that token appended: all else is in the KV pages by then, so
-    every step decodes, and none mixes in a prompt.
+    every step decodes, and none mixes in a prompt. `depth` tokens of each prompt are in the pages
+    before.
     """
 
     def answer(prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         started = time.perf_counter()
         streams = [engine.stream(prompt, params) for prompt in prompts]
-        answers = [[token for piece in stream for token in piece.token_ids] for stream in streams]
-        return answers, time.perf_counter() - started
+        answers = [list(stream) for stream in streams]
+        seconds = time.perf_counter() - started
+        for pieces in answers:
+            usage = pieces[-1].usage
+            if usage is None or usage.cached_tokens < depth:
+                raise KVMemoryError(
+                    f"Each sequence should keep the {depth} tokens before its prompt, but the KV "
+                    "pool had no room for all of them; lower the depth or the batch."
+                )
+        return [[t for piece in pieces for t in piece.token_ids] for pieces in answers], seconds
 
     firsts, prefill_s = answer(prompts, 1)
     longer = [prompt + first for prompt, first in zip(prompts, firsts, strict=True)]
     rest, decode_s = answer(longer, new_tokens)
     return {
-        "prefill_tok_s": sum(map(len, prompts)) / prefill_s,
+        "prefill_tok_s": (sum(map(len, prompts)) - depth * len(prompts)) / prefill_s,
         "decode_tok_s": sum(map(len, rest)) / decode_s,
     }
 
 
-def _since_process_start() -> float:
+def since_process_start() -> float:
     """Seconds since this process began, interpreter start included, where the system tells."""
     if sys.platform == "linux":
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -111,7 +152,7 @@ def _since_process_start() -> float:
     return time.process_time()
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     """Most resident bytes of this process so far."""
     if sys.platform == "linux":
         # Not getrusage: its peak begins with that of the process that started this one.

@@ -113,6 +113,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N")
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once")
+    bench.add_argument(
+        "--depth", type=int, default=0, metavar="N",
+        help="tokens in the context before each prompt, made up rather than computed",
+    )  # fmt: skip
     _engine_options(bench)
     _json_option(bench)
     bench.set_defaults(run=_bench)
@@ -279,6 +283,7 @@ def _bench(args: argparse.Namespace) -> None:
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
         batch=args.batch,
+        depth=args.depth,
         context_length=args.context_length,
         threads=args.threads,
     )

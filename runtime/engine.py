@@ -195,6 +195,17 @@ class Engine:
         cancel: threading.Event | None = None,
     ) -> Stream:
         """As `generate`, piece by piece as tokens arrive; closing the iterator cancels the rest."""
+        request = self._request(prompt, params, cancel)
+        self._submit(request)
+        return Stream(self, request)
+
+    def _request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        cancel: threading.Event | None = None,
+    ) -> Request:
+        """Check a prompt and make a request of it."""
         params = SamplingParams() if params is None else params
         params.check(self.vocab_size)
         tokens = self.encode(prompt)
@@ -211,7 +222,7 @@ class Engine:
                 f" tokens, found {len(tokens)}; load with a larger context_length or shorten it."
             )
         room = self.context_length - len(tokens)
-        request = Request(
+        return Request(
             tokens=tokens,
             prompt_length=len(tokens),
             params=params,
@@ -222,8 +233,6 @@ class Engine:
             text=TextStream(params.stop_strings),
             cancel=cancel,
         )
-        self._submit(request)
-        return Stream(self, request)
 
     def chat(
         self,

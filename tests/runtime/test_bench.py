@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from small import PREFILL_CHUNK
 
 from mxforge import bench
 from mxforge.bench import measure
 from mxforge.engine import Engine
 from mxforge.errors import UsageError
+from mxforge.scheduler import Worker
 
 PROMISED = {
     "prefill_tok_s",
@@ -69,6 +72,9 @@ def test_the_second_half_decodes_only(
         ({"batch": 0}, "batch must be"),
         ({"batch": 5}, "at most 4, as compiled"),
         ({"repeats": 0}, "repeats must be"),
+        ({"depth": -1}, "depth must be 0 or"),
+        ({"depth": 7}, "depth must be 0 or a whole number of at least 16, found 7"),
+        ({"depth": 8192}, "less than the context of 8192"),
         (
             {"prompt_tokens": 60, "new_tokens": 4, "context_length": 64},
             "less than the context of 64",
@@ -79,6 +85,43 @@ def test_the_second_half_decodes_only(
 def test_absurd_sizes_are_refused(odd_artifact: Path, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         measure(odd_artifact, **options)
+
+
+@pytest.mark.parametrize(("depth", "batch"), [(16, 1), (100, 2), (400, 1)])
+def test_a_depth_is_stood_at_without_computing_it(
+    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch, depth: int, batch: int
+) -> None:
+    steps = []
+    forward = Worker._forward
+
+    def noting(self, parts, tables):
+        steps.append([(part.request.pages.length, part.count) for part in parts])
+        return forward(self, parts, tables)
+
+    monkeypatch.setattr(Worker, "_forward", noting)
+    sizes = {"prompt_tokens": 5, "new_tokens": 3, "batch": batch, "context_length": 512}
+    result = measure(odd_artifact, depth=depth, **sizes)
+    assert (result["depth"], result["prompt_tokens"]) == (depth, 5)
+    first = next(i for i, step in enumerate(steps) if (depth, 5) in step)  # the first prompt
+    assert all(start >= depth for step in steps[first:] for start, _ in step)
+    computed = sum(count for step in steps[:first] for _, count in step)
+    assert computed <= 16 + batch * (PREFILL_CHUNK + 1)  # warm-up, what is copied, a token each
+    assert steps[-1] == [(depth + 7, 1)] * batch
+
+
+def test_made_up_pages_hold_computed_content(odd_artifact: Path, workers: list[Worker]) -> None:
+    with Engine.load(odd_artifact, context_length=256, max_batch=1) as engine:
+        tokens = [index % 50 for index in range(100)]
+        bench._past(engine, tokens)
+        (worker,) = workers
+        pages = worker._kv.start([*tokens, 1, 2])
+        assert pages.length >= 100
+        for tensor, kind in zip(worker._model.kv, worker._model.kinds, strict=True):
+            content = worker._model.library.numpy(tensor)
+            held = pages.full if kind == "full" else pages.sliding
+            assert len(set(held)) == len(held)
+            assert all(np.isfinite(content[page]).all() for page in held)
+            assert all(content[page].any() for page in held)
 
 
 def test_the_whole_context_can_be_measured(odd_artifact: Path) -> None:
