@@ -125,6 +125,7 @@ def _types(letters: str) -> list[str]:
 
 SHAPES: dict[str, Shape] = {
     "20b": Shape("gpt-oss-20b as published", {}),
+    "20b-4layers": Shape("gpt-oss-20b with four of its 24 layers", {"num_hidden_layers": 4}),
     "120b-2layers": Shape(
         "gpt-oss-120b with two of its 36 layers", {"num_hidden_layers": 2, "num_local_experts": 128}
     ),

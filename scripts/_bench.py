@@ -1,4 +1,4 @@
-"""What scripts/bench and scripts/bench_kernels share: this machine, its bandwidth, tables."""
+"""What the scripts bench* share: this machine, what it can do, child processes, tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
+from mxforge.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "bench"
@@ -188,13 +195,156 @@ def matrix_gflop_s(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / statistics.median(seconds) / 1e9
 
 
+def int8_matrix_gop_s(size: int = 2048, repeats: int = 5) -> float | None:
+    """The same of onnxruntime's 8-bit matrix product; None where it is not installed."""
+    if installed("onnxruntime") is None or installed("onnx") is None:
+        return None
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    shape = [size, size]
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "b"], ["c"])],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("c", TensorProto.INT32, shape)],
+        [helper.make_tensor("b", TensorProto.INT8, shape, np.ones(shape, np.int8).tobytes(), True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores()
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    a = np.ones(shape, np.uint8)
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        session.run(None, {"a": a})
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[1:]) / 1e9
+
+
+# -- child processes ------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """What is being done, on stderr (above a progress bar): stdout belongs to the result."""
+    tqdm.write(f"== {time.strftime('%H:%M:%S')} {text}", file=sys.stderr)
+
+
+@dataclass
+class Child:
+    """What a process did: stdout, stderr lines and memory samples with seconds since its start."""
+
+    output: str
+    lines: list[tuple[float, str]]
+    memory: list[tuple[float, int]]  # anonymous and shared bytes: all that is not page cache
+    seconds: float
+
+
+def run_child(command: list[str], *, watch_every_s: float = 0.25, echo: bool = False) -> Child:
+    """Run to its end, looking at its memory so often; UsageError where it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    lines: list[tuple[float, str]] = []
+    memory: list[tuple[float, int]] = []
+
+    def listen(stream: Any) -> None:
+        for line in stream:
+            lines.append((time.perf_counter() - started, line.rstrip("\n")))
+            if echo:
+                print(f"   {line.rstrip()}", file=sys.stderr, flush=True)
+
+    def watch() -> None:
+        while process.poll() is None:
+            if found := _memory_of(process.pid):
+                memory.append((time.perf_counter() - started, found))
+            time.sleep(watch_every_s)
+
+    helpers = [
+        threading.Thread(target=listen, args=(process.stderr,)),
+        threading.Thread(target=watch),
+    ]
+    for helper in helpers:
+        helper.start()
+    try:
+        output = process.stdout.read()
+    except BaseException:  # Ctrl-C
+        process.kill()
+        raise
+    finally:
+        code = process.wait()
+        seconds = time.perf_counter() - started
+        for helper in helpers:
+            helper.join()
+    _check_exit(command, code, [text for _, text in lines])
+    return Child(output, lines, memory, seconds)
+
+
+def child_lines(command: list[str]) -> Iterator[str]:
+    """The lines that a process prints, as they come; UsageError where it fails."""
+    with tempfile.TemporaryFile("w+") as messages:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=messages, text=True, cwd=ROOT
+        )
+        assert process.stdout is not None
+        try:
+            yield from process.stdout
+            code = process.wait()
+        finally:  # Ctrl-C, or nobody wants more
+            process.kill()
+            process.wait()
+        messages.seek(0)
+        _check_exit(command, code, messages.read().splitlines())
+
+
+def _check_exit(command: list[str], code: int, messages: list[str]) -> None:
+    if code != 0:
+        tail = " | ".join(messages[-3:])
+        raise UsageError(
+            f"{' '.join(command)[:200]} should succeed, found exit code {code}: {tail}"
+        )
+
+
+def _memory_of(pid: int) -> int | None:
+    """Bytes that a process holds beyond the page cache now."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    sizes = re.findall(r"^(?:RssAnon|RssShmem):\s*(\d+) kB$", status, re.MULTILINE)
+    return sum(map(int, sizes)) * 1024 if len(sizes) == 2 else None  # otherwise it ends just now
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write it complete or not at all, whatever interrupts."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        work.write_text(text, encoding="utf-8")
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def read_results(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Every tracked result of a kind ("model" or "kernels"), by file name."""
+    """Every tracked result of a kind ("model", "peers", "kernels"), by file name."""
     values = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
     ]

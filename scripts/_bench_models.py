@@ -1,0 +1,171 @@
+"""Random models on disk for scripts/bench and scripts/bench_peers, and their page cache."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import mmap
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from _bench import ROOT, Child, installed, run_child, say
+
+from mxforge.compile.config import ModelConfig
+from mxforge.compile.random_checkpoint import hf_config
+from mxforge.errors import UsageError
+
+PEER_PACKAGES = ("llama-cpp-python", "gguf")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where models and results are."""
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "bench", metavar="DIR",
+        help="where models are made and kept (default: build/bench)",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="use this one of that shape")
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A shape, and where its checkpoint, its artifact and its GGUF are or will be."""
+
+    shape: str
+    config: ModelConfig
+    checkpoint: Path
+    artifact: Path
+    gguf: Path
+
+    @classmethod
+    def of(
+        cls, shape: str, work: Path, checkpoint: Path | None = None, artifact: Path | None = None
+    ) -> RandomModel:
+        """Files of the names of the shape in `work`, but for those that are given."""
+        work = work.resolve()
+        config = ModelConfig.from_hf(hf_config(shape))
+        checkpoint = (checkpoint or work / shape).resolve()
+        file = checkpoint / "config.json"
+        if file.exists() and ModelConfig.from_file(file) != config:
+            raise UsageError(f"{checkpoint} should be of the shape {shape}, and is of another.")
+        artifact = (artifact or work / f"{shape}-artifact").resolve()
+        return cls(shape, config, checkpoint, artifact, work / f"{shape}.gguf")
+
+    def make_checkpoint(self) -> None:
+        """Write the checkpoint, unless it is there."""
+        if (self.checkpoint / "config.json").exists():
+            return
+        _need_space(self.checkpoint.parent, self.config.weight_bytes)
+        say(f"making a random checkpoint of the shape {self.shape} in {self.checkpoint}")
+        script = ROOT / "scripts" / "make_checkpoint"
+        words = [script, self.checkpoint, "--shape", self.shape]
+        run_child([sys.executable, *map(str, words)], echo=True)
+
+    def compile(self) -> Child:
+        """Compile the checkpoint, whether an artifact is there or not; how that went."""
+        self.make_checkpoint()
+        say(f"compile-model {self.checkpoint}")
+        _need_space(self.artifact.parent, self.config.weight_bytes)
+        words = [self.checkpoint, "--output", self.artifact, "--force"]
+        command = [sys.executable, "-m", "mxforge.compile.cli", *map(str, words)]
+        return run_child(command, watch_every_s=0.02, echo=True)
+
+    def make_gguf(self) -> None:
+        """Write the GGUF, unless it is there."""
+        if self.gguf.exists():
+            return
+        from _random_gguf import tensors, write_gguf
+
+        _need_space(self.gguf.parent, sum(tensor.nbytes for tensor in tensors(self.config)))
+        say(f"making a random GGUF of the same shapes for llama.cpp in {self.gguf}")
+        write_gguf(self.gguf, self.config)
+
+    def no_peer_because(self) -> str:
+        """Why llama.cpp cannot be measured with this model here; "" where it can."""
+        if absent := [name for name in PEER_PACKAGES if installed(name) is None]:
+            return (
+                f"{' and '.join(absent)} not installed; "
+                "`pip install --group bench` in .venv brings what is needed"
+            )
+        from _random_gguf import unsupported
+
+        reason = unsupported(self.config)
+        return f"it cannot run the shape: {reason}" if reason else ""
+
+
+def _need_space(folder: Path, nbytes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < nbytes + (1 << 30):
+        raise UsageError(
+            f"{folder} needs {nbytes / 2**30 + 1:.1f} GiB free for this, found "
+            f"{free / 2**30:.1f}; choose another place with --work."
+        )
+
+
+# -- page cache -----------------------------------------------------------------------------------
+
+
+class PageCache:
+    """Keeps files in the page cache, or out of it.
+
+    It maps what it keeps, since some machines drop pages that no process maps within a minute.
+    """
+
+    CHUNK = 64 << 20
+
+    def __init__(self) -> None:
+        self._mapped: list[np.ndarray] = []
+
+    def keep(self, files: Iterable[Path]) -> None:
+        """Read all of the files; no other file is kept any more."""
+        self._mapped.clear()
+        piece = bytearray(self.CHUNK)
+        for path in _existing(files):
+            view = np.memmap(path, np.uint8, "r")
+            self._mapped.append(view)
+            with path.open("rb", buffering=0) as file:
+                for start in range(0, len(view), self.CHUNK):
+                    file.readinto(piece)  # faster than by page faults
+                    view[start : start + self.CHUNK : mmap.PAGESIZE].max()
+
+    def drop(self, files: Iterable[Path]) -> None:
+        """Keep nothing, and throw these files' pages out."""
+        self._mapped.clear()
+        for path in _existing(files):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # what is not on disk yet cannot be dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cached_share(files: Iterable[Path]) -> float | None:
+    """The part of the files' pages that lies in the page cache; None where nothing can tell."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mincore"):
+        return None
+    resident = pages = 0
+    for path in _existing(files):
+        size = path.stat().st_size
+        count = -(-size // mmap.PAGESIZE)
+        flags = np.zeros(count, np.uint8)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            view = np.frombuffer(mapped, np.uint8)
+            code = libc.mincore(
+                ctypes.c_void_p(view.ctypes.data),
+                ctypes.c_size_t(size),
+                ctypes.c_void_p(flags.ctypes.data),
+            )
+            del view  # or the mapping cannot be closed
+        if code != 0:
+            return None
+        resident += int((flags & 1).sum())
+        pages += count
+    return round(resident / pages, 4) if pages else None
+
+
+def _existing(files: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in files if path.is_file() and path.stat().st_size)

@@ -1,0 +1,472 @@
+"""What scripts/bench_peers measures, the floors of it, and the tables made of its samples.
+
+Results are a JSON object: what was measured on (machine, commit, versions, target), `floors`, and
+`samples`, each of one figure, one engine and one pair.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import _bench
+from _bench import NOT_MEASURED, number, spread, table
+
+from mxforge.compile.config import FULL, SLIDING, ModelConfig
+from mxforge.kv import PAGE_TOKENS
+from mxforge.manifest import WEIGHT_BYTES
+
+OURS, THEIRS = "mxforge", "llama.cpp"
+CONTEXT = 8192
+CHUNK = 512  # prompt tokens in one step, of both engines
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the median has to reach; `of` a ratio, or of mxforge's own values."""
+
+    limit: float
+    aim: float | None = None
+    of: str = "ratio"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`batch` sequences of `prompt` tokens each, `depth` tokens into their context, `new` more.
+
+    kind is "decode" (tokens a second of all sequences), "prefill" (prompt tokens a second),
+    "start" (seconds) or "memory" (bytes).
+    """
+
+    label: str
+    kind: str
+    prompt: int
+    new: int = 1
+    batch: int = 1
+    depth: int = 0
+    goal: Goal | None = None
+
+    @property
+    def unit(self) -> str:
+        return {"start": "s", "memory": "GiB"}.get(self.kind, "tok/s")
+
+    @property
+    def context(self) -> int:
+        """The context to ask an engine for: the usual one, where that is enough."""
+        needed = self.depth + self.prompt + self.new + 1
+        return CONTEXT if needed <= CONTEXT else -(-needed // 256) * 256
+
+    def shown(self, value: float) -> float:
+        """A sample in `unit`."""
+        return value / 2**30 if self.kind == "memory" else value
+
+    def advantage(self, ours: float, theirs: float) -> float:
+        """How many times better mxforge is."""
+        return theirs / ours if self.kind in ("start", "memory") else ours / theirs
+
+
+_PREFILL = Goal(2.5, 4)
+FIGURES: dict[str, Figure] = {
+    "prefill_128": Figure("prefill of 128", "prefill", 128, goal=_PREFILL),
+    "prefill_512": Figure("prefill of 512", "prefill", 512, goal=_PREFILL),
+    "prefill_2048": Figure("prefill of 2048", "prefill", 2048, goal=_PREFILL),
+    "decode": Figure("decode", "decode", 128, 32, goal=Goal(1, 1.12)),
+    "batch_8": Figure("decode, 8 sequences together", "decode", 16, 16, batch=8, goal=Goal(1.3, 2)),
+    "decode_1k": Figure("decode, 1k into the context", "decode", 16, 16, depth=1024),
+    "decode_8k": Figure("decode, 8k into the context", "decode", 16, 16, depth=8192),
+    "decode_32k": Figure("decode, 32k into the context", "decode", 16, 16, depth=32768),
+    "first_token": Figure(
+        "first token from process start, prompt of 16", "start", 16, goal=Goal(2, 1.2, "value")
+    ),
+    "memory": Figure(
+        "peak resident, 8k context", "memory", 512, 8, depth=7664, goal=Goal(16, of="value")
+    ),
+}
+LONG_SHARE = 0.6  # what decoding at 32k has to keep of the speed at 1k
+
+
+# -- floors ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of an engine's weights, and of its keys and values for one position."""
+
+    dense: int  # read in every step
+    experts: int  # all of them; a step reads those that its tokens chose
+    kv_full: float  # of all full layers
+    kv_sliding: float
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> Traffic:
+        """Counted from the tensors that an artifact's manifest lists."""
+        dense = experts = 0
+        for weight in manifest["weights"]:
+            nbytes = math.prod(weight["shape"]) * WEIGHT_BYTES[weight["dtype"]]
+            if ".experts." in weight["name"]:
+                experts += nbytes
+            elif "embed_tokens" not in weight["name"]:  # a row of it
+                dense += nbytes
+        memory = manifest["memory"]
+        return cls(
+            dense,
+            experts,
+            memory["kv_bytes_per_page_full"] / PAGE_TOKENS,
+            memory["kv_bytes_per_page_sliding"] / PAGE_TOKENS,
+        )
+
+    @classmethod
+    def of_gguf(cls, config: ModelConfig) -> Traffic:
+        """Counted from the tensors that the random GGUF holds; keys and values are f16."""
+        from _random_gguf import tensors
+
+        dense = experts = 0
+        for tensor in tensors(config):
+            if "_exps." in tensor.name:
+                experts += tensor.nbytes
+            elif not tensor.name.startswith("token_embd"):
+                dense += tensor.nbytes
+        return cls(
+            dense, experts, config.kv_bytes_per_token(FULL), config.kv_bytes_per_token(SLIDING)
+        )
+
+
+def distinct_experts(config: ModelConfig, tokens: int) -> float:
+    """How many experts of a layer so many tokens take, if each takes them evenly at random."""
+    missed = 1 - config.num_experts_per_tok / config.num_local_experts
+    return config.num_local_experts * (1 - missed**tokens)
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Of one prompt token: 2 for each weight it meets. The output layer sees the last one only."""
+    return 2 * (config.active_parameter_count - config.vocab_size * config.hidden_size)
+
+
+def work(figure: Figure, config: ModelConfig, traffic: Traffic) -> dict[str, float]:
+    """What one decode step, or one prefill, cannot do without: its tokens, bytes and flops."""
+
+    def weights(tokens: int) -> float:
+        share = distinct_experts(config, tokens) / config.num_local_experts
+        return traffic.dense + share * traffic.experts
+
+    if figure.kind == "prefill":
+        chunks = [min(CHUNK, figure.prompt - at) for at in range(0, figure.prompt, CHUNK)]
+        nbytes = sum(map(weights, chunks))
+        return {
+            "tokens": figure.prompt,
+            "bytes": nbytes,
+            "flops": figure.prompt * flops_per_token(config),
+        }
+    length = figure.depth + figure.prompt + figure.new // 2
+    cache = length * traffic.kv_full
+    cache += min(length, config.sliding_window) * traffic.kv_sliding
+    nbytes = weights(figure.batch) + figure.batch * cache
+    return {"tokens": figure.batch, "bytes": nbytes, "flops": 0}
+
+
+def floors_of(
+    config: ModelConfig,
+    traffic: Mapping[str, Traffic],
+    figures: Iterable[str],
+    bandwidth_gb_s: float,
+    f32_gflop_s: float,
+    int8_gop_s: float | None,
+) -> dict[str, Any]:
+    """The section `floors` of the results."""
+    speeds = [name for name in figures if FIGURES[name].unit == "tok/s"]
+    return {
+        "bandwidth_gb_s": bandwidth_gb_s,
+        "f32_matrix_gflop_s": f32_gflop_s,
+        "int8_matrix_gop_s": int8_gop_s,
+        "flops_per_prompt_token": flops_per_token(config),
+        "work": {
+            engine: {name: work(FIGURES[name], config, its) for name in speeds}
+            for engine, its in traffic.items()
+        },
+    }
+
+
+def most_tok_s(floors: Mapping[str, Any], engine: str, name: str, bandwidth_gb_s: float) -> float:
+    """What memory and arithmetic allow, at a bandwidth."""
+    one = floors["work"][engine][name]
+    rate = max(floors["f32_matrix_gflop_s"], floors["int8_matrix_gop_s"] or 0)
+    seconds = max(one["bytes"] / bandwidth_gb_s, one["flops"] / rate) / 1e9
+    return float(one["tokens"] / seconds)
+
+
+def floors_text(floors: Mapping[str, Any]) -> str:
+    """The floors before anything is measured, for the terminal."""
+    int8 = number(floors["int8_matrix_gop_s"], "GOP/s")
+    lines = [
+        f"memory reads {floors['bandwidth_gb_s']:.1f} GB/s; matrix products "
+        f"{floors['f32_matrix_gflop_s']:.0f} GFLOP/s in f32, {int8} in 8 bits; "
+        f"a prompt token takes {floors['flops_per_prompt_token'] / 1e9:.2f} GFLOP"
+    ]
+    for engine, named in floors["work"].items():
+        for name, one in named.items():
+            most = most_tok_s(floors, engine, name, floors["bandwidth_gb_s"])
+            what = "the prompt" if FIGURES[name].kind == "prefill" else "a step"
+            lines.append(
+                f"  floor of {engine:9} {name:13} {one['bytes'] / 1e9:7.3f} GB {what:10} "
+                f"→ at most {most:8.1f} tok/s"
+            )
+    return "\n".join(lines)
+
+
+def expected_minutes(
+    floors: Mapping[str, Any], config: ModelConfig, samples: int, disk_gb_s: float = 0.15
+) -> float:
+    """Roughly how long a run takes, of speeds that were seen: for the impatient."""
+    rate = floors["f32_matrix_gflop_s"] * 1e9
+    seconds = 1.5 * (samples + 1) * config.weight_bytes / (disk_gb_s * 1e9)  # warm passes
+    for engine, named in floors["work"].items():
+        relative = 1.5 if engine == OURS else 0.45  # of NumPy's matrix product
+        for name, one in named.items():
+            figure = FIGURES[name]
+            prompt = figure.batch * figure.prompt + (CHUNK if figure.depth else 0)
+            seconds += samples * prompt * floors["flops_per_prompt_token"] / (relative * rate)
+            if figure.kind == "decode":
+                step = one["bytes"] / (floors["bandwidth_gb_s"] * 1e9)
+                seconds += samples * figure.new * 2 * step
+            seconds += samples * 4  # processes, contexts, probes
+    return seconds / 60
+
+
+# -- samples --------------------------------------------------------------------------------------
+
+
+def turns(engines: Sequence[str], samples: int) -> list[tuple[str, list[int]]]:
+    """Who measures which pairs: A, B B, A A, B B … so that each pair is two neighbours."""
+    found: list[tuple[str, list[int]]] = []
+    for pair in range(samples):
+        for engine in engines if pair % 2 == 0 else reversed(engines):
+            if found and found[-1][0] == engine:
+                found[-1][1].append(pair)
+            else:
+                found.append((engine, [pair]))
+    return found
+
+
+def samples_of(result: Mapping[str, Any], name: str, engine: str) -> list[dict[str, Any]]:
+    return [s for s in result["samples"] if (s["figure"], s["engine"]) == (name, engine)]
+
+
+def values_of(result: Mapping[str, Any], name: str, engine: str) -> list[float]:
+    return [FIGURES[name].shown(sample["value"]) for sample in samples_of(result, name, engine)]
+
+
+def ratios(result: Mapping[str, Any], name: str) -> list[float]:
+    """How many times better mxforge is, within each pair that both engines have."""
+    ours, theirs = (
+        {sample["pair"]: sample["value"] for sample in samples_of(result, name, engine)}
+        for engine in (OURS, THEIRS)
+    )
+    return [
+        FIGURES[name].advantage(ours[pair], theirs[pair]) for pair in sorted(ours.keys() & theirs)
+    ]
+
+
+def floor_shares(result: Mapping[str, Any], name: str, engine: str) -> list[float]:
+    """Reached part of the floor in %, at the bandwidth that stood beside each sample."""
+    floors = result["floors"]
+    if name not in floors["work"].get(engine, {}):
+        return []
+    if FIGURES[name].kind == "prefill" and floors["int8_matrix_gop_s"] is None:
+        return []  # 8-bit products pass the rate of f32 ones
+    return [
+        100
+        * sample["value"]
+        / most_tok_s(floors, engine, name, statistics.fmean(sample["bandwidth_gb_s"]))
+        for sample in samples_of(result, name, engine)
+    ]
+
+
+def long_shares(result: Mapping[str, Any], engine: str) -> list[float]:
+    """Decoding at 32k beside decoding at 1k, in %, within each of an engine's turns."""
+    near, far = (
+        {sample["pair"]: sample["value"] for sample in samples_of(result, name, engine)}
+        for name in ("decode_1k", "decode_32k")
+    )
+    return [100 * far[pair] / near[pair] for pair in sorted(near.keys() & far)]
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def _verdict(values: Sequence[float], limit: float, aim: float | None, at_least: bool) -> str:
+    if not values:
+        return ""
+    middle = statistics.median(values)
+
+    def reached(bound: float) -> bool:
+        return middle >= bound if at_least else middle <= bound
+
+    if not reached(limit):
+        return "**no**"
+    return "yes" if aim is None else ("yes, and the aim" if reached(aim) else "yes")
+
+
+def _asked(result: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """What was asked of a figure, and whether it was reached."""
+    figure = FIGURES[name]
+    if figure.goal is None:
+        return "", ""
+    goal, of_ratio = figure.goal, figure.goal.of == "ratio"
+    values = ratios(result, name) if of_ratio else values_of(result, name, OURS)
+    sign, unit = ("≥", "×") if of_ratio else ("≤", figure.unit)
+    text = f"{sign} {goal.limit:g} {unit}"
+    if goal.aim is not None:
+        text += f", aim {goal.aim:g}"
+    return text, _verdict(values, goal.limit, goal.aim, of_ratio)
+
+
+def figures_table(result: Mapping[str, Any]) -> str:
+    rows = []
+    for name, figure in FIGURES.items():
+        if name not in result["figures"]:
+            continue
+        row = [f"{figure.label}, {figure.unit}"]
+        row += [spread(values_of(result, name, engine)) for engine in (OURS, THEIRS)]
+        row += [spread(ratios(result, name), "×"), *_asked(result, name)]
+        for engine in (OURS, THEIRS):
+            shares = floor_shares(result, name, engine)
+            row.append(spread(shares, "%") if shares else "")
+        rows.append(row)
+    if {"decode_1k", "decode_32k"} <= set(result["figures"]):
+        ours, theirs = (long_shares(result, engine) for engine in (OURS, THEIRS))
+        kept = _verdict(ours, 100 * LONG_SHARE, None, True)
+        row = ["decode at 32k of decode at 1k, %", spread(ours), spread(theirs), ""]
+        rows.append([*row, f"≥ {100 * LONG_SHARE:g} %", kept, "", ""])
+    header = ["", OURS, THEIRS, "ratio", "asked", "reached"]
+    return table([*header, *(f"of the floor, {engine}" for engine in (OURS, THEIRS))], rows)
+
+
+def samples_table(result: Mapping[str, Any]) -> str:
+    rows = []
+    for sample in result["samples"]:
+        figure = FIGURES[sample["figure"]]
+        cached = sample.get("cached")
+        rows.append(
+            (
+                f"{sample['pair'] + 1} {sample['engine']}",
+                figure.label,
+                number(figure.shown(sample["value"]), figure.unit),
+                ", ".join(f"{value:.0f}" for value in sample["bandwidth_gb_s"]),
+                number(sample.get("others_cpu_cores"), digits=2),
+                "" if cached is None else number(100 * cached, "%"),
+            )
+        )
+    header = ("pair, engine", "what", "value", "GB/s beside", "cores others took", "cached")
+    return table(header, rows)
+
+
+def disturbance(result: Mapping[str, Any]) -> str:
+    """How many samples had the machine to themselves, and their files in memory."""
+    samples, limit = result["samples"], _bench.QUIET_CORES
+    busy = sum((sample.get("others_cpu_cores") or 0) > limit for sample in samples)
+    cold = sum((sample.get("cached") or 1) < 0.99 for sample in samples)
+    return (
+        f"Of {len(samples)} samples, {busy} ran while others took more than {limit} cores, "
+        f"and {cold} with less than 99 % of their files cached before."
+    )
+
+
+NOTES = f"""\
+Written by `scripts/bench_peers`; do not edit. Random weights. Engines take turns, one process at a
+time: llama.cpp, twice mxforge, twice llama.cpp and so on, so that the two samples of a pair are
+neighbours. A ratio is taken within a pair and is above 1 where mxforge is better: faster, sooner,
+smaller. Values are median (least … greatest) of the samples.
+
+- **Warm**: at each turn the other's files leave the page cache and the engine's own are read in
+  full. mxforge runs on these pages. llama.cpp reads its file into memory of its own, in its fastest
+  layout; its start-up alone is measured with the file mapped, which starts sooner and runs slower.
+- **Floors**: bytes that a step cannot do without (active experts, the window on sliding layers),
+  counted from the artifact's manifest and the GGUF, ÷ the memory bandwidth right before and after
+  the sample; for prefill, where that takes longer, flops ÷ the rate of an 8-bit (onnxruntime) or
+  f32 (NumPy) matrix product. Shared machines swing widely: read ratios and shares, not speeds.
+- **Depth**: keys and values of {CHUNK} tokens are computed, and copied until the context is as full
+  as the figure says; in llama.cpp by restoring a state that consists of such copies.
+- **Memory**: of a process with a context of {CONTEXT} tokens, all of it written. llama.cpp's is
+  taken once a process, which lasts a turn."""
+
+
+def result_text(result: Mapping[str, Any]) -> str:
+    floors = result["floors"]
+    int8 = number(floors["int8_matrix_gop_s"], "GOP/s")
+    pairs = len({sample["pair"] for sample in result["samples"]})
+    parts = [
+        f"## {result['shape']} — {_bench.described(dict(result))}",
+        f"{result['target']}, {result['numerics']} numerics; {pairs} pairs of samples"
+        + ("" if result["complete"] else ", **interrupted** before the end")
+        + f". {_bench.measured_when(dict(result))}",
+        figures_table(result),
+        f"Matrix products reach {floors['f32_matrix_gflop_s']:.0f} GFLOP/s in f32 and {int8} in 8 "
+        f"bits; a prompt token takes {floors['flops_per_prompt_token'] / 1e9:.2f} GFLOP. "
+        f"{_bytes_of_a_step(result)} With every weight and every page of the cache touched "
+        f"mxforge would hold {result['planned_bytes'] / 2**30:.1f} GiB (computed).",
+        disturbance(result),
+    ]
+    if result["no_peer_because"]:
+        parts.append(f"llama.cpp is {NOT_MEASURED}: {result['no_peer_because']}.")
+    parts.append("### Every sample\n\n" + samples_table(result))
+    return "\n\n".join(parts)
+
+
+def _bytes_of_a_step(result: Mapping[str, Any]) -> str:
+    """A sentence on what decoding reads, which is what a comparison has to be fair in."""
+    read = [
+        f"{named['decode']['bytes'] / 1e9:.2f} GB in {engine}"
+        for engine, named in sorted(result["floors"]["work"].items(), reverse=True)
+        if "decode" in named
+    ]
+    return f"A decode step reads {' and '.join(read)}." if read else ""
+
+
+def page(results: Iterable[Mapping[str, Any]]) -> str:
+    """docs/bench/peers.md."""
+    return "\n\n".join(["# Beside llama.cpp", NOTES, *map(result_text, results)]) + "\n"
+
+
+# -- the README's performance section -------------------------------------------------------------
+
+BEGIN = "<!-- figures: written by scripts/bench_peers from docs/bench; do not edit -->"
+END = "<!-- /figures -->"
+README_SHAPE = "20b"
+
+
+def readme_section(results: Iterable[Mapping[str, Any]]) -> str:
+    """What stands between BEGIN and END, both included."""
+    shown = [result for result in results if result["shape"] == README_SHAPE]
+    return "\n".join([BEGIN, *map(_readme_table, shown), END])
+
+
+def _readme_table(result: Mapping[str, Any]) -> str:
+    rows = []
+    for name, figure in FIGURES.items():
+        ours, theirs = (values_of(result, name, engine) for engine in (OURS, THEIRS))
+        if not ours:
+            continue
+        cells = [number(statistics.median(v)) if v else NOT_MEASURED for v in (ours, theirs)]
+        rows.append((f"{figure.label}, {figure.unit}", *cells, spread(ratios(result, name), "×")))
+    header = (f"gpt-oss-{result['shape']} shapes, random weights", OURS, THEIRS, "better by")
+    pairs = len({sample["pair"] for sample in result["samples"]})
+    text = (
+        f"{_bench.described(dict(result))}; {result['target']}, `{result['numerics']}` numerics; "
+        f"{result['date'].split()[0]}. Medians of {pairs} pairs of samples, in turns in one run; "
+        f"ratios are taken within pairs, with their spread. {_bytes_of_a_step(result)} "
+        "Every sample and the floors: [docs/bench/peers.md](docs/bench/peers.md)."
+    )
+    return table(header, rows) + "\n\n" + textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def with_section(readme: str, section: str) -> str:
+    """The README with its section replaced."""
+    before, _, rest = readme.partition("<!-- figures")
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"the README should have a section <!-- figures … --> … {END}")
+    return before + section + after
