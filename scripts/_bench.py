@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "bench"
 NOT_MEASURED = "not measured"
 
-_PACKAGES = ("mxforge", "apache-tvm", "apache-tvm-ffi", "numpy", "llama-cpp-python")
+_PACKAGES = ("mxforge", "apache-tvm", "apache-tvm-ffi", "numpy", "onnxruntime", "llama-cpp-python")
 _SOURCES = ("compile", "runtime", "schedules")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from _bench import ROOT, Child, installed, run_child, say
+from tqdm import tqdm
 
 from mxforge.compile.config import ModelConfig
 from mxforge.compile.random_checkpoint import hf_config
@@ -119,19 +120,23 @@ class PageCache:
     CHUNK = 64 << 20
 
     def __init__(self) -> None:
-        self._mapped: list[np.ndarray] = []
+        self._mapped: list[np.memmap] = []
 
     def keep(self, files: Iterable[Path]) -> None:
         """Read all of the files; no other file is kept any more."""
         self._mapped.clear()
+        self._mapped += [np.memmap(path, np.uint8, "r") for path in _existing(files)]
         piece = bytearray(self.CHUNK)
-        for path in _existing(files):
-            view = np.memmap(path, np.uint8, "r")
-            self._mapped.append(view)
-            with path.open("rb", buffering=0) as file:
-                for start in range(0, len(view), self.CHUNK):
-                    file.readinto(piece)  # faster than by page faults
-                    view[start : start + self.CHUNK : mmap.PAGESIZE].max()
+        with tqdm(
+            total=sum(map(len, self._mapped)), unit="B", unit_scale=True, desc="reading",
+            leave=False, disable=not sys.stderr.isatty(),
+        ) as bar:  # fmt: skip
+            for view in self._mapped:
+                with Path(view.filename).open("rb", buffering=0) as file:
+                    for start in range(0, len(view), self.CHUNK):
+                        file.readinto(piece)  # faster than by page faults
+                        view[start : start + self.CHUNK : mmap.PAGESIZE].max()
+                        bar.update(min(self.CHUNK, len(view) - start))
 
     def drop(self, files: Iterable[Path]) -> None:
         """Keep nothing, and throw these files' pages out."""
@@ -152,14 +157,12 @@ def cached_share(files: Iterable[Path]) -> float | None:
         size = path.stat().st_size
         count = -(-size // mmap.PAGESIZE)
         flags = np.zeros(count, np.uint8)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            view = np.frombuffer(mapped, np.uint8)
-            code = libc.mincore(
-                ctypes.c_void_p(view.ctypes.data),
-                ctypes.c_size_t(size),
-                ctypes.c_void_p(flags.ctypes.data),
-            )
-            del view  # or the mapping cannot be closed
+        view = np.memmap(path, np.uint8, "r")
+        code = libc.mincore(
+            ctypes.c_void_p(view.ctypes.data),
+            ctypes.c_size_t(size),
+            ctypes.c_void_p(flags.ctypes.data),
+        )
         if code != 0:
             return None
         resident += int((flags & 1).sum())

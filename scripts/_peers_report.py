@@ -397,10 +397,9 @@ smaller. Values are median (least … greatest) of the samples.
 def result_text(result: Mapping[str, Any]) -> str:
     floors = result["floors"]
     int8 = number(floors["int8_matrix_gop_s"], "GOP/s")
-    pairs = len({sample["pair"] for sample in result["samples"]})
     parts = [
         f"## {result['shape']} — {_bench.described(dict(result))}",
-        f"{result['target']}, {result['numerics']} numerics; {pairs} pairs of samples"
+        f"{result['target']}, {result['numerics']} numerics; {_pairs(result)} of samples"
         + ("" if result["complete"] else ", **interrupted** before the end")
         + f". {_bench.measured_when(dict(result))}",
         figures_table(result),
@@ -414,6 +413,11 @@ def result_text(result: Mapping[str, Any]) -> str:
         parts.append(f"llama.cpp is {NOT_MEASURED}: {result['no_peer_because']}.")
     parts.append("### Every sample\n\n" + samples_table(result))
     return "\n\n".join(parts)
+
+
+def _pairs(result: Mapping[str, Any]) -> str:
+    count = len({sample["pair"] for sample in result["samples"]})
+    return "1 pair" if count == 1 else f"{count} pairs"
 
 
 def _bytes_of_a_step(result: Mapping[str, Any]) -> str:
@@ -453,11 +457,10 @@ def _readme_table(result: Mapping[str, Any]) -> str:
         cells = [number(statistics.median(v)) if v else NOT_MEASURED for v in (ours, theirs)]
         rows.append((f"{figure.label}, {figure.unit}", *cells, spread(ratios(result, name), "×")))
     header = (f"gpt-oss-{result['shape']} shapes, random weights", OURS, THEIRS, "better by")
-    pairs = len({sample["pair"] for sample in result["samples"]})
     text = (
         f"{_bench.described(dict(result))}; {result['target']}, `{result['numerics']}` numerics; "
-        f"{result['date'].split()[0]}. Medians of {pairs} pairs of samples, in turns in one run; "
-        f"ratios are taken within pairs, with their spread. {_bytes_of_a_step(result)} "
+        f"{result['date'].split()[0]}. Medians of {_pairs(result)} of samples, in turns in one "
+        f"run; ratios are taken within pairs, with their spread. {_bytes_of_a_step(result)} "
         "Every sample and the floors: [docs/bench/peers.md](docs/bench/peers.md)."
     )
     return table(header, rows) + "\n\n" + textwrap.fill(text, 100, break_on_hyphens=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 import gguf
 import numpy as np
+from tqdm import tqdm
 
 from mxforge.compile.config import FULL, SLIDING, ModelConfig
 
@@ -119,8 +121,13 @@ def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         pools = _Pools(np.random.default_rng(seed))
-        for tensor in listed:
-            writer.write_tensor_data(pools.content(tensor))
+        total = sum(tensor.nbytes for tensor in listed)
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="GGUF", disable=not sys.stderr.isatty()
+        ) as bar:
+            for tensor in listed:
+                writer.write_tensor_data(pools.content(tensor))
+                bar.update(tensor.nbytes)
         writer.close()
         work.rename(path)
     finally:

@@ -173,7 +173,7 @@ def test_what_was_not_measured_is_called_so(tmp_path):
     text = rendered(tmp_path, result, "bench_peers", "peers.md")
     assert row(text, "decode, tok/s")[2:4] == ["not measured", "not measured"]
     assert "llama.cpp is not measured: --no-peer was given." in text
-    assert "1 pairs of samples, **interrupted** before the end" in text
+    assert "1 pair of samples, **interrupted** before the end" in text
 
 
 def test_the_engines_take_turns():
