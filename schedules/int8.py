@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .isa import Dot4, Isa, four
+from .isa import Dot4, Isa, eight, four, unzipped, zipped
 from .kernel import TileConfig
 
 BLOCK = 32  # inputs that share a scale
@@ -73,6 +73,48 @@ def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights, planes: int =
                             four(x[0], row[t], first + b * BLOCK + (i * parts + j) * 4, lanes),
                         )
 
+    # The same in pairs of tokens. A pair's two sums of a vector hold two rows of both tokens each.
+
+    @T.inline
+    def half_vector(half, i, v, first, part, value, row, tokens, x, w, at, h, b):
+        value[T.ramp(0, 1, 4 * lanes)] = zipped(
+            half,
+            weights.operand(w, at, b, i * 2 // parts, h * vectors + v, i * 2 % parts),
+            weights.operand(w, at, b, (i * 2 + 1) // parts, h * vectors + v, (i * 2 + 1) % parts),
+        )
+        for p in T.unroll(tokens // 2):
+            part[T.ramp(((p * 2 + half) * vectors + v) * lanes, 1, lanes)] = isa.dot_pairs(
+                part[T.ramp(((p * 2 + half) * vectors + v) * lanes, 1, lanes)],
+                value[T.ramp(0, 1, 4 * lanes)],
+                eight(x[0], (row[p * 2], row[p * 2 + 1]), first + b * BLOCK + i * 8),
+            )
+
+    @T.inline
+    def plane_in_pairs(first, part, value, row, tokens, x, w, at, h, b):
+        for i in T.unroll(BLOCK // 8):
+            for v in T.unroll(vectors):
+                half_vector(0, i, v, first, part, value, row, tokens, x, w, at, h, b)
+                half_vector(1, i, v, first, part, value, row, tokens, x, w, at, h, b)
+
+    @T.inline
+    def part_pairs(part, tokens):
+        for p in T.unroll(tokens // 2):
+            for v in T.unroll(vectors):
+                one: T.let = part[T.ramp((p * 2 * vectors + v) * lanes, 1, lanes)]
+                two: T.let = part[T.ramp(((p * 2 + 1) * vectors + v) * lanes, 1, lanes)]
+                part[T.ramp((p * 2 * vectors + v) * lanes, 1, lanes)] = unzipped(0, one, two)
+                part[T.ramp(((p * 2 + 1) * vectors + v) * lanes, 1, lanes)] = unzipped(1, one, two)
+
+    def in_pairs(tokens: int) -> bool:
+        return isa.dot_pairs is not None and tokens % 2 == 0
+
+    @T.inline
+    def add(first, part, value, row, tokens, x, w, at, h, b):
+        if in_pairs(tokens):
+            plane_in_pairs(first, part, value, row, tokens, x, w, at, h, b)
+        else:
+            plane(first, part, value, row, tokens, x, w, at, h, b)
+
     @T.inline
     def dot(acc, part, value, row, tokens, x, w, s, at):
         for h in T.unroll(GROUP // tile.rows):
@@ -88,7 +130,7 @@ def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights, planes: int =
                         part[T.ramp((t * vectors + v) * lanes, 1, lanes)] = T.broadcast(
                             _less(bias if planes == 1 else 0, x[2], row[t], b), lanes
                         )
-                plane(0, part, value, row, tokens, x, w, at, h, b)
+                add(0, part, value, row, tokens, x, w, at, h, b)
                 if planes == 2:
                     for t in T.unroll(tokens):
                         for v in T.unroll(vectors):
@@ -97,7 +139,9 @@ def dot_i8(isa: Isa, k: int, tile: Int8Tile, weights: Int8Weights, planes: int =
                             ] * T.broadcast(T.int32(1 << DIGIT_BITS), lanes) + T.broadcast(
                                 _less(bias, x[2], row[t], b), lanes
                             )
-                    plane(k, part, value, row, tokens, x, w, at, h, b)
+                    add(k, part, value, row, tokens, x, w, at, h, b)
+                if in_pairs(tokens):
+                    part_pairs(part, tokens)
                 for t in T.unroll(tokens):
                     for v in T.unroll(vectors):
                         for lane in T.vectorized(lanes):

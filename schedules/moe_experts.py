@@ -27,6 +27,7 @@ I8_TILES = {
     "AVX-512": Int8Tile(tokens=4, rows=32),
     "AVX2": Int8Tile(tokens=2, rows=16),
     "SSSE3": Int8Tile(tokens=2, rows=8),
+    "NEON i8mm": Int8Tile(tokens=4, rows=16),
     "NEON dotprod": Int8Tile(tokens=2, rows=16),
     "NEON": Int8Tile(tokens=2, rows=16),
     "plain": Int8Tile(tokens=1, rows=4),
