@@ -10,7 +10,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mxforge.errors import TargetError
-from mxforge.machine import host_system
 from mxforge.manifest import (
     KernelInfo,
     LibraryInfo,
@@ -100,7 +99,7 @@ class Job:
                     target=TargetInfo(
                         self.targets[0].kernels.kind,
                         self.targets[0].name if len(self.targets) == 1 else self.target_name,
-                        host_system(),
+                        self.targets[0].host,
                     ),
                     numerics=self.numerics,
                     precision=PrecisionInfo(
@@ -166,8 +165,8 @@ class Job:
         announce("generating code")
         executable = pipeline.build(module, target, dump)
         announce("linking")
-        name = f"model-{level}{library.SUFFIX}" if count > 1 else f"model{library.SUFFIX}"
-        library.export(executable, writer.path(name))
+        name = library.file_name(target.host, level if count > 1 else "")
+        library.export(executable, writer.path(name), target.host)
         writer.add(name)
         folder = writer.path(name).parent
         for file, code in library.device_code(executable, target, folder).items():

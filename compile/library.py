@@ -1,6 +1,7 @@
 """From TVM's executable to files on disk, the same bytes for the same input.
 
-Linking uses the machine's C compiler, or the one inside the `ziglang` wheel where there is none.
+Linking for this machine uses its C compiler; for another, or where there is none, the one inside
+the `ziglang` wheel.
 CUDA sources are compiled here by nvcc: TVM 0.27 puts their text into the library, and would have
 them compiled by whoever loads it. The runtime hands TVM the compiled code instead, found by the
 hash of the text.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import tvm
@@ -22,11 +24,12 @@ from tvm import relax
 
 from mxforge.artifact import device_code_name
 from mxforge.errors import TargetError
+from mxforge.machine import host_system
 
 from .targets import CompileTarget
 
-SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _COMPILERS = ("cc", "gcc", "clang")
+_GLIBC = "2.28"  # the oldest that apache-tvm's wheels run with
 _FLAGS = {
     # The runtime that loads the library provides TVM's symbols.
     "darwin": ["-dynamiclib", "-Wl,-undefined,dynamic_lookup", "-Wl,-install_name,model.dylib"],
@@ -34,13 +37,20 @@ _FLAGS = {
 }
 
 
-def export(executable: relax.VMExecutable, path: Path) -> None:
-    """Write `executable` as a shared library; TargetError where nothing here can link.
+def file_name(host: str, variant: str = "") -> str:
+    """What the library is called on `host`, such as ``linux-x86_64``; one of several by variant."""
+    stem = f"model-{variant}" if variant else "model"
+    return f"{stem}.dylib" if host.startswith("darwin") else f"{stem}.so"
+
+
+def export(executable: relax.VMExecutable, path: Path, host: str) -> None:
+    """Write `executable` as a shared library for `host`; TargetError where nothing here can link.
 
     What the linker needs meanwhile lies beside it, where a killed compilation is cleaned up.
     """
     with tempfile.TemporaryDirectory(prefix="link-", dir=path.parent) as scratch:
-        executable.export_library(str(path), fcompile=_link, workspace_dir=scratch)
+        link = partial(_link, host)
+        executable.export_library(str(path), fcompile=link, workspace_dir=scratch)
 
 
 def device_code(
@@ -88,12 +98,12 @@ def _errors(log: str) -> str:
     return "; ".join(lines[:2]) or log.strip()[-400:]
 
 
-def _link(output: str, objects: Sequence[str], **_options: object) -> None:
-    flags = _FLAGS["darwin" if sys.platform == "darwin" else "linux"]
+def _link(host: str, output: str, objects: Sequence[str], **_options: object) -> None:
+    flags = _FLAGS["darwin" if host.startswith("darwin") else "linux"]
     # Temporary folders have random names; relative paths keep them out of the library.
     inputs = [str(Path(name).name) for name in objects]
     folder = Path(objects[0]).parent
-    command = [*_linker(), *flags, "-o", str(Path(output).resolve()), *inputs]
+    command = [*_linker(host), *flags, "-o", str(Path(output).resolve()), *inputs]
     result = _run(command, folder)
     if result.returncode != 0:
         raise TargetError(
@@ -109,13 +119,17 @@ def _run(command: Sequence[str], folder: str | Path) -> subprocess.CompletedProc
     )
 
 
-def _linker() -> list[str]:
-    for name in _COMPILERS:
+def _linker(host: str) -> list[str]:
+    here = host == host_system()
+    for name in _COMPILERS if here else ():
         if found := shutil.which(name):
             return [found]
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]
+        # -O2 is for zig's own support library, made at the first use: 4 s instead of 16.
+        zig = [sys.executable, "-m", "ziglang", "cc", "-O2"]
+        return zig if here else [*zig, "-target", f"{host.partition('-')[2]}-linux-gnu.{_GLIBC}"]
+    needed = "a C compiler (cc, gcc or clang) or the" if here else "the"
     raise TargetError(
-        "Linking needs a C compiler (cc, gcc or clang) or the package ziglang, and neither is "
-        "here; install one, for example with: pip install ziglang"
+        f"Linking for {host} needs {needed} package ziglang, and it is not here; install it, for "
+        "example with: pip install ziglang"
     )

@@ -3,7 +3,7 @@
 The names:
 
     cpu                 the best level that this machine has
-    cpu:<level>         one of CPU_LEVELS, also for another machine of this architecture
+    cpu:<level>         one of CPU_LEVELS, also for another machine
     cpu:portable        a library for each level of this architecture, chosen at load
     cuda, cuda:sm_XX    NVIDIA GPUs; needs nvcc to build
     vulkan              GPUs with Vulkan 1.2: the first of VULKAN_PROFILES
@@ -14,13 +14,12 @@ The names:
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mxforge import vulkan
 from mxforge.errors import TargetError
-from mxforge.machine import architecture, missing_cpu_features
+from mxforge.machine import architecture, host_system, missing_cpu_features
 from mxforge.schedules.int8 import BLOCK
 from mxforge.schedules.kernel import Target
 from mxforge.schedules.mxfp4 import Activations
@@ -50,12 +49,15 @@ class CpuLevel:
 
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-# Best first: `cpu` takes the first that this machine has.
+# Best first within an architecture: `cpu` takes the first that this machine has.
 CPU_LEVELS: tuple[CpuLevel, ...] = (
     CpuLevel("avx512vnni", "x86_64", "x86-64-v4", ("avx512vnni",), _AVX512),
     CpuLevel("avx512", "x86_64", "x86-64-v4", (), _AVX512),
     CpuLevel("avx2", "x86_64", "x86-64-v3", (), _AVX2),
+    CpuLevel("x86-64-v2", "x86_64", "x86-64-v2", (), ("popcnt", "sse4.2", "ssse3")),
     CpuLevel("x86-64", "x86_64", "x86-64", (), ()),
+    CpuLevel("neon-i8mm", "aarch64", "generic", ("neon", "dotprod", "i8mm"), ()),
+    CpuLevel("neon-dotprod", "aarch64", "generic", ("neon", "dotprod"), ()),
     CpuLevel("neon", "aarch64", "generic", ("neon",), ()),
 )
 
@@ -110,6 +112,7 @@ class CompileTarget:
     kernels: Target
     tvm: dict[str, Any]
     required_features: tuple[str, ...] = ()
+    host: str = field(default_factory=host_system)  # what loads the library, in its words
     fast: Precision = field(default_factory=lambda: Precision("float16", "f32"))
 
     def precision(self, numerics: Numerics, config: ModelConfig) -> Precision:
@@ -151,17 +154,16 @@ def known_targets() -> list[str]:
 
 
 def _cpu(variant: str) -> CompileTarget:
-    machine = architecture()
-    levels = [level for level in CPU_LEVELS if level.machine == machine]
     if variant:
-        levels = [level for level in levels if level.name == variant]
+        levels = [level for level in CPU_LEVELS if level.name == variant]
     else:
-        levels = [level for level in levels if _host_has(level)]
+        levels = [lv for lv in CPU_LEVELS if lv.machine == architecture() and _host_has(lv)]
     if not levels:
-        here = ", ".join(f"cpu:{lv.name}" for lv in CPU_LEVELS if lv.machine == machine)
+        known = ", ".join(f"cpu:{level.name} ({level.machine})" for level in CPU_LEVELS)
         raise TargetError(
-            f"No CPU level {variant or 'for this machine'!r} on {machine}; "
-            f"this machine can compile for {here or 'none: its architecture is not supported'}."
+            f"Unknown CPU level {variant!r}; the known ones are {known}."
+            if variant
+            else f"There is no CPU level for this machine, {architecture()}; name one of {known}."
         )
     level = levels[0]
     return CompileTarget(
@@ -169,6 +171,7 @@ def _cpu(variant: str) -> CompileTarget:
         kernels=Target("cpu", frozenset(level.required)),
         tvm=_llvm(level),
         required_features=level.required,
+        host=_system(level.machine),
         fast=Precision("float16", experts="i8", dense="i8"),
     )
 
@@ -184,8 +187,13 @@ def _llvm(level: CpuLevel) -> dict[str, Any]:
     return target
 
 
+def _system(machine: str) -> str:
+    """This machine's system; Linux for CPUs of another architecture."""
+    return host_system() if machine == architecture() else f"linux-{machine}"
+
+
 def _triple(machine: str) -> str:
-    if sys.platform == "darwin":
+    if _system(machine) == f"darwin-{machine}":
         return f"{'arm64' if machine == 'aarch64' else machine}-apple-darwin"
     return f"{machine}-unknown-linux-gnu"
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import pytest
 
 from mxforge import Engine
 from mxforge.artifact import open_artifact, read_manifest
-from mxforge.compile import compile_model, targets
+from mxforge.compile import compile_model, library, targets
 from mxforge.compile.config import ModelConfig
 from mxforge.compile.diff import compare
 from mxforge.compile.random_checkpoint import hf_config
 from mxforge.compile.targets import CPU_LEVELS, CUDA_ARCHS, known_targets, resolve
-from mxforge.errors import TargetError
+from mxforge.errors import ArtifactTargetError, TargetError
 from mxforge.machine import architecture, missing_cpu_features
 
 Compiled = Callable[..., Path]
@@ -40,16 +41,10 @@ def test_an_unknown_target_names_the_known_ones(name):
 
 
 @pytest.mark.parametrize("name", ["cpu:avx1024", "cpu:sm_80", "cpu:AVX2"])
-def test_an_unknown_cpu_level_names_those_of_this_machine(name):
+def test_an_unknown_cpu_level_names_the_known_ones(name):
     with pytest.raises(TargetError, match=name.partition(":")[2]) as caught:
         resolve(name)
-    assert all(f"cpu:{level.name}" in str(caught.value) for level in LEVELS)
-
-
-def test_a_cpu_level_of_another_architecture_is_refused():
-    foreign = next(level for level in CPU_LEVELS if level not in LEVELS)
-    with pytest.raises(TargetError, match=foreign.name):
-        resolve(f"cpu:{foreign.name}")
+    assert all(f"cpu:{level.name}" in str(caught.value) for level in CPU_LEVELS)
 
 
 def test_an_unknown_cuda_architecture_names_the_known_ones():
@@ -102,6 +97,28 @@ def test_cpu_falls_back_level_by_level(monkeypatch):
         lacking.update(set(level.required) - set(lower.required if lower else ()))
 
 
+def test_an_architecture_without_levels_can_compile_for_the_others(monkeypatch):
+    monkeypatch.setattr(targets, "architecture", lambda: "riscv64")
+    with pytest.raises(TargetError, match=r"riscv64.*cpu:neon"):
+        resolve("cpu")
+    assert resolve("cpu:neon").host == "linux-aarch64"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize(
+    ("here", "own"), [("linux", "unknown-linux-gnu"), ("darwin", "apple-darwin")]
+)
+def test_levels_of_another_architecture_are_for_linux(monkeypatch, machine, here, own):
+    monkeypatch.setattr(targets, "architecture", lambda: machine)
+    monkeypatch.setattr(targets, "host_system", lambda: f"{here}-{machine}")
+    for level in CPU_LEVELS:
+        target = resolve(f"cpu:{level.name}")
+        local = level.machine == machine
+        assert target.host == f"{here if local else 'linux'}-{level.machine}"
+        assert target.tvm["mtriple"].endswith(own if local else "unknown-linux-gnu")
+        assert target.required_features == level.required
+
+
 def config_of(experts: int) -> ModelConfig:
     changes = {"num_local_experts": experts, "num_experts_per_tok": 1}
     return ModelConfig.from_hf(hf_config("tiny", changes))
@@ -143,6 +160,43 @@ def test_every_cpu_level_is_fast_within_its_bound(
     if missing := missing_cpu_features(level.required):
         pytest.skip(f"this CPU lacks {', '.join(missing)}: compiled, but not run")
     compare(artifact, odd_checkpoint("odd-1"), tokens=100).check()
+
+
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+def test_a_level_of_another_architecture_compiles_for_its_machine(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+):
+    foreign = next(level for level in CPU_LEVELS if level not in LEVELS)
+    artifact = compiled("odd-1", "fast", target=f"cpu:{foreign.name}")
+    manifest = read_manifest(artifact)
+    assert manifest.target.host == f"linux-{foreign.machine}"
+    assert manifest.target.features == foreign.required
+    elf = (artifact / "model.so").read_bytes()
+    assert elf[:4] == b"\x7fELF"
+    assert int.from_bytes(elf[18:20], "little") == ELF_MACHINES[foreign.machine]
+    with pytest.raises(ArtifactTargetError, match=rf"linux-{foreign.machine}.*{architecture()}"):
+        Engine.load(artifact)
+
+
+def test_what_ziglang_links_for_another_machine_runs(
+    odd_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden
+):
+    """This machine, as another would compile for it."""
+    pytest.importorskip("ziglang")
+    monkeypatch.setattr(library, "host_system", lambda: "linux-riscv64")
+    artifact = compile_model(odd_checkpoint("odd-1"), "cpu", tmp_path / "artifact", "exact")
+    truth = golden("odd-1")
+    with Engine.load(artifact, context_length=512) as engine:
+        logits = engine.logits(truth.tokens)
+    assert relative_error(logits[truth.rows], truth.logits) <= 1e-4
+
+
+def test_linking_for_another_machine_needs_ziglang(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(TargetError, match=r"linux-riscv64.*ziglang"):
+        library._linker("linux-riscv64")
 
 
 def test_another_level_than_the_best_gets_its_own_code(compiled: Compiled):
