@@ -57,14 +57,18 @@ class Harness:
     def _call(self, kernel, target, compiled_for, build, inputs, static) -> list[np.ndarray]:
         inputs = {name: value.copy() for name, value in inputs.items()}
         packed = [tvm.runtime.tensor(a) for a in kernel.pack(target, inputs, **static)]
-        fresh = [
-            tvm.runtime.tensor(_filled(shape, dtype))
-            for shape, dtype in kernel.outputs(inputs, **static)
-        ]
+        fresh = [tvm.runtime.tensor(a) for a in self.fresh(kernel, inputs, static)]
         self.compiled(build(target, **static), compiled_for)(*packed, *fresh)
         names = list(inputs)
         updated = [packed[names.index(name)] for name in kernel.inplace]
         return [tensor.numpy() for tensor in (*fresh, *updated)]
+
+    @staticmethod
+    def fresh(
+        kernel: Kernel, inputs: Mapping[str, np.ndarray], static: Mapping[str, Any]
+    ) -> list[np.ndarray]:
+        """The outputs before the call."""
+        return [_filled(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:

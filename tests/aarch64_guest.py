@@ -1,0 +1,71 @@
+"""What runs on the aarch64 machine of `aarch64.py`, on the runtime alone.
+
+aarch64_guest.py kernels FOLDER LIBRARY OUTPUTS    the calls that FOLDER describes
+aarch64_guest.py answer ARTIFACT PROMPT TOKENS     a greedy answer's tokens, or why there are none
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mxforge import Engine, SamplingParams, machine
+from mxforge.errors import MxforgeError
+from mxforge.library import Library, load_runtime, tvm_ffi
+
+THREADS = 2
+# Bits of what the kernel tells a process about its CPU: AT_HWCAP and AT_HWCAP2.
+HWCAP, HWCAP2 = 16, 26
+FEATURES = {"asimd": (HWCAP, 1), "asimddp": (HWCAP, 20), "i8mm": (HWCAP2, 13)}
+
+
+def cpu_flags() -> frozenset[str]:
+    """As in /proc/cpuinfo, which older versions of qemu do not emulate."""
+    value = ctypes.CDLL(None).getauxval
+    value.restype, value.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return frozenset(name for name, (word, bit) in FEATURES.items() if value(word) >> bit & 1)
+
+
+def kernels(folder: str, library: str, outputs: str) -> None:
+    """Call functions of LIBRARY. calls.json says which, with which arrays of inputs.npz, each as
+    bytes with a shape and a dtype, and which of them go to OUTPUTS afterwards."""
+    load_runtime()
+    Library.use_threads(THREADS)
+    device = tvm_ffi.device("cpu", 0)
+    allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+    from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
+    to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
+    functions = tvm_ffi.load_module(library)
+    results = {}
+    with np.load(Path(folder, "inputs.npz")) as inputs:
+        for call in json.loads(Path(folder, "calls.json").read_text()):
+            print(call["what"], file=sys.stderr, flush=True)  # the last one, in case of a crash
+            tensors = {}
+            for key, shape, dtype in call["arguments"]:
+                content = inputs[key]
+                tensors[key] = allocate(tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), device, None)
+                from_bytes(tensors[key], content.ctypes.data_as(ctypes.c_void_p), content.nbytes)
+            functions[call["function"]](*tensors.values())
+            for key in call["results"]:
+                results[key] = content = np.empty_like(inputs[key])
+                to_bytes(tensors[key], content.ctypes.data_as(ctypes.c_void_p), content.nbytes)
+    np.savez(outputs, **results)
+
+
+def answer(artifact: str, prompt: str, tokens: str) -> None:
+    greedy = SamplingParams(max_tokens=int(tokens), temperature=0)
+    try:
+        with Engine.load(artifact, threads=THREADS, context_length=256) as engine:
+            print(json.dumps(engine.generate(json.loads(prompt), greedy).token_ids))
+    except MxforgeError as error:
+        print(error)
+
+
+if __name__ == "__main__":
+    machine._cpu_flags = cpu_flags
+    what, *arguments = sys.argv[1:]
+    {"kernels": kernels, "answer": answer}[what](*arguments)
