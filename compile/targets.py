@@ -47,7 +47,7 @@ class CpuLevel:
         return tuple(sorted({*self.features, *self.implied}))
 
 
-_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+_AVX2 = ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 # Best first within an architecture: `cpu` takes the first that this machine has.
 CPU_LEVELS: tuple[CpuLevel, ...] = (
@@ -143,7 +143,7 @@ def resolve_all(name: str) -> tuple[CompileTarget, ...]:
         return (resolve(name),)
     machine = architecture()
     levels = [level.name for level in CPU_LEVELS if level.machine == machine]
-    return tuple(_cpu(level) for level in levels or ["portable"])  # which _cpu refuses
+    return tuple(_cpu(level) for level in levels or [""])  # which is refused where there is none
 
 
 def known_targets() -> list[str]:

@@ -123,6 +123,7 @@ _FEATURE_NAMES = {
         "avx512vpopcntdq": "avx512_vpopcntdq",
         "avxvnni": "avx_vnni",
         "avxvnniint8": "avx_vnni_int8",
+        "bmi": "bmi1",
         "crc32": "sse4_2",
         "lzcnt": "abm",
         "pclmul": "pclmulqdq",
@@ -146,7 +147,7 @@ _FEATURE_NAMES = {
         "rcpc": "lrcpc",
         "rdm": "asimdrdm",
     },
-    "darwin-x86_64": {"avx": "avx1.0", "pclmul": "pclmulqdq", "rdrnd": "rdrand"},
+    "darwin-x86_64": {"avx": "avx1.0", "bmi": "bmi1", "pclmul": "pclmulqdq", "rdrnd": "rdrand"},
     "darwin-aarch64": {
         "bf16": "FEAT_BF16",
         "crc": "armv8_crc32",

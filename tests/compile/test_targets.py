@@ -172,7 +172,7 @@ def test_a_level_of_another_architecture_compiles_for_its_machine(
     artifact = compiled("odd-1", "fast", target=f"cpu:{foreign.name}")
     manifest = read_manifest(artifact)
     assert manifest.target.host == f"linux-{foreign.machine}"
-    assert manifest.target.features == foreign.required
+    assert manifest.libraries[0].features == foreign.required
     elf = (artifact / "model.so").read_bytes()
     assert elf[:4] == b"\x7fELF"
     assert int.from_bytes(elf[18:20], "little") == ELF_MACHINES[foreign.machine]
