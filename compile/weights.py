@@ -208,15 +208,15 @@ def _dense(
     shape, scales_shape = linear_i8.packed_shapes(rows, k)
     # A random byte has a root mean square of 74.
     scale = {"constant": k**-0.5 / 74}
-    return [
+    return [  # sources are let go of with the last weight made of them
+        PackedWeight(f"{name}_scale", scales_shape, "float16", (), scales, scale),
         PackedWeight(name, shape, "uint8", sources, weight, {"bytes": [0, 255]}),
-        PackedWeight(f"{name}_scale", scales_shape, "float16", sources, scales, scale),
     ]
 
 
 def _bf16(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int) -> PackedWeight:
     """bf16 [rows, k], the sources stacked, in linear.py's layout."""
-    stacked = _stacked(sources, rows, linear.CPU_TILE.rows, k)
+    stacked = _stacked(sources, rows, linear.CPU_TILE.rows, k, PIECE_BYTES)
 
     def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         for piece in stacked(checkpoint):
@@ -226,9 +226,7 @@ def _bf16(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int
     return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
 
 
-def _stacked(
-    sources: tuple[str, ...], rows: int, group: int, k: int, piece_bytes: int = PIECE_BYTES
-) -> Pieces:
+def _stacked(sources: tuple[str, ...], rows: int, group: int, k: int, piece_bytes: int) -> Pieces:
     """[rows, k] of the sources one below the other, in pieces of whole groups of rows."""
 
     def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:

@@ -28,6 +28,9 @@ class NotingModel:
         self.calls: list[tuple[str, list[int], list[int], int]] = []
         self.copies: list[tuple[str, list[tuple[int, int]]]] = []
 
+    def close(self) -> None:
+        pass
+
     def forward(self, tokens, positions, token_seq, rows, _tables) -> np.ndarray:
         self.calls.append(("forward", list(tokens), list(positions), len(rows)))
         assert len(tokens) == len(positions) == len(token_seq)
