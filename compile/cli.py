@@ -17,7 +17,7 @@ pack the weights, and write it all as one artifact folder that `mxforge generate
 _TARGETS = """\
 targets:
   cpu              this machine's CPU, with the best instructions it has (default)
-  cpu:LEVEL        x86-64: avx512vnni, avx512, avx2, x86-64-v2, x86-64
+  cpu:LEVEL        x86-64: avx512bf16, avx512vnni, avx512, avx2, x86-64-v2, x86-64
                    aarch64: neon-i8mm, neon-dotprod, neon; on any machine, for Linux
   cpu:portable     every CPU of this architecture: a library for each level, chosen at load
   cuda[:sm_XX]     NVIDIA GPUs; building needs nvcc

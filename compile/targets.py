@@ -51,6 +51,7 @@ _AVX2 = ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 # Best first within an architecture: `cpu` takes the first that this machine has.
 CPU_LEVELS: tuple[CpuLevel, ...] = (
+    CpuLevel("avx512bf16", "x86_64", "x86-64-v4", ("avx512vnni", "avx512bf16"), _AVX512),
     CpuLevel("avx512vnni", "x86_64", "x86-64-v4", ("avx512vnni",), _AVX512),
     CpuLevel("avx512", "x86_64", "x86-64-v4", (), _AVX512),
     CpuLevel("avx2", "x86_64", "x86-64-v3", (), _AVX2),

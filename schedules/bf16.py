@@ -1,0 +1,79 @@
+"""Dot products of pairs of bfloat16 on CPUs: x86 has an instruction for them, AVX512_BF16.
+
+A word is two neighbours as 32 bits, the first one low. TVM widens vectors of bfloat16 to float32
+before LLVM sees them: here they are integers, and the instruction is reached through a function in
+LLVM's own language, which LLVM inlines. Without it, a word is taken apart and multiplied in
+float32. The results differ in the last bits, and in denormals, which the instruction takes for 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from .kernel import Target
+
+FEATURE = "avx512bf16"
+LANES = 16
+_NAME = "mxforge_dot_pairs"
+_VPDPBF16PS = f"""\
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define private <16 x float> @{_NAME}(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) alwaysinline {{
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+    <16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}}
+"""
+
+
+def imported(target: Target) -> Any:
+    """The scope, around all of a PrimFunc's body, in which `dot_pairs` may be called."""
+    text = _VPDPBF16PS if target.has(FEATURE) else ""
+    return T.attr(T.int32(0), "pragma_import_llvm", text)
+
+
+def dot_pairs(target: Target, sums: Any, words: Any, word: Any) -> Any:
+    """f32x16 sums, each more by both products of its i32 word, of i32x16, with the i32 `word`."""
+    if target.has(FEATURE):
+        return T.call_pure_extern("float32x16", _NAME, sums, words, T.broadcast(word, LANES))
+    for half in (first_of, second_of):
+        sums = sums + half(words, LANES) * T.broadcast(half(word), LANES)
+    return sums
+
+
+def first_of(words: Any, lanes: int = 1) -> Any:
+    """f32, the low halves of i32 words."""
+    return T.reinterpret(_f32(lanes), T.shift_left(words, _i32(16, lanes)))
+
+
+def second_of(words: Any, lanes: int = 1) -> Any:
+    """f32, the high halves of i32 words."""
+    return T.reinterpret(_f32(lanes), T.bitwise_and(words, _i32(-65536, lanes)))
+
+
+def word_at(buffer: Any, start: Any) -> Any:
+    """The i32 word of buffer[start : start + 2], u16."""
+    return T.reinterpret("int32", buffer[T.ramp(start, 1, 2)])
+
+
+def rounded(value: Any) -> Any:
+    """The bits, u16, of a float32 expression rounded to the nearest bfloat16, ties to even."""
+    bits = T.reinterpret("uint32", value)
+    odd = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
+    return T.Cast("uint16", T.shift_right(bits + T.uint32(0x7FFF) + odd, T.uint32(16)))
+
+
+def widened(bits: Any) -> Any:
+    """float32 of u16 bits."""
+    return T.reinterpret("float32", T.shift_left(T.Cast("uint32", bits), T.uint32(16)))
+
+
+def _f32(lanes: int) -> str:
+    return "float32" if lanes == 1 else f"float32x{lanes}"
+
+
+def _i32(value: int, lanes: int) -> Any:
+    return T.int32(value) if lanes == 1 else T.broadcast(T.int32(value), lanes)
