@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, cast
 from mxforge.errors import CheckpointError, UsageError, needs_compiler
 from mxforge.manifest import MOST
 
+from .formats import Formats
+
 if TYPE_CHECKING:
     from .targets import Numerics
 
@@ -26,6 +28,9 @@ def compile_model(
     output: str | Path | None = None,
     numerics: str = "fast",
     *,
+    kv: str | None = None,
+    activations: str | None = None,
+    dense: str | None = None,
     max_batch: int = 16,
     prefill_chunk: int = 512,
     random_weights: bool = False,
@@ -41,6 +46,9 @@ def compile_model(
     target          cpu, cpu:LEVEL, cpu:portable, cuda, cuda:sm_XX, vulkan, vulkan:PROFILE or metal
     output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>
     numerics        "exact" (f32 throughout) or "fast" (what the target does best)
+    kv              the cache, in place of what "fast" takes: "f32", "f16", "bf16" or "int8"
+    activations     likewise what meets the experts' weights: "f32", "bf16" or "int8"
+    dense           likewise the other large weights: "bf16" or "int8"
     max_batch       most sequences in one step
     prefill_chunk   most prompt tokens in one step
     random_weights  leave the weights out; the runtime makes random ones from a seed
@@ -54,6 +62,7 @@ def compile_model(
     """
     source = Path(checkpoint)
     _check_arguments(source, numerics, max_batch, prefill_chunk, random_weights)
+    formats = Formats.of(numerics, kv=kv, activations=activations, dense=dense)
 
     # Imported here so that usage errors come at once: TVM takes a second.
     with needs_compiler("Compiling a model"):
@@ -66,6 +75,7 @@ def compile_model(
         source=source,
         target_name=target,
         numerics=cast("Numerics", numerics),
+        formats=formats,
         max_batch=max_batch,
         prefill_chunk=prefill_chunk,
         random_weights=random_weights,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from mxforge.cli import run_command
 
 from . import MAX_BATCH, MAX_PREFILL_CHUNK, compile_model
+from .formats import CHOICES
 
 _DESCRIPTION = """\
 Compile a gpt-oss checkpoint ahead of time: read its folder, generate machine code for TARGET,
@@ -47,6 +48,13 @@ def parser() -> argparse.ArgumentParser:
         default="fast",
         help="fast: what the target does best (default); exact: float32 throughout",
     )
+    formats = parser.add_argument_group("number formats in place of what fast numerics take")
+    for option, what in (
+        ("kv", "the cache of keys and values"),
+        ("activations", "what the experts' weights are multiplied with; int8 has a scale for 32"),
+        ("dense", "weights of attention and of the output layer"),
+    ):
+        formats.add_argument(f"--{option}", choices=tuple(CHOICES[option]), help=what)
     parser.add_argument(
         "--max-batch",
         type=int,
@@ -82,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             target=args.target,
             output=args.output,
             numerics=args.numerics,
+            kv=args.kv,
+            activations=args.activations,
+            dense=args.dense,
             max_batch=args.max_batch,
             prefill_chunk=args.prefill_chunk,
             random_weights=args.random_weights,

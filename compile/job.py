@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mxforge.errors import TargetError
+from mxforge.kv import page_bytes
 from mxforge.manifest import (
     KernelInfo,
     LibraryInfo,
@@ -30,13 +31,13 @@ from .checkpoint import FolderCheckpoint, open_checkpoint
 from .checkpoint.fingerprint import Fingerprint
 from .checkpoint.folder import HARMONY_STOP_IDS
 from .config import ModelConfig
+from .formats import Formats
 from .models.gpt_oss import GptOss, Limits, layer_kind
 from .targets import CompileTarget, Numerics, Precision
 from .weights import PackedWeight, first_difference, packed_weights
 
 WEIGHT_FILE = "weights-00001.safetensors"
 LIBRARY_ROOM = 64 << 20  # what a library and its part of the manifest may take on disk
-PAGE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Job:
     source: Path
     target_name: str
     numerics: Numerics
+    formats: Formats
     max_batch: int
     prefill_chunk: int
     random_weights: bool
@@ -79,7 +81,7 @@ class Job:
                 self.checkpoint.check()
         else:
             self.config = ModelConfig.from_file(self.source)
-        self.precision = self.targets[0].precision(self.numerics, self.config)
+        self.precision = self._precision_of(self.targets[0])
         self.weights = self._weights_of(self.targets[0])
         self.fingerprint = Fingerprint(self.config, self._stop_token_ids())
 
@@ -124,15 +126,17 @@ class Job:
             )
 
     def _weights_of(self, target: CompileTarget) -> list[PackedWeight]:
-        precision = target.precision(self.numerics, self.config)
-        return packed_weights(self.config, target.kernels, precision)
+        return packed_weights(self.config, target.kernels, self._precision_of(target))
+
+    def _precision_of(self, target: CompileTarget) -> Precision:
+        return target.precision(self.numerics, self.config, self.formats)
 
     def _check_shared(self) -> None:
         """TargetError where the libraries could not share the weights or the cache's layout."""
         first, *others = self.targets
         checkpoint = None if self.random_weights else self.checkpoint
         for target in others:
-            precision = target.precision(self.numerics, self.config)
+            precision = self._precision_of(target)
             if precision != self.precision:
                 raise TargetError(
                     f"Libraries of one artifact should compute alike, but {first.name} has "
@@ -219,8 +223,7 @@ class Job:
     def _memory(self, workspace: int) -> MemoryPlan:
         c = self.config
         kinds = [layer_kind(c, layer) for layer in range(c.num_hidden_layers)]
-        item = {"float32": 4, "float16": 2}[self.precision.kv_dtype]
-        page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.head_dim * item
+        page = page_bytes(c.num_key_value_heads, c.head_dim, self.precision.kv_dtype)
         return MemoryPlan(
             weights_bytes=self._weights_bytes(),
             kv_bytes_per_page_full=page * kinds.count("full"),

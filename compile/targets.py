@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mxforge import vulkan
 from mxforge.errors import TargetError
@@ -26,9 +26,11 @@ from mxforge.schedules.mxfp4 import Activations
 
 from . import spirv
 from .config import ModelConfig
+from .formats import Formats
 
 Numerics = Literal["exact", "fast"]
 NUMERICS: tuple[Numerics, ...] = ("exact", "fast")
+KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Dense = Literal["bf16", "i8"]  # weights of attention and of the output layer
 
 
@@ -96,7 +98,7 @@ CUDA_ARCHS = (
 class Precision:
     """What numbers pass between kernels: the meaning of --numerics on one target."""
 
-    kv_dtype: Literal["float32", "float16"]
+    kv_dtype: KvDtype
     experts: Activations
     dense: Dense = "bf16"
 
@@ -116,15 +118,31 @@ class CompileTarget:
     host: str = field(default_factory=host_system)  # what loads the library, in its words
     fast: Precision = field(default_factory=lambda: Precision("float16", "f32"))
 
-    def precision(self, numerics: Numerics, config: ModelConfig) -> Precision:
-        """What a model of these sizes is compiled with."""
+    def precision(
+        self, numerics: Numerics, config: ModelConfig, formats: Formats | None = None
+    ) -> Precision:
+        """What a model of these sizes is compiled with; TargetError where it cannot be."""
         if numerics == "exact":
             return Precision("float32", "f32")
+        best = self.fast
         if config.num_local_experts == 1:
             # One expert is nearly the whole layer: rounding its inputs to 8 bits costs more than
             # the 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
-            return replace(self.fast, experts="f32")
-        return self.fast
+            best = replace(best, experts="f32")
+        asked = formats or Formats()
+        if self.kernels.is_gpu and (asked.activations or "f32", asked.dense or "bf16") != (
+            "f32",
+            "bf16",
+        ):
+            raise TargetError(
+                f"{self.name} computes with f32 activations and bf16 dense weights only; leave "
+                "activations and dense out, or compile for a CPU."
+            )
+        return Precision(
+            cast("KvDtype", asked.kv or best.kv_dtype),
+            cast("Activations", asked.activations or best.experts),
+            cast("Dense", asked.dense or best.dense),
+        )
 
 
 def resolve(name: str) -> CompileTarget:
@@ -173,7 +191,7 @@ def _cpu(variant: str) -> CompileTarget:
         tvm=_llvm(level),
         required_features=level.required,
         host=_system(level.machine),
-        fast=Precision("float16", experts="i8", dense="i8"),
+        fast=Precision("bfloat16", experts="i8", dense="i8"),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from ._version import __version__
 from .errors import ArtifactCorruptError, ArtifactVersionError
+from .kv import KV_BYTES
 
 FORMAT_VERSION = 2
 ABI_VERSION = 1
@@ -30,7 +31,6 @@ CONFIG_SIZES = {
     "sliding_window": 1 << 24,
 }
 LAYER_TYPES = ("sliding_attention", "full_attention")
-KV_BYTES = {"float32": 4, "float16": 2}  # of an element
 WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
 
 

@@ -13,15 +13,14 @@ import numpy as np
 
 from .artifact import Artifact
 from .errors import ArtifactCorruptError
-from .kv import PageNeeds, PageTables, available_memory
+from .kv import PageNeeds, PageTables, available_memory, page_bytes, row_elements
 from .library import Library, aligned_empty
-from .manifest import KV_BYTES, REMEDY, WEIGHT_BYTES, Manifest, WeightInfo
+from .manifest import REMEDY, WEIGHT_BYTES, Manifest, WeightInfo
 from .prefault import Prefault
 from .random_weights import fill_random
 from .results import TokenLogprob
 from .sampling import SampleArguments
 
-PAGE_TOKENS = 16
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -146,15 +145,19 @@ def layer_kinds(manifest: Manifest) -> list[str]:
 
 def kv_shape(manifest: Manifest, pages: int) -> tuple[int, int, int, int]:
     """Shape of one layer's KV tensor of `pages` pages."""
-    c = manifest.config
-    heads, head_dim = int(c["num_key_value_heads"]), int(c["head_dim"])
-    return (pages, 2, heads, PAGE_TOKENS * head_dim)
+    heads, head_dim = _kv_heads(manifest)
+    return (pages, 2, heads, row_elements(head_dim, manifest.precision.kv_dtype))
+
+
+def _kv_heads(manifest: Manifest) -> tuple[int, int]:
+    """How many, and their size."""
+    return int(manifest.config["num_key_value_heads"]), int(manifest.config["head_dim"])
 
 
 def check_memory_plan(manifest: Manifest) -> None:
     """Raise ArtifactCorruptError where loading would take more memory than the plan says."""
     memory, kinds = manifest.memory, layer_kinds(manifest)
-    page = math.prod(kv_shape(manifest, 1)) * KV_BYTES[manifest.precision.kv_dtype]
+    page = page_bytes(*_kv_heads(manifest), manifest.precision.kv_dtype)
     made = [weight for weight in manifest.weights if weight.file is None]
     for name, planned, needed in (
         ("kv_bytes_per_page_full", memory.kv_bytes_per_page_full, page * kinds.count("full")),

@@ -35,12 +35,12 @@ def imported(target: Target) -> Any:
     return T.attr(T.int32(0), "pragma_import_llvm", text)
 
 
-def dot_pairs(target: Target, sums: Any, words: Any, word: Any) -> Any:
-    """f32x16 sums, each more by both products of its i32 word, of i32x16, with the i32 `word`."""
-    if target.has(FEATURE):
+def dot_pairs(target: Target, sums: Any, words: Any, word: Any, lanes: int = LANES) -> Any:
+    """f32 sums, each more by both products of its i32 word with the i32 scalar `word`."""
+    if target.has(FEATURE) and lanes == LANES:
         return T.call_pure_extern("float32x16", _NAME, sums, words, T.broadcast(word, LANES))
     for half in (first_of, second_of):
-        sums = sums + half(words, LANES) * T.broadcast(half(word), LANES)
+        sums = sums + half(words, lanes) * T.broadcast(half(word), lanes)
     return sums
 
 

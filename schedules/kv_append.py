@@ -6,12 +6,7 @@
 
     half-split pairs: (x1, x2) = (x[i], x[i + D/2]) -> (x1·cos - x2·sin, x2·cos + x1·sin)
 
-The cache. A page holds 16 positions of one layer for every KV head: first the keys, transposed,
-element (d, slot) at d·16 + slot, so that attention takes 16 keys as one vector; then the values,
-element (slot, d) at slot·D + d. Position j of sequence s is slot j % 16 of page
-page_table[s, j // 16 - first_page[s]]; first_page is the logical number of the first page that
-the table's row still holds. In float16, values beyond ±65504 are stored as ±65504: an infinity
-would poison every later query of the sequence.
+The cache's layout, and how each type keeps an element, are in `kv_cache`.
 
 Roofline: reads and writes 4·(Hq + 2·Hkv)·D bytes a token. EPYC (Zen 4, 2 cores), 2026-11, at 20b
 shapes: 1.1 µs a token of 512, 14 µs for one alone.
@@ -19,24 +14,36 @@ shapes: 1.1 µs a token of 512, 14 µs for one alone.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
 import tvm
 
+from mxforge.kv import KV_BYTES
+
+from . import bf16
 from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .kv_cache import (
+    PAGE_TOKENS,
+    key_at,
+    kv_shape,
+    packed,
+    paged_layout,
+    physical_page,
+    quantized,
+    random_cache,
+    scale_at,
+    scale_bits,
+    scale_byte,
+    slot_elements,
+    stored,
+    value_at,
+)
 
 NAME = "f32_rope_kv_append"
 LANES = 16
-PAGE_TOKENS = 16  # positions of one page; equal to the lanes, for the transposed keys
-KV_DTYPES = ("float32", "float16")
-F16_MAX = 65504.0
-
-
-def kv_shape(pages: int, kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
-    """Shape of one layer's cache of `pages` pages: keys at [:, 0], values at [:, 1]."""
-    return (pages, 2, kv_heads, PAGE_TOKENS * head_dim)
+# Of int8: a rounding that falls the other way now and then.
+TOLERANCE = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3, "int8": 2e-3}
 
 
 def rotate_ref(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
@@ -61,35 +68,24 @@ def rope_kv_append_ref(
     kv_dtype: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rotated q [n, heads·head_dim], the new kv), in float64."""
+    assert kv.dtype == kv_dtype
     n = len(qkv)
     x = qkv.astype(np.float64).reshape(n, heads + 2 * kv_heads, head_dim)
     q, k, v = np.split(x, [heads, heads + kv_heads], axis=1)
     q, k = rotate_ref(q, cos_sin), rotate_ref(k, cos_sin)
-    if kv_dtype == "float16":
-        k, v = (np.clip(part, -F16_MAX, F16_MAX) for part in (k, v))
-    new = kv.astype(np.float64)
-    pages = len(kv)
-    keys = new[:, 0].reshape(pages, kv_heads, head_dim, PAGE_TOKENS)
-    values = new[:, 1].reshape(pages, kv_heads, PAGE_TOKENS, head_dim)
+    # The tokens alone as a cache of theirs, a page each: what is written are its bits.
     slot = positions % PAGE_TOKENS
+    keys, values = np.zeros((2, n, kv_heads, head_dim, PAGE_TOKENS))
+    values = values.swapaxes(2, 3)
+    keys[np.arange(n), :, :, slot] = k
+    values[np.arange(n), :, slot] = v
+    fresh = packed(keys, values, kv_dtype)
     page = page_table[token_seq, positions // PAGE_TOKENS - first_page[token_seq]]
-    keys[page, :, :, slot] = k
-    values[page, :, slot, :] = v
-    new[:, 0], new[:, 1] = keys.reshape(new[:, 0].shape), values.reshape(new[:, 1].shape)
+    new = kv.astype(np.float64)
+    for t in range(n):
+        for part, where in enumerate(slot_elements(head_dim, kv_dtype, int(slot[t]))):
+            new[page[t], part][:, where] = fresh[t, part][:, where]
     return q.reshape(n, heads * head_dim), new
-
-
-def stored(value: Any, kv_dtype: str) -> Any:
-    """A float32 expression as the cache's type, saturated."""
-    if kv_dtype == "float32":
-        return value
-    limit = T.float32(F16_MAX)
-    return T.Cast(kv_dtype, T.max(T.min(value, limit), T.float32(0) - limit))
-
-
-def physical_page(page_table: Any, first_page: Any, sequence: Any, page: Any) -> Any:
-    """Index into kv of a sequence's logical page, in 64 bits: pools exceed 2³¹ elements."""
-    return T.Cast("int64", page_table[sequence, page - first_page[sequence]])
 
 
 def rope_kv_append_items(
@@ -98,6 +94,34 @@ def rope_kv_append_items(
     """One item a (token, head of q, k or v, rotated pair), unscheduled."""
     half = head_dim // 2
     all_heads = heads + 2 * kv_heads
+    key, value = partial(key_at, kv_dtype), partial(value_at, kv_dtype, head_dim)
+
+    @T.inline
+    def rotated(pair, qkv, cos_sin, t, h, i):
+        """pair = elements i and i + D/2 of a head, keys and queries rotated."""
+        x1: T.let = qkv[t, h * head_dim + i]
+        x2: T.let = qkv[t, h * head_dim + half + i]
+        if h < heads + kv_heads:
+            pair[0] = x1 * cos_sin[t, i] - x2 * cos_sin[t, half + i]
+            pair[1] = x2 * cos_sin[t, i] + x1 * cos_sin[t, half + i]
+        else:
+            pair[0] = x1
+            pair[1] = x2
+
+    @T.inline
+    def store(kv, pair, page, part, h, at, i, slot):
+        if kv_dtype == "int8":
+            # pair[2] is the head's largest magnitude, which every item finds for itself.
+            bits: T.let = scale_bits(pair[2])
+            scale: T.let = bf16.widened(bits)
+            kv[page, part, h, at(i, slot)] = quantized(pair[0], scale)
+            kv[page, part, h, at(half + i, slot)] = quantized(pair[1], scale)
+            if i == 0:
+                for byte in T.unroll(2):
+                    kv[page, part, h, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
+        else:
+            kv[page, part, h, at(i, slot)] = stored(pair[0], kv_dtype)
+            kv[page, part, h, at(half + i, slot)] = stored(pair[1], kv_dtype)
 
     @T.prim_func(s_tir=True, private=True)
     def main(
@@ -117,34 +141,29 @@ def rope_kv_append_items(
         token_seq = T.match_buffer(token_seq_p, (n,), "int32")
         page_table = T.match_buffer(page_table_p, (b, p), "int32")
         first_page = T.match_buffer(first_page_p, (b,), "int32")
-        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim, kv_dtype), kv_dtype)
         q = T.match_buffer(q_p, (n, heads * head_dim), "float32")
         for t, h, i in T.grid(n, all_heads, half):
             with T.sblock("item"):
                 vt, vh, vi = T.axis.remap("SSS", [t, h, i])
-                x1: T.let = qkv[vt, vh * head_dim + vi]
-                x2: T.let = qkv[vt, vh * head_dim + half + vi]
-                cos: T.let = cos_sin[vt, vi]
-                sin: T.let = cos_sin[vt, half + vi]
+                pair = T.sblock_alloc_buffer((3,), "float32", scope="local")
                 slot: T.let = positions[vt] % PAGE_TOKENS
                 page: T.let = physical_page(
                     page_table, first_page, token_seq[vt], positions[vt] // PAGE_TOKENS
                 )
+                if kv_dtype == "int8":
+                    pair[2] = T.float32(0)
+                    for j in T.serial(half):
+                        rotated(pair, qkv, cos_sin, vt, vh, j)
+                        pair[2] = T.max(pair[2], T.max(T.fabs(pair[0]), T.fabs(pair[1])))
+                rotated(pair, qkv, cos_sin, vt, vh, vi)
                 if vh < heads:
-                    q[vt, vh * head_dim + vi] = x1 * cos - x2 * sin
-                    q[vt, vh * head_dim + half + vi] = x2 * cos + x1 * sin
+                    q[vt, vh * head_dim + vi] = pair[0]
+                    q[vt, vh * head_dim + half + vi] = pair[1]
                 elif vh < heads + kv_heads:
-                    kv[page, 0, vh - heads, vi * PAGE_TOKENS + slot] = stored(
-                        x1 * cos - x2 * sin, kv_dtype
-                    )
-                    kv[page, 0, vh - heads, (half + vi) * PAGE_TOKENS + slot] = stored(
-                        x2 * cos + x1 * sin, kv_dtype
-                    )
+                    store(kv, pair, page, 0, vh - heads, key, vi, slot)
                 else:
-                    kv[page, 1, vh - heads - kv_heads, slot * head_dim + vi] = stored(x1, kv_dtype)
-                    kv[page, 1, vh - heads - kv_heads, slot * head_dim + half + vi] = stored(
-                        x2, kv_dtype
-                    )
+                    store(kv, pair, page, 1, vh - heads - kv_heads, value, vi, slot)
 
     return main
 
@@ -154,22 +173,43 @@ def _cpu(heads: int, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.Pr
     vectors, tail = divmod(half, LANES)
     all_heads = heads + 2 * kv_heads
 
+    key, value = partial(key_at, kv_dtype), partial(value_at, kv_dtype, head_dim)
+
     @T.inline
-    def rotate_query(q, qkv, cos_sin, t, h, i):
-        q[t, h * head_dim + i] = (
+    def rotate(out, qkv, cos_sin, t, h, i):
+        """out[i], out[D/2 + i]: head h rotated."""
+        out[i] = (
             qkv[t, h * head_dim + i] * cos_sin[t, i]
             - qkv[t, h * head_dim + half + i] * cos_sin[t, half + i]
         )
-        q[t, h * head_dim + half + i] = (
+        out[half + i] = (
             qkv[t, h * head_dim + half + i] * cos_sin[t, i]
             + qkv[t, h * head_dim + i] * cos_sin[t, half + i]
         )
 
     @T.inline
-    def copy_value(kv, qkv, t, page, slot, h, i):
-        kv[page, 1, h, slot * head_dim + i] = stored(
-            qkv[t, (heads + kv_heads + h) * head_dim + i], kv_dtype
-        )
+    def rotate_head(out, qkv, cos_sin, t, h):
+        for v in T.serial(vectors):
+            for lane in T.vectorized(LANES):
+                rotate(out, qkv, cos_sin, t, h, v * LANES + lane)
+        for i in T.serial(tail):
+            rotate(out, qkv, cos_sin, t, h, vectors * LANES + i)
+
+    @T.inline
+    def store(kv, head, page, part, h, at, slot):
+        if kv_dtype == "int8":
+            head[head_dim] = T.float32(0)
+            for i in T.serial(head_dim):
+                head[head_dim] = T.max(head[head_dim], T.fabs(head[i]))
+            bits: T.let = scale_bits(head[head_dim])
+            scale: T.let = bf16.widened(bits)
+            for byte in T.unroll(2):
+                kv[page, part, h, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
+            for i in T.serial(head_dim):
+                kv[page, part, h, at(i, slot)] = quantized(head[i], scale)
+        else:
+            for i in T.serial(head_dim):
+                kv[page, part, h, at(i, slot)] = stored(head[i], kv_dtype)
 
     @T.prim_func(s_tir=True, private=True)
     def main(
@@ -189,37 +229,26 @@ def _cpu(heads: int, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.Pr
         token_seq = T.match_buffer(token_seq_p, (n,), "int32")
         page_table = T.match_buffer(page_table_p, (b, p), "int32")
         first_page = T.match_buffer(first_page_p, (b,), "int32")
-        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim, kv_dtype), kv_dtype)
         q = T.match_buffer(q_p, (n, heads * head_dim), "float32")
         for token in T.parallel(n):
             with T.sblock("item"):
                 t = T.axis.spatial(n, token)
+                head = T.sblock_alloc_buffer((head_dim + 1,), "float32")
                 slot: T.let = positions[t] % PAGE_TOKENS
                 page: T.let = physical_page(
                     page_table, first_page, token_seq[t], positions[t] // PAGE_TOKENS
                 )
                 for h in T.serial(heads):
-                    for v in T.serial(vectors):
-                        for lane in T.vectorized(LANES):
-                            rotate_query(q, qkv, cos_sin, t, h, v * LANES + lane)
-                    for i in T.serial(tail):
-                        rotate_query(q, qkv, cos_sin, t, h, vectors * LANES + i)
+                    rotate_head(head, qkv, cos_sin, t, h)
+                    for i in T.serial(head_dim):
+                        q[t, h * head_dim + i] = head[i]
                 for h in T.serial(kv_heads):
-                    # Scalar: the transposed layout puts neighbouring elements 16 apart.
-                    for i in T.serial(half):
-                        x1: T.let = qkv[t, (heads + h) * head_dim + i]
-                        x2: T.let = qkv[t, (heads + h) * head_dim + half + i]
-                        kv[page, 0, h, i * PAGE_TOKENS + slot] = stored(
-                            x1 * cos_sin[t, i] - x2 * cos_sin[t, half + i], kv_dtype
-                        )
-                        kv[page, 0, h, (half + i) * PAGE_TOKENS + slot] = stored(
-                            x2 * cos_sin[t, i] + x1 * cos_sin[t, half + i], kv_dtype
-                        )
-                    for v in T.serial(head_dim // LANES):
-                        for lane in T.vectorized(LANES):
-                            copy_value(kv, qkv, t, page, slot, h, v * LANES + lane)
-                    for i in T.serial(head_dim % LANES):
-                        copy_value(kv, qkv, t, page, slot, h, head_dim // LANES * LANES + i)
+                    rotate_head(head, qkv, cos_sin, t, heads + h)
+                    store(kv, head, page, 0, h, key, slot)
+                    for i in T.serial(head_dim):
+                        head[i] = qkv[t, (heads + kv_heads + h) * head_dim + i]
+                    store(kv, head, page, 1, h, value, slot)
 
     return scheduled(main, NAME, "tokens in parallel, pairs in vectors")
 
@@ -230,7 +259,7 @@ def rope_kv_append(
 ) -> tvm.tirx.PrimFunc:
     """(qkv, cos_sin, positions, token_seq, page_table, first_page, kv, q) -> None.
 
-    kv is read by nobody and written in place; kv_dtype is "float32" or "float16".
+    kv is read by nobody and written in place; kv_dtype is one of kv_cache.KV_DTYPES.
     """
     if target.is_gpu:
         items = rope_kv_append_items(
@@ -238,25 +267,6 @@ def rope_kv_append(
         )
         return bind_items(items, NAME)
     return _cpu(heads, kv_heads, head_dim, kv_dtype)
-
-
-def paged_layout(
-    rng: np.random.Generator, ranges: list[tuple[int, int]]
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """(page_table, first_page, pages) for sequences that hold positions [begin, end).
-
-    Physical pages are shuffled, and one in the pool belongs to nobody; the table's unused
-    entries point at it.
-    """
-    first = [begin // PAGE_TOKENS for begin, _ in ranges]
-    counts = [(end - 1) // PAGE_TOKENS + 1 - f for f, (_, end) in zip(first, ranges, strict=True)]
-    pages = sum(counts) + 1
-    order = iter(rng.permutation(pages))
-    spare = next(order)
-    table = np.full((len(ranges), max(counts)), spare, np.int32)
-    for row, count in enumerate(counts):
-        table[row, :count] = [next(order) for _ in range(count)]
-    return table, np.array(first, np.int32), pages
 
 
 def _case(
@@ -290,18 +300,16 @@ def _case(
             ),
             "page_table": table,
             "first_page": first_page,
-            "kv": rng.standard_normal(kv_shape(pages, kv_heads, head_dim)).astype(kv_dtype),
+            "kv": random_cache(rng, pages, kv_heads, head_dim, kv_dtype),
         }
 
     return Case(
         name,
         {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype},
         inputs,
-        tolerance=1e-6 if kv_dtype == "float32" else 5e-4,
+        tolerance=TOLERANCE[kv_dtype],
         flops=3 * n * (heads + kv_heads) * head_dim,
-        bytes=n
-        * head_dim
-        * (4 * (2 * heads + 2 * kv_heads) + 2 * kv_heads * np.dtype(kv_dtype).itemsize),
+        bytes=n * head_dim * (4 * (2 * heads + 2 * kv_heads) + 2 * kv_heads * KV_BYTES[kv_dtype]),
     )
 
 
@@ -312,6 +320,12 @@ CASES = (
     _case("head of 40, ragged batch", [(0, 3), (40, 41), (17, 33)], 6, 2, 40),
     _case("position 131,071 of a sliding layer", [(131_071, 131_072)], 4, 1, 16, first=130_944),
     _case("float16", [(5, 25), (0, 1)], 8, 1, 64, "float16"),
+    _case("bfloat16", [(5, 25), (0, 1)], 8, 1, 64, "bfloat16"),
+    _case("bfloat16, head of 6", [(5, 25)], 3, 3, 6, "bfloat16"),
+    _case("int8", [(5, 25), (0, 1)], 8, 1, 64, "int8"),
+    _case("int8, head of 6", [(5, 25)], 3, 3, 6, "int8"),
+    _case("int8 beyond float16", [(5, 8)], 2, 1, 32, "int8", spike=1e6),
+    _case("int8 of zeros", [(5, 8)], 2, 1, 32, "int8", spike=1e-35),
     _case("float16 beyond its range", [(5, 8)], 2, 1, 32, "float16", spike=1e6),
     _case("one channel 1000 times the others", [(0, 20)], 8, 2, 64, spike=1000),
     _case("20b, one token", [(1000, 1001)], 64, 8, 64, "float16"),

@@ -1,11 +1,11 @@
 """Copy whole pages of one layer's KV cache: copy-on-write of a shared, half-filled page.
 
-    kv [pages, 2, Hkv, 16·D], updated in place   source, destination i32 [c]
+    kv [pages, 2, Hkv, row], updated in place   source, destination i32 [c]
     kv[destination[i]] = kv[source[i]]
 
 The copies have no order: no page may be a destination twice, or a destination and a source.
 
-Roofline: reads and writes 2·16·Hkv·D elements a page (16 KiB each way at 20b in float16).
+The layout is in `kv_cache`. Roofline: reads and writes a page once (32 KiB at 20b in float16).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from functools import cache
 import numpy as np
 import tvm
 
+from mxforge.kv import page_bytes, row_elements
+
 from .kernel import Case, Kernel, T, Target, bind_items, scheduled
-from .kv_append import PAGE_TOKENS, kv_shape
+from .kv_cache import kv_shape, random_cache
 
 NAME = "kv_copy_pages"
 LANES = 16
@@ -33,12 +35,12 @@ def kv_copy_pages_ref(
 
 def kv_copy_pages_items(*, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.PrimFunc:
     """One item an element, unscheduled."""
-    width = PAGE_TOKENS * head_dim
+    width = row_elements(head_dim, kv_dtype)
 
     @T.prim_func(s_tir=True, private=True)
     def main(kv_p: T.handle, source_p: T.handle, destination_p: T.handle):
         c, pages = T.int64(), T.int64()
-        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim, kv_dtype), kv_dtype)
         source = T.match_buffer(source_p, (c,), "int32")
         destination = T.match_buffer(destination_p, (c,), "int32")
         for i, part, h, e in T.grid(c, 2, kv_heads, width):
@@ -55,12 +57,12 @@ def kv_copy_pages_items(*, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.t
 
 
 def _cpu(kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.PrimFunc:
-    vectors = PAGE_TOKENS * head_dim // LANES
+    vectors = row_elements(head_dim, kv_dtype) // LANES
 
     @T.prim_func(s_tir=True, private=True)
     def main(kv_p: T.handle, source_p: T.handle, destination_p: T.handle):
         c, pages = T.int64(), T.int64()
-        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim), kv_dtype)
+        kv = T.match_buffer(kv_p, kv_shape(pages, kv_heads, head_dim, kv_dtype), kv_dtype)
         source = T.match_buffer(source_p, (c,), "int32")
         destination = T.match_buffer(destination_p, (c,), "int32")
         for item in T.parallel(c * 2 * kv_heads):
@@ -102,18 +104,17 @@ def _case(
 ) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         return {
-            "kv": rng.standard_normal(kv_shape(pages, kv_heads, head_dim)).astype(kv_dtype),
+            "kv": random_cache(rng, pages, kv_heads, head_dim, kv_dtype),
             "source": np.array(source, np.int32),
             "destination": np.array(destination, np.int32),
         }
 
-    page_bytes = 2 * kv_heads * PAGE_TOKENS * head_dim * np.dtype(kv_dtype).itemsize
     return Case(
         name,
         {"kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype},
         inputs,
         tolerance=0.0,
-        bytes=2 * len(source) * page_bytes,
+        bytes=2 * len(source) * page_bytes(kv_heads, head_dim, kv_dtype),
     )
 
 
@@ -121,6 +122,8 @@ CASES = (
     _case("one page", 3, [2], [0], 2, 16, "float32"),
     _case("last page, odd head", 5, [0, 1], [4, 3], 3, 6, "float32"),
     _case("one source for two destinations", 6, [1, 1, 5], [0, 2, 3], 1, 40, "float16"),
+    _case("bfloat16", 3, [2], [0], 2, 16, "bfloat16"),
+    _case("int8, odd head", 5, [0, 1], [4, 3], 3, 6, "int8"),
     _case("20b pages", 8, [0, 1, 2], [7, 6, 5], 8, 64, "float16"),
 )
 

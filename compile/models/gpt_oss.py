@@ -14,7 +14,7 @@ kernel from `mxforge.schedules`; weights are arguments, with official names, in 
 
 tables = sliding_table i32[b, ps], sliding_first i32[b], full_table i32[b, pf], full_first i32[b]:
 the physical page of every logical page of each sequence, and the logical page of column 0. KV is
-one tensor [pages, 2, kv_heads, 16·head_dim] a layer, updated in place.
+one tensor a layer, updated in place, in the layout of `schedules.kv_cache`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from mxforge.schedules import (
     embedding,
     gather,
     kv_append,
+    kv_cache,
     kv_copy,
     linear,
     linear_i8,
@@ -483,8 +484,11 @@ class GptOss:
             Var(
                 f"kv_{layer}",
                 TensorType(
-                    kv_append.kv_shape(
-                        pages[layer_kind(c, layer)], c.num_key_value_heads, c.head_dim
+                    kv_cache.kv_shape(
+                        pages[layer_kind(c, layer)],
+                        c.num_key_value_heads,
+                        c.head_dim,
+                        self.precision.kv_dtype,
                     ),
                     self.precision.kv_dtype,
                 ),
