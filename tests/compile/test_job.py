@@ -46,7 +46,7 @@ def test_the_manifest_describes_the_model(compiled: Compiled, odd_checkpoint: Ch
     manifest = read_manifest(compiled("odd-3", "fast"))
     assert manifest.name == "odd-3"
     assert dict(manifest.config) == json.loads(json.dumps(checkpoint.config.to_dict()))
-    assert (manifest.numerics, manifest.precision.kv_dtype) == ("fast", "float16")
+    assert (manifest.numerics, manifest.precision.kv_dtype) == ("fast", "bfloat16")
     assert (manifest.limits.max_batch, manifest.limits.prefill_chunk) == (16, 512)
     assert manifest.limits.context == 1024
     assert manifest.stop_token_ids == checkpoint.generation_config.eos_token_ids

@@ -96,11 +96,11 @@ def other_shape(monkeypatch) -> None:
 def other_precision(monkeypatch) -> None:
     real = CompileTarget.precision
 
-    def precision(self, numerics, config):
+    def precision(self, numerics, config, formats=None):
         return (
             Precision("float32", "i8")
             if self == resolve_all(PORTABLE)[-1]
-            else real(self, numerics, config)
+            else real(self, numerics, config, formats)
         )
 
     monkeypatch.setattr(CompileTarget, "precision", precision)

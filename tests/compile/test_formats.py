@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mxforge import compile_model
+from mxforge.artifact import read_manifest
+from mxforge.compile.config import ModelConfig
+from mxforge.compile.diff import compare
+from mxforge.compile.formats import CHOICES, Formats
+from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.targets import resolve
+from mxforge.errors import TargetError, UsageError
+
+Compiled = Callable[..., Path]
+Checkpoints = Callable[[str], Path]
+TINY = ModelConfig.from_hf(hf_config("tiny"))
+
+
+def test_what_is_asked_for_takes_the_place_of_the_targets_best():
+    cpu = resolve("cpu")
+    best = cpu.precision("fast", TINY)
+    assert cpu.precision("fast", TINY, Formats.of("fast", kv=None)) == best
+    asked = cpu.precision("fast", TINY, Formats.of("fast", kv="f16", activations="f32"))
+    assert (asked.kv_dtype, asked.experts, asked.dense) == ("float16", "f32", best.dense)
+    asked = cpu.precision("fast", TINY, Formats.of("fast", dense="bf16"))
+    assert (asked.kv_dtype, asked.experts, asked.dense) == (best.kv_dtype, best.experts, "bf16")
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_an_unknown_format_is_told_the_known_ones(option, odd_checkpoint: Checkpoints, tmp_path):
+    with pytest.raises(UsageError, match=f"{option} must be one of .*, found 'f8'"):
+        compile_model(odd_checkpoint("odd-1"), output=tmp_path / "a", **{option: "f8"})
+    assert not any(tmp_path.iterdir())
+
+
+def test_exact_numerics_have_no_formats_to_choose(odd_checkpoint: Checkpoints, tmp_path):
+    with pytest.raises(UsageError, match="exact numerics, which are float32"):
+        compile_model(odd_checkpoint("odd-1"), output=tmp_path / "a", numerics="exact", kv="f32")
+
+
+@pytest.mark.parametrize("asked", [{"activations": "int8"}, {"dense": "int8"}])
+def test_gpus_take_their_own_weights_and_activations(asked):
+    with pytest.raises(TargetError, match="metal computes with f32 activations and bf16 dense"):
+        resolve("metal").precision("fast", TINY, Formats.of("fast", **asked))
+    plain = Formats.of("fast", kv="int8", activations="f32", dense="bf16")
+    assert resolve("metal").precision("fast", TINY, plain).kv_dtype == "int8"
+
+
+@pytest.mark.parametrize("kv", CHOICES["kv"])
+def test_every_cache_is_within_the_bound(kv, compiled: Compiled, odd_checkpoint: Checkpoints):
+    artifact = compiled("odd-2", "fast", kv=kv)
+    assert read_manifest(artifact).precision.kv_dtype == CHOICES["kv"][kv]
+    compare(artifact, odd_checkpoint("odd-2"), tokens=100).check()
+
+
+@pytest.mark.parametrize("kv", CHOICES["kv"])
+def test_the_memory_plan_counts_the_cache_as_it_is_kept(kv, compiled: Compiled):
+    manifest = read_manifest(compiled("odd-2", "fast", kv=kv))
+    c = manifest.config
+    kinds = [kind == "full_attention" for kind in c["layer_types"]]
+    values = 2 * c["num_key_value_heads"] * 16 * c["head_dim"]
+    least = values * {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}[kv] * sum(kinds)
+    planned = manifest.memory.kv_bytes_per_page_full
+    assert least <= planned <= (least if kv != "int8" else least * 5 // 4)
