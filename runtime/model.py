@@ -144,9 +144,9 @@ def layer_kinds(manifest: Manifest) -> list[str]:
 
 
 def kv_shape(manifest: Manifest, pages: int) -> tuple[int, int, int, int]:
-    """Shape of one layer's KV tensor of `pages` pages."""
+    """Shape of one layer's KV tensor of `pages` pages, as schedules/kv_cache.py tells it."""
     heads, head_dim = _kv_heads(manifest)
-    return (pages, 2, heads, row_elements(head_dim, manifest.precision.kv_dtype))
+    return (2, heads, pages, row_elements(head_dim, manifest.precision.kv_dtype))
 
 
 def _kv_heads(manifest: Manifest) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Causal attention over the paged cache, with sinks and an optional sliding window.
 
-    q f32 [n, Hq·D], rotated   kv [pages, 2, Hkv, 16·D]   positions, token_seq i32 [n]
+    q f32 [n, Hq·D], rotated   kv [2, Hkv, pages, row]   positions, token_seq i32 [n]
     page_table i32 [b, p]   first_page i32 [b]   sinks f32 [Hq]   ->   out f32 [n, Hq·D]
 
     A token at position i of sequence s sees the keys j ≤ i of s; with a window w, i - w < j ≤ i.
@@ -63,13 +63,13 @@ def paged_attention_ref(
     for t, (position, sequence) in enumerate(zip(positions, token_seq, strict=True)):
         j = np.arange(max(0, position - window + 1) if window else 0, position + 1)
         page = page_table[sequence, j // PAGE_TOKENS - first_page[sequence]]
-        k = keys[page, :, :, j % PAGE_TOKENS]  # [keys, Hkv, D]
-        v = values[page, :, j % PAGE_TOKENS]
+        k = keys[:, page, :, j % PAGE_TOKENS]  # [keys, Hkv, D]
+        v = values[:, page, j % PAGE_TOKENS]  # [Hkv, keys, D]
         score = np.einsum("hgd,jhd->hgj", queries[t], k)
         top = np.maximum(score.max(axis=-1, keepdims=True), sink)
         weight = np.exp(score - top)
         total = weight.sum(axis=-1, keepdims=True) + np.exp(sink - top)
-        out[t] = np.einsum("hgj,jhd->hgd", weight / total, v)
+        out[t] = np.einsum("hgj,hjd->hgd", weight / total, v)
     return (out.reshape(q.shape),)
 
 
@@ -129,8 +129,8 @@ def _case(
             first_page = np.zeros(1, np.int32)
         else:
             table, first_page, pages = paged_layout(rng, seen)
-        keys = np.full((pages, kv_heads, head_dim, PAGE_TOKENS), np.nan)
-        values = np.full((pages, kv_heads, PAGE_TOKENS, head_dim), np.nan)
+        keys = np.full((kv_heads, pages, head_dim, PAGE_TOKENS), np.nan)
+        values = np.full((kv_heads, pages, PAGE_TOKENS, head_dim), np.nan)
         if physical_pages:
             keys[:] = rng.standard_normal(keys.shape)
             values[:] = rng.standard_normal(values.shape)
@@ -138,8 +138,8 @@ def _case(
             for s, (begin, end) in enumerate(seen):
                 j = np.arange(begin, end)
                 page, slot = table[s, j // PAGE_TOKENS - first_page[s]], j % PAGE_TOKENS
-                keys[page, :, :, slot] = rng.standard_normal((len(j), kv_heads, head_dim))
-                values[page, :, slot] = rng.standard_normal((len(j), kv_heads, head_dim))
+                keys[:, page, :, slot] = rng.standard_normal((len(j), kv_heads, head_dim))
+                values[:, page, slot] = rng.standard_normal((kv_heads, len(j), head_dim))
         values[..., head_dim // 2] *= spike
         q = rng.standard_normal((n, heads * head_dim), dtype=np.float32)
         return {

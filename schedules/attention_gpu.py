@@ -82,7 +82,7 @@ def attention_gpu(
         @T.inline
         def add(d):
             key: T.let = load(
-                kv, kv_dtype, head_dim, (page, 0, kv_head), key_at(kv_dtype, d, slot), slot
+                kv, kv_dtype, head_dim, (0, kv_head, page), key_at(kv_dtype, d, slot), slot
             )
             for i in T.unroll(g):
                 sums[i] = sums[i] + query[d * g + i] * key
@@ -136,7 +136,7 @@ def attention_gpu(
         def add(j):
             slot: T.let = (begin + j) % PAGE_TOKENS
             value: T.let = load(
-                kv, kv_dtype, head_dim, (T.Cast("int64", page_of[j]), 1, kv_head),
+                kv, kv_dtype, head_dim, (1, kv_head, T.Cast("int64", page_of[j])),
                 value_at(kv_dtype, head_dim, c * lanes + tx % lanes, slot), slot,
             )  # fmt: skip
             for i in T.unroll(g):
@@ -183,7 +183,7 @@ def attention_gpu(
                     # Said here, since the bounds below depend on names bound inside the block.
                     T.reads(
                         q[t, 0 : heads * head_dim],
-                        kv[0:pages, 0:2, 0:kv_heads, 0 : kv.shape[3]],
+                        kv[0:2, 0:kv_heads, 0:pages, 0 : kv.shape[3]],
                         positions[t],
                         token_seq[t],
                         page_table[0:b, 0:p],

@@ -1,7 +1,7 @@
 """Rotate queries and keys by their positions and store keys and values in the paged cache.
 
     qkv f32 [n, (Hq + 2·Hkv)·D]   cos_sin f32 [n, D]   positions, token_seq i32 [n]
-    page_table i32 [b, p]   first_page i32 [b]   kv [pages, 2, Hkv, 16·D], updated in place
+    page_table i32 [b, p]   first_page i32 [b]   kv [2, Hkv, pages, row], updated in place
     -> q f32 [n, Hq·D], rotated
 
     half-split pairs: (x1, x2) = (x[i], x[i + D/2]) -> (x1·cos - x2·sin, x2·cos + x1·sin)
@@ -75,16 +75,16 @@ def rope_kv_append_ref(
     q, k = rotate_ref(q, cos_sin), rotate_ref(k, cos_sin)
     # The tokens alone as a cache of theirs, a page each: what is written are its bits.
     slot = positions % PAGE_TOKENS
-    keys, values = np.zeros((2, n, kv_heads, head_dim, PAGE_TOKENS))
+    keys, values = np.zeros((2, kv_heads, n, head_dim, PAGE_TOKENS))
     values = values.swapaxes(2, 3)
-    keys[np.arange(n), :, :, slot] = k
-    values[np.arange(n), :, slot] = v
+    keys[:, np.arange(n), :, slot] = k
+    values[:, np.arange(n), slot] = v.swapaxes(0, 1)
     fresh = packed(keys, values, kv_dtype)
     page = page_table[token_seq, positions // PAGE_TOKENS - first_page[token_seq]]
     new = kv.astype(np.float64)
     for t in range(n):
         for part, where in enumerate(slot_elements(head_dim, kv_dtype, int(slot[t]))):
-            new[page[t], part][:, where] = fresh[t, part][:, where]
+            new[part, :, page[t]][:, where] = fresh[part, :, t][:, where]
     return q.reshape(n, heads * head_dim), new
 
 
@@ -114,14 +114,14 @@ def rope_kv_append_items(
             # pair[2] is the head's largest magnitude, which every item finds for itself.
             bits: T.let = scale_bits(pair[2])
             scale: T.let = bf16.widened(bits)
-            kv[page, part, h, at(i, slot)] = quantized(pair[0], scale)
-            kv[page, part, h, at(half + i, slot)] = quantized(pair[1], scale)
+            kv[part, h, page, at(i, slot)] = quantized(pair[0], scale)
+            kv[part, h, page, at(half + i, slot)] = quantized(pair[1], scale)
             if i == 0:
                 for byte in T.unroll(2):
-                    kv[page, part, h, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
+                    kv[part, h, page, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
         else:
-            kv[page, part, h, at(i, slot)] = stored(pair[0], kv_dtype)
-            kv[page, part, h, at(half + i, slot)] = stored(pair[1], kv_dtype)
+            kv[part, h, page, at(i, slot)] = stored(pair[0], kv_dtype)
+            kv[part, h, page, at(half + i, slot)] = stored(pair[1], kv_dtype)
 
     @T.prim_func(s_tir=True, private=True)
     def main(
@@ -204,12 +204,12 @@ def _cpu(heads: int, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.Pr
             bits: T.let = scale_bits(head[head_dim])
             scale: T.let = bf16.widened(bits)
             for byte in T.unroll(2):
-                kv[page, part, h, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
+                kv[part, h, page, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
             for i in T.serial(head_dim):
-                kv[page, part, h, at(i, slot)] = quantized(head[i], scale)
+                kv[part, h, page, at(i, slot)] = quantized(head[i], scale)
         else:
             for i in T.serial(head_dim):
-                kv[page, part, h, at(i, slot)] = stored(head[i], kv_dtype)
+                kv[part, h, page, at(i, slot)] = stored(head[i], kv_dtype)
 
     @T.prim_func(s_tir=True, private=True)
     def main(

@@ -2,7 +2,10 @@
 
 A page holds 16 positions of one layer, for every KV head a row of keys and a row of values:
 
-    kv [pages, 2, Hkv, row]: keys at [:, 0], values at [:, 1]
+    kv [2, Hkv, pages, row]: keys at [0], values at [1]
+
+A head is read by itself, its keys before its values: of pages that follow each other, as those of a
+sequence mostly do, either is one stream of memory.
 
 Position j of sequence s is slot j % 16 of page page_table[s, j // 16 - first_page[s]]; first_page
 is the logical number of the first page that the table's row still holds.
@@ -40,9 +43,9 @@ F16_MAX = 65504.0
 I8_MAX = 127
 
 
-def kv_shape(pages: Any, kv_heads: int, head_dim: int, kv_dtype: str) -> tuple[Any, int, int, int]:
+def kv_shape(pages: Any, kv_heads: int, head_dim: int, kv_dtype: str) -> tuple[int, int, Any, int]:
     """Shape of one layer's cache of `pages` pages."""
-    return (pages, 2, kv_heads, row_elements(head_dim, kv_dtype))
+    return (2, kv_heads, pages, row_elements(head_dim, kv_dtype))
 
 
 def physical_page(page_table: Any, first_page: Any, sequence: Any, page: Any) -> Any:
@@ -147,40 +150,40 @@ def random_cache(
     rng: np.random.Generator, pages: int, kv_heads: int, head_dim: int, kv_dtype: str
 ) -> np.ndarray:
     """A cache of normal numbers."""
-    keys, values = rng.standard_normal((2, pages, kv_heads, head_dim, PAGE_TOKENS))
+    keys, values = rng.standard_normal((2, kv_heads, pages, head_dim, PAGE_TOKENS))
     return packed(keys, values.swapaxes(2, 3), kv_dtype)
 
 
 def _scales(kv: np.ndarray, head_dim: int) -> np.ndarray:
-    """float64 [pages, 2, Hkv, 16] of an int8 cache."""
+    """float64 [2, Hkv, pages, 16] of an int8 cache."""
     begin = int(scale_at(head_dim, 0))
     bits = np.ascontiguousarray(kv[..., begin : begin + 2 * PAGE_TOKENS])
     return bits.view(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def unpacked(kv: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """float64 keys [pages, Hkv, D, 16] and values [pages, Hkv, 16, D] of a cache."""
+    """float64 keys [Hkv, pages, D, 16] and values [Hkv, pages, 16, D] of a cache."""
     key_index, value_index = _indices(kv.dtype.name, head_dim)
-    keys = kv[:, 0][..., key_index].astype(np.float64)
-    values = kv[:, 1][..., value_index].astype(np.float64)
+    keys = kv[0][..., key_index].astype(np.float64)
+    values = kv[1][..., value_index].astype(np.float64)
     if kv.dtype == np.int8:
         scales = _scales(kv, head_dim)
-        keys, values = keys * scales[:, 0, :, None], values * scales[:, 1, ..., None]
+        keys, values = keys * scales[0, :, :, None], values * scales[1, ..., None]
     return keys, values
 
 
 def packed(keys: np.ndarray, values: np.ndarray, kv_dtype: str) -> np.ndarray:
-    """The cache of keys [pages, Hkv, D, 16] and values [pages, Hkv, 16, D], float.
+    """The cache of keys [Hkv, pages, D, 16] and values [Hkv, pages, 16, D], float.
 
     NaN in int8: the scale of its slot is NaN.
     """
-    pages, kv_heads, head_dim, _ = keys.shape
+    kv_heads, pages, head_dim, _ = keys.shape
     key_index, value_index = _indices(kv_dtype, head_dim)
     kv = np.zeros(kv_shape(pages, kv_heads, head_dim, kv_dtype), kv_dtype)
     if kv_dtype != "int8":
         if kv_dtype == "float16":
             keys, values = (np.clip(part, -F16_MAX, F16_MAX) for part in (keys, values))
-        kv[:, 0][..., key_index], kv[:, 1][..., value_index] = keys, values
+        kv[0][..., key_index], kv[1][..., value_index] = keys, values
         return kv
     begin = int(scale_at(head_dim, 0))
     for part, (x, index, axis) in enumerate(((keys, key_index, 2), (values, value_index, 3))):
@@ -191,10 +194,8 @@ def packed(keys: np.ndarray, values: np.ndarray, kv_dtype: str) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             steps = np.where(scale > 1e-30, x.astype(np.float32) / scale, np.float32(0))
         whole = np.trunc(np.clip(steps + np.copysign(0.5, steps), -I8_MAX, I8_MAX))
-        kv[:, part][..., index] = np.nan_to_num(whole).astype(np.int8)
-        kv[:, part, :, begin : begin + 2 * PAGE_TOKENS] = bits.view(np.int8).reshape(
-            pages, kv_heads, 2 * PAGE_TOKENS
-        )
+        kv[part][..., index] = np.nan_to_num(whole).astype(np.int8)
+        kv[part, ..., begin : begin + 2 * PAGE_TOKENS] = bits.view(np.int8)
     return kv
 
 

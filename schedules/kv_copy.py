@@ -1,7 +1,7 @@
 """Copy whole pages of one layer's KV cache: copy-on-write of a shared, half-filled page.
 
-    kv [pages, 2, Hkv, row], updated in place   source, destination i32 [c]
-    kv[destination[i]] = kv[source[i]]
+    kv [2, Hkv, pages, row], updated in place   source, destination i32 [c]
+    kv[:, :, destination[i]] = kv[:, :, source[i]]
 
 The copies have no order: no page may be a destination twice, or a destination and a source.
 
@@ -29,7 +29,7 @@ def kv_copy_pages_ref(
 ) -> tuple[np.ndarray]:
     """The new kv, in float64."""
     new = kv.astype(np.float64)
-    new[destination] = new[source]
+    new[:, :, destination] = new[:, :, source]
     return (new,)
 
 
@@ -48,9 +48,9 @@ def kv_copy_pages_items(*, kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.t
                 vi, vp, vh, ve = T.axis.remap("SSSS", [i, part, h, e])
                 # kv is left out of the reads: no item reads what another one writes.
                 T.reads(source[vi], destination[vi])
-                T.writes(kv[T.Cast("int64", destination[vi]), vp, vh, ve])
-                kv[T.Cast("int64", destination[vi]), vp, vh, ve] = kv[
-                    T.Cast("int64", source[vi]), vp, vh, ve
+                T.writes(kv[vp, vh, T.Cast("int64", destination[vi]), ve])
+                kv[vp, vh, T.Cast("int64", destination[vi]), ve] = kv[
+                    vp, vh, T.Cast("int64", source[vi]), ve
                 ]
 
     return main
@@ -75,8 +75,8 @@ def _cpu(kv_heads: int, head_dim: int, kv_dtype: str) -> tvm.tirx.PrimFunc:
                 to_page: T.let = T.Cast("int64", destination[i])
                 for e in T.serial(vectors):
                     for lane in T.vectorized(LANES):
-                        kv[to_page, part, h, e * LANES + lane] = kv[
-                            from_page, part, h, e * LANES + lane
+                        kv[part, h, to_page, e * LANES + lane] = kv[
+                            part, h, from_page, e * LANES + lane
                         ]
 
     return scheduled(main, NAME, "heads of pages in parallel")

@@ -35,8 +35,8 @@ def test_8_bit_rows_begin_at_cache_lines_and_can_be_read_in_whole_vectors(head_d
 @pytest.mark.parametrize(("kv_dtype", "head_dim"), EVERY)
 def test_what_is_packed_unpacks(kv_dtype, head_dim):
     rng = np.random.default_rng(0)
-    keys = rng.standard_normal((3, 2, head_dim, PAGE_TOKENS))
-    values = rng.standard_normal((3, 2, PAGE_TOKENS, head_dim))
+    keys = rng.standard_normal((2, 3, head_dim, PAGE_TOKENS))
+    values = rng.standard_normal((2, 3, PAGE_TOKENS, head_dim))
     kv = packed(keys, values, kv_dtype)
     assert kv.shape == kv_cache.kv_shape(3, 2, head_dim, kv_dtype)
     assert kv.nbytes == 3 * page_bytes(2, head_dim, kv_dtype)
