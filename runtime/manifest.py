@@ -18,7 +18,7 @@ from .errors import ArtifactCorruptError, ArtifactVersionError
 from .kv import KV_BYTES
 
 FORMAT_VERSION = 2
-ABI_VERSION = 1
+ABI_VERSION = 2
 MANIFEST = "manifest.json"
 
 REMEDY = "compile the model again, or copy the artifact again."

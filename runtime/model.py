@@ -1,6 +1,6 @@
 """The library's functions in Python: arrays in, arrays out, with weights and KV pages bound.
 
-The argument order of every function stands in the compiler's `models/gpt_oss.py` (ABI 1).
+The argument order of every function stands in the compiler's `models/gpt_oss.py` (ABI 2).
 """
 
 from __future__ import annotations

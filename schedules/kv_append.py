@@ -19,12 +19,11 @@ from functools import cache, partial
 import numpy as np
 import tvm
 
-from mxforge.kv import KV_BYTES
+from mxforge.kv import KV_BYTES, PAGE_TOKENS
 
 from . import bf16
 from .kernel import Case, Kernel, T, Target, bind_items, scheduled
 from .kv_cache import (
-    PAGE_TOKENS,
     key_at,
     kv_shape,
     packed,

@@ -2,7 +2,7 @@
 
 Read from top to bottom: `GptOss.forward` is the model. Every operation is a call of a scheduled
 kernel from `mxforge.schedules`; weights are arguments, with official names, in the order of
-`compile.weights.packed_weights`. The functions of the finished library (ABI 1):
+`compile.weights.packed_weights`. The functions of the finished library (ABI 2):
 
     forward   tokens i32[n], positions i32[n], token_seq i32[n], rows i32[m], tables, KV, weights
               -> logits f32 [m, vocab]: a flat list of tokens from several sequences; `rows` are the
@@ -53,7 +53,6 @@ from ..config import SLIDING, ModelConfig
 from ..targets import Precision
 from ..weights import PackedWeight
 
-ABI_VERSION = 1
 KINDS = ("sliding", "full")
 
 Weights = Mapping[str, Expr]  # by name
@@ -573,4 +572,4 @@ def _symbol(name: str) -> Any:
     return tvm.tirx.Var(name, "int64")
 
 
-__all__ = ["ABI_VERSION", "KINDS", "GptOss", "Limits", "layer_kind", "layer_of"]
+__all__ = ["KINDS", "GptOss", "Limits", "layer_kind", "layer_of"]
