@@ -18,7 +18,8 @@ import numpy as np
 import tvm
 
 from .int8 import BLOCK, DIGIT_BITS
-from .kernel import Case, Kernel, T, Target, bind_items, parallel_items
+from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .vectors import LANES, add, horizontal
 
 NAMES = {1: "f32_quantize_i8", 2: "f32_quantize_i16"}
 LARGEST = {1: 127, 2: 127 << DIGIT_BITS}
@@ -56,8 +57,9 @@ def dequantize(q: np.ndarray, step: np.ndarray) -> np.ndarray:
 @cache
 def quantize(target: Target, *, k: int, planes: int = 1) -> tvm.tirx.PrimFunc:
     """(x, q, step, total) -> None, scheduled for `target`."""
-    schedule = bind_items if target.is_gpu else parallel_items
-    return schedule(quantize_items(k=k, planes=planes), NAMES[planes])
+    if target.is_gpu:
+        return bind_items(quantize_items(k=k, planes=planes), NAMES[planes])
+    return _cpu(k, planes)
 
 
 def quantize_items(*, k: int, planes: int = 1) -> tvm.tirx.PrimFunc:
@@ -98,6 +100,59 @@ def quantize_items(*, k: int, planes: int = 1) -> tvm.tirx.PrimFunc:
                 totals[vt, vb] = total[0]
 
     return main
+
+
+def _cpu(k: int, planes: int) -> tvm.tirx.PrimFunc:
+    """One item is one block of 32, two vectors."""
+    largest = float(LARGEST[planes])
+
+    @T.inline
+    def write(q, t, i, whole, at):
+        if planes == 1:
+            for lane in T.vectorized(LANES):
+                q[t, i + lane] = T.Cast("int8", whole[at + lane])
+        else:
+            for lane in T.vectorized(LANES):
+                q[t, i + lane] = T.Cast("int8", (whole[at + lane] + HALF_DIGIT) >> DIGIT_BITS)
+            for lane in T.vectorized(LANES):
+                q[t, k + i + lane] = T.Cast(
+                    "int8",
+                    whole[at + lane]
+                    - ((whole[at + lane] + HALF_DIGIT) >> DIGIT_BITS << DIGIT_BITS),
+                )
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(xp: T.handle, qp: T.handle, sp: T.handle, op: T.handle):
+        n = T.int64()
+        x = T.match_buffer(xp, (n, k), "float32")
+        q = T.match_buffer(qp, (n, planes * k), "int8")
+        step = T.match_buffer(sp, (n, k // BLOCK), "float32")
+        totals = T.match_buffer(op, (n, k // BLOCK), "int32")
+        for item in T.parallel(n * (k // BLOCK)):
+            with T.sblock("item"):
+                t = T.axis.spatial(n, item // (k // BLOCK))
+                b = T.axis.spatial(k // BLOCK, item % (k // BLOCK))
+                peak = T.sblock_alloc_buffer((LANES,), "float32")
+                whole = T.sblock_alloc_buffer((BLOCK,), "int32")
+                for lane in T.vectorized(LANES):
+                    peak[lane] = T.max(
+                        T.fabs(x[t, b * BLOCK + lane]), T.fabs(x[t, b * BLOCK + LANES + lane])
+                    )
+                horizontal(peak, T.max)
+                step[t, b] = peak[0] / T.float32(largest)
+                inverse: T.let = _inverse(peak[0], largest)
+                for half in T.unroll(BLOCK // LANES):
+                    for lane in T.vectorized(LANES):
+                        whole[half * LANES + lane] = _round(
+                            x[t, b * BLOCK + half * LANES + lane] * inverse
+                        )
+                    write(q, t, b * BLOCK + half * LANES, whole, half * LANES)
+                for lane in T.vectorized(LANES):
+                    whole[lane] = whole[lane] + whole[LANES + lane]
+                horizontal(whole, add)
+                totals[t, b] = whole[0]
+
+    return scheduled(main, NAMES[planes], "blocks in parallel, vectors of 16")
 
 
 def _inverse(peak: Any, largest: float) -> Any:
