@@ -47,7 +47,7 @@ class AttentionTile(TileConfig):
 # EPYC (Zen 4, 2 cores), 2026-11, decoding gpt-oss's heads at 32,768 keys whose pages follow each
 # other: 34 GB/s of cache in bfloat16, as fast as memory is read here; 22 in float16 and 12 in int8,
 # bound by arithmetic. Pages in random order: 21 to 26, 21 and 9. 9 pages: a window of 128 keys
-# touches 9. Eight heads fill the registers of AVX-512; on AVX2, four would be 25% faster than eight.
+# touches 9. Eight heads fill the registers of AVX-512; on AVX2, four would be 25% faster.
 TILE = AttentionTile(heads=8, pages=9)
 BLOCK_KEYS = TILE.pages * PAGE_TOKENS
 
