@@ -20,7 +20,7 @@ def test_every_element_has_a_place_of_its_own(kv_dtype, head_dim):
             scales = scale_at(head_dim, np.arange(PAGE_TOKENS))
             taken += [*scales.tolist(), *(scales + 1).tolist()]
         assert len(set(taken)) == len(taken)
-        assert 0 <= min(taken)
+        assert min(taken) >= 0
         assert max(taken) < row_elements(head_dim, kv_dtype)
 
 
