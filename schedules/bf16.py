@@ -12,6 +12,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from .isa import isa_of
 from .kernel import Target
 
 FEATURE = "avx512bf16"
@@ -27,6 +28,11 @@ define private <16 x float> @{_NAME}(<16 x float> %sum, <16 x i32> %a, <16 x i32
   ret <16 x float> %r
 }}
 """
+
+
+def instructions(target: Target) -> str:
+    """What the products are made of: an instruction set of isa.py, or the best of them and this."""
+    return "AVX-512 BF16" if target.has(FEATURE) else isa_of(target).name
 
 
 def imported(target: Target) -> Any:
@@ -54,9 +60,10 @@ def second_of(words: Any, lanes: int = 1) -> Any:
     return T.reinterpret(_f32(lanes), T.bitwise_and(words, _i32(-65536, lanes)))
 
 
-def word_at(buffer: Any, start: Any) -> Any:
-    """The i32 word of buffer[start : start + 2], u16."""
-    return T.reinterpret("int32", buffer[T.ramp(start, 1, 2)])
+def word_at(buffer: Any, *at: Any) -> Any:
+    """The i32 word of u16 buffer[..., start : start + 2], where `start` is the last of `at`."""
+    *leading, start = at
+    return T.reinterpret("int32", buffer[(*leading, T.ramp(start, 1, 2))])
 
 
 def rounded(value: Any) -> Any:
