@@ -10,6 +10,7 @@ from .kernel import Case, Kernel, Target
 from .kv_append import ROPE_KV_APPEND
 from .kv_copy import KV_COPY_PAGES
 from .linear import LINEAR
+from .linear_bf16 import LINEAR_BF16
 from .linear_i8 import LINEAR_I8
 from .moe_down import DOWN, DOWN_BF16, DOWN_I8
 from .moe_gate_up import GATE_UP, GATE_UP_BF16, GATE_UP_I8
@@ -30,6 +31,7 @@ KERNELS: dict[str, Kernel] = {
         ROPE_TABLE,
         RMS_NORM,
         LINEAR,
+        LINEAR_BF16,
         LINEAR_I8,
         ROPE_KV_APPEND,
         PAGED_ATTENTION,

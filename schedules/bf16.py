@@ -20,7 +20,8 @@ LANES = 16
 _NAME = "mxforge_dot_pairs"
 _VPDPBF16PS = f"""\
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-define private <16 x float> @{_NAME}(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) alwaysinline {{
+define private <16 x float> @{_NAME}(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b)
+  alwaysinline {{
   %x = bitcast <16 x i32> %a to <32 x bfloat>
   %y = bitcast <16 x i32> %b to <32 x bfloat>
   %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(

@@ -78,7 +78,8 @@ def down(
     units: int,
     activations: Activations = "f32",
 ) -> tvm.tirx.PrimFunc:
-    """(h | bits | q, step, total; ids, weights, offsets, order, blocks, scales, bias, residual, y)."""
+    """(h | bits | q, step, total; ids, weights, offsets, order, blocks, scales, bias, residual, y),
+    for `target`."""
     shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units)
     if target.is_gpu:
         return bind_items(down_items(**shape), NAME)
