@@ -29,7 +29,9 @@ from .config import ModelConfig
 
 Numerics = Literal["exact", "fast"]
 NUMERICS: tuple[Numerics, ...] = ("exact", "fast")
-Dense = Literal["bf16", "i8"]  # weights of attention and of the output layer
+# Weights of attention and of the output layer; their inputs are float32, bfloat16 where named
+# behind them, 15-bit integers for i8.
+Dense = Literal["bf16", "bf16xbf16", "i8"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Precision:
 
     def dense_of(self, k: int) -> Dense:
         """How a dense weight of k inputs is kept: 8-bit weights have a scale for every 32."""
-        return self.dense if k % BLOCK == 0 else "bf16"
+        return "bf16" if self.dense == "i8" and k % BLOCK else self.dense
 
 
 @dataclass(frozen=True)
