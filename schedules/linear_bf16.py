@@ -11,7 +11,6 @@ Roofline of decoding: 2·rows·k bytes of weights a step, whatever n is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,33 +18,13 @@ import ml_dtypes
 import numpy as np
 import tvm
 
-from .bf16 import LANES, dot_pairs, imported, instructions, word_at
-from .kernel import Case, Kernel, T, Target, TileConfig, parameter, scheduled
+from .bf16 import LANES, dot_pairs, imported, instructions, tile_of, word_at
+from .kernel import Case, Kernel, T, Target, parameter, scheduled
 from .linear import linear_items, linear_ref
 from .round_bf16 import round_ref, width
 
 NAME = "bf16w_bf16_linear"
 GROUP = 64
-
-
-@dataclass(frozen=True)
-class LinearTile(TileConfig):
-    tokens: int  # tokens that share one read of the weights
-    rows: int  # of a group at a time; what is left waits for another pass over the activations
-
-
-# As many sums as leave registers for operands: of AVX2 and SSE, 16 in all.
-TILES = {
-    "AVX-512 BF16": LinearTile(tokens=4, rows=64),
-    "AVX-512 VNNI": LinearTile(tokens=4, rows=64),
-    "AVX-512": LinearTile(tokens=4, rows=64),
-    "AVX2": LinearTile(tokens=4, rows=16),
-    "SSSE3": LinearTile(tokens=2, rows=16),
-    "NEON i8mm": LinearTile(tokens=4, rows=16),
-    "NEON dotprod": LinearTile(tokens=4, rows=16),
-    "NEON": LinearTile(tokens=4, rows=16),
-    "plain": LinearTile(tokens=2, rows=16),
-}
 
 
 def linear_bf16_ref(
@@ -72,36 +51,37 @@ def linear_bf16(
     target: Target, *, rows: int, k: int, with_bias: bool = False, with_residual: bool = False
 ) -> tvm.tirx.PrimFunc:
     """(bits, weight, [bias], [residual], y) -> None, scheduled for a CPU."""
-    tile = TILES[instructions(target)]
-    vectors = tile.rows // LANES
+    tile = tile_of(target)
     groups, pairs, _, _ = weight_shape = packed_shape(rows, k)
 
     @T.inline
-    def dot(acc, tokens, start, x, words, group, h):
-        for i in T.unroll(tokens * vectors):
-            acc[T.ramp(i * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
+    def some_rows(at_once, first, acc, tokens, start, x, words, group, b, r, y):
+        for t in T.unroll(tokens):
+            acc[T.ramp(t * at_once, 1, at_once)] = T.broadcast(T.float32(0), at_once)
         for i in T.serial(pairs):
-            for v in T.unroll(vectors):
+            for v in T.unroll(at_once // LANES):
                 for t in T.unroll(tokens):
-                    acc[T.ramp((t * vectors + v) * LANES, 1, LANES)] = dot_pairs(
+                    acc[T.ramp(t * at_once + v * LANES, 1, LANES)] = dot_pairs(
                         target,
-                        acc[T.ramp((t * vectors + v) * LANES, 1, LANES)],
-                        words[group, i, T.ramp(h * tile.rows + v * LANES, 1, LANES)],
+                        acc[T.ramp(t * at_once + v * LANES, 1, LANES)],
+                        words[group, i, T.ramp(first + v * LANES, 1, LANES)],
                         word_at(x, start + t, i * 2),
                     )
+        for t in T.unroll(tokens):
+            for i in T.serial(T.max(T.min(rows - group * GROUP - first, at_once), 0)):
+                y[start + t, group * GROUP + first + i] = (
+                    acc[t * at_once + i]
+                    + (b[group * GROUP + first + i] if with_bias else T.float32(0))
+                    + (r[start + t, group * GROUP + first + i] if with_residual else T.float32(0))
+                )
 
     @T.inline
     def tokens_tile(acc, tokens, start, x, words, group, b, r, y):
-        for h in T.serial(GROUP // tile.rows):
-            dot(acc, tokens, start, x, words, group, h)
-            first: T.let = group * GROUP + h * tile.rows
-            for t in T.unroll(tokens):
-                for i in T.serial(T.max(T.min(rows - first, tile.rows), 0)):
-                    y[start + t, first + i] = (
-                        acc[t * tile.rows + i]
-                        + (b[first + i] if with_bias else T.float32(0))
-                        + (r[start + t, first + i] if with_residual else T.float32(0))
-                    )
+        for h in T.serial(GROUP // tile.rows_beside(tokens, GROUP)):
+            some_rows(
+                tile.rows_beside(tokens, GROUP), h * tile.rows_beside(tokens, GROUP),
+                acc, tokens, start, x, words, group, b, r, y,
+            )  # fmt: skip
 
     @T.prim_func(s_tir=True, private=True)
     def main():

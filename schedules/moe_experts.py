@@ -25,26 +25,8 @@ class MoeTile(TileConfig):
     tokens: int  # tokens of one expert that share an unpacked weight
 
 
-@dataclass(frozen=True)
-class Bf16Tile(TileConfig):
-    tokens: int  # tokens of one expert that share an unpacked weight
-    rows: int  # of a group at a time
-
-
 # 32 vector registers: 2 sums and 2 partial sums a token, the rest unpacks.
 F32_TILE = MoeTile(tokens=4)
-# As many partial sums as leave registers for an unpacked weight: of AVX2 and SSE, 16 in all.
-BF16_TILES = {
-    "AVX-512 BF16": Bf16Tile(tokens=4, rows=32),
-    "AVX-512 VNNI": Bf16Tile(tokens=4, rows=32),
-    "AVX-512": Bf16Tile(tokens=4, rows=32),
-    "AVX2": Bf16Tile(tokens=4, rows=16),
-    "SSSE3": Bf16Tile(tokens=2, rows=16),
-    "NEON i8mm": Bf16Tile(tokens=4, rows=16),
-    "NEON dotprod": Bf16Tile(tokens=4, rows=16),
-    "NEON": Bf16Tile(tokens=4, rows=16),
-    "plain": Bf16Tile(tokens=2, rows=16),
-}
 # AVX2 and SSSE3 have 16 registers, the others 32.
 I8_TILES = {
     "AVX-512 VNNI": Int8Tile(tokens=4, rows=32),
@@ -63,7 +45,7 @@ class ExpertDot:
     """A tile's product, what it is called, what it holds besides its sums, and what it calls."""
 
     schedule: str
-    tile: MoeTile | Bf16Tile | Int8Tile
+    tile: MoeTile | bf16.PairTile | Int8Tile
     dot: Any
     part: tuple[int, str]
     value: tuple[int, str]
@@ -122,13 +104,12 @@ def expert_dot(target: Target, activations: Activations, k: int) -> ExpertDot:
             value=(LANES, "float32"),
         )
     if activations == "bf16":
-        instructions = bf16.instructions(target)
-        wide = BF16_TILES[instructions]
+        pairs = bf16.tile_of(target)
         return ExpertDot(
-            f"rows interleaved, {instructions}",
-            wide,
-            dot_bf16(target, k, wide.rows),
-            part=(wide.tokens * wide.rows, "float32"),
+            f"rows interleaved, {bf16.instructions(target)}",
+            pairs,
+            dot_bf16(target, k, pairs),
+            part=(pairs.tokens * GROUP, "float32"),
             value=(LANES, "int32"),
             imported=partial(bf16.imported, target),
         )

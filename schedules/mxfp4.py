@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from tvm.script import tirx as T
 
-from .bf16 import dot_pairs, word_at
+from .bf16 import PairTile, dot_pairs, word_at
 from .int8 import BLOCK, GROUP, Int8Weights
 from .isa import Isa
 from .kernel import Target
@@ -170,52 +170,53 @@ def dot_f32(k: int) -> Any:
     return dot
 
 
-def dot_bf16(target: Target, k: int, rows: int) -> Any:
-    """As int8.dot_i8, for x = (x,) of bfloat16 as u16; part: f32, for `rows` of a group at a time,
-    value: i32.
+def dot_bf16(target: Target, k: int, tile: PairTile) -> Any:
+    """As int8.dot_i8, for x = (x,) of bfloat16 as u16; part: f32, as many as acc; value: i32.
 
     As in dot_f32, sums within a block come first.
     """
-    vectors = rows // LANES
+
+    @T.inline
+    def some_rows(rows, first, acc, part, value, row, tokens, x, blocks, scales, at):
+        for t in T.unroll(tokens):
+            acc[T.ramp(t * GROUP + first, 1, rows)] = T.broadcast(T.float32(0), rows)
+        for b in T.serial(k // BLOCK):
+            part[T.ramp(0, 1, tokens * rows)] = T.broadcast(T.float32(0), tokens * rows)
+            for i in T.unroll(BLOCK // 2):
+                for v in T.unroll(rows // LANES):
+                    value[T.ramp(0, 1, LANES)] = _pairs(
+                        target, blocks, (*at, b * 4 + i // 4), first + v * LANES, i % 4
+                    )
+                    for t in T.unroll(tokens):
+                        part[T.ramp(t * rows + v * LANES, 1, LANES)] = dot_pairs(
+                            target,
+                            part[T.ramp(t * rows + v * LANES, 1, LANES)],
+                            value[T.ramp(0, 1, LANES)],
+                            word_at(x[0], row[t], b * BLOCK + i * 2),
+                        )
+            for t in T.unroll(tokens):
+                for v in T.unroll(rows // LANES):
+                    for lane in T.vectorized(LANES):
+                        acc[t * GROUP + first + v * LANES + lane] = acc[
+                            t * GROUP + first + v * LANES + lane
+                        ] + part[t * rows + v * LANES + lane] * scale_value(
+                            scales[(*at, b, first + v * LANES + lane)]
+                        )
 
     @T.inline
     def dot(acc, part, value, row, tokens, x, blocks, scales, at):
-        for h in T.unroll(GROUP // rows):
-            for t in T.unroll(tokens):
-                for v in T.unroll(vectors):
-                    for lane in T.vectorized(LANES):
-                        acc[t * GROUP + h * rows + v * LANES + lane] = T.float32(0)
-            for b in T.serial(k // BLOCK):
-                for i in T.unroll(tokens * vectors):
-                    for lane in T.vectorized(LANES):
-                        part[i * LANES + lane] = T.float32(0)
-                for i in T.unroll(BLOCK // 2):
-                    for v in T.unroll(vectors):
-                        value[T.ramp(0, 1, LANES)] = _pairs(
-                            target, blocks, at, b * 4 + i // 4, h * vectors + v, i % 4
-                        )
-                        for t in T.unroll(tokens):
-                            part[T.ramp((t * vectors + v) * LANES, 1, LANES)] = dot_pairs(
-                                target,
-                                part[T.ramp((t * vectors + v) * LANES, 1, LANES)],
-                                value[T.ramp(0, 1, LANES)],
-                                word_at(x[0], row[t], b * BLOCK + i * 2),
-                            )
-                for t in T.unroll(tokens):
-                    for v in T.unroll(vectors):
-                        for lane in T.vectorized(LANES):
-                            acc[t * GROUP + h * rows + v * LANES + lane] = acc[
-                                t * GROUP + h * rows + v * LANES + lane
-                            ] + part[(t * vectors + v) * LANES + lane] * scale_value(
-                                scales[(*at, b, h * rows + v * LANES + lane)]
-                            )
+        for h in T.unroll(GROUP // tile.rows_beside(tokens, GROUP)):
+            some_rows(
+                tile.rows_beside(tokens, GROUP), h * tile.rows_beside(tokens, GROUP),
+                acc, part, value, row, tokens, x, blocks, scales, at,
+            )  # fmt: skip
 
     return dot
 
 
-def _pairs(target: Target, blocks: Any, at: Any, i: Any, vector: Any, part: Any) -> Any:
+def _pairs(target: Target, blocks: Any, at: Any, row: Any, part: Any) -> Any:
     """i32x16: inputs 2·part and 2·part + 1 of eight, of 16 rows, as words of bfloat16."""
-    stored = T.reinterpret("int32x16", blocks[(*at, i, T.ramp(vector * 4 * LANES, 1, 4 * LANES))])
+    stored = T.reinterpret("int32x16", blocks[(*at, T.ramp(row * 4, 1, 4 * LANES))])
     # Of each half, the nibble is what counts; above it stand others.
     shifted = T.shift_right(stored, T.broadcast(part * 4, LANES))
     codes = T.reinterpret("uint16x32", shifted)
