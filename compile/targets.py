@@ -31,7 +31,9 @@ from .formats import Formats
 Numerics = Literal["exact", "fast"]
 NUMERICS: tuple[Numerics, ...] = ("exact", "fast")
 KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
-Dense = Literal["bf16", "i8"]  # weights of attention and of the output layer
+# Weights of attention and of the output layer; their inputs are float32, bfloat16 where named
+# behind them, 15-bit integers for i8.
+Dense = Literal["bf16", "bf16xbf16", "i8"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Precision:
 
     def dense_of(self, k: int) -> Dense:
         """How a dense weight of k inputs is kept: 8-bit weights have a scale for every 32."""
-        return self.dense if k % BLOCK == 0 else "bf16"
+        return "bf16" if self.dense == "i8" and k % BLOCK else self.dense
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,13 @@ class CompileTarget:
                 f"{self.name} computes with f32 activations and bf16 dense weights only; leave "
                 "activations and dense out, or compile for a CPU."
             )
+        experts, dense = asked.activations or best.experts, asked.dense or best.dense
+        if (experts, dense) == ("bf16", "bf16"):
+            dense = "bf16xbf16"
         return Precision(
             cast("KvDtype", asked.kv or best.kv_dtype),
-            cast("Activations", asked.activations or best.experts),
-            cast("Dense", asked.dense or best.dense),
+            cast("Activations", experts),
+            cast("Dense", dense),
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mxforge.schedules import linear, linear_i8, mxfp4
+from mxforge.schedules import linear, linear_bf16, linear_i8, mxfp4
 from mxforge.schedules.int8 import GROUP
 from mxforge.schedules.kernel import Target
 
@@ -194,8 +194,11 @@ def _dense(
     target: Target, precision: Precision, name: str, sources: tuple[str, ...], rows: int, k: int
 ) -> list[PackedWeight]:
     """A large dense weight [rows, k], the sources stacked, as `precision` wants it."""
-    if precision.dense_of(k) == "bf16":
+    dense = precision.dense_of(k)
+    if dense == "bf16":
         return [_bf16(target, name, sources, rows, k)]
+    if dense == "bf16xbf16":
+        return [_bf16_pairs(name, sources, rows, k)]
     # An eighth of a piece: what is rounded passes through several float32 copies.
     stacked = _stacked(sources, rows, GROUP, k, PIECE_BYTES // 8)
 
@@ -223,6 +226,18 @@ def _bf16(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int
             yield linear.pack_weight(target, piece.astype(ml_dtypes.bfloat16, copy=False))
 
     shape = linear.packed_shape(target, rows, k)
+    return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
+
+
+def _bf16_pairs(name: str, sources: tuple[str, ...], rows: int, k: int) -> PackedWeight:
+    """bf16 [rows, k], the sources stacked, in linear_bf16.py's layout."""
+    stacked = _stacked(sources, rows, linear_bf16.GROUP, k, PIECE_BYTES)
+
+    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        for piece in stacked(checkpoint):
+            yield linear_bf16.pack_weight(piece.astype(ml_dtypes.bfloat16, copy=False))
+
+    shape = linear_bf16.packed_shape(rows, k)
     return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
 
 

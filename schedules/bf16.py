@@ -8,11 +8,13 @@ float32. The results differ in the last bits, and in denormals, which the instru
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
 
-from .kernel import Target
+from .isa import isa_of
+from .kernel import Target, TileConfig
 
 FEATURE = "avx512bf16"
 LANES = 16
@@ -28,6 +30,41 @@ define private <16 x float> @{_NAME}(<16 x float> %sum, <16 x i32> %a, <16 x i32
   ret <16 x float> %r
 }}
 """
+
+
+@dataclass(frozen=True)
+class PairTile(TileConfig):
+    tokens: int  # tokens that share a weight in registers
+    rows: int  # at a time, of a group that has more; the rest waits for another pass over x
+
+    def rows_beside(self, tokens: int, group: int) -> int:
+        """Rows of a group at a time where the tokens are fewer: as many sums in all."""
+        return min(group, self.rows * self.tokens // tokens)
+
+
+# As many sums as leave registers for operands: AVX2 and SSE have 16, the others 32. On EPYC
+# (Zen 4, 2 cores), 2026-11, 6 tokens, or 8 by 32 rows, were within noise of the first line.
+TILES = {
+    "AVX-512 BF16": PairTile(tokens=4, rows=64),
+    "AVX-512 VNNI": PairTile(tokens=4, rows=64),
+    "AVX-512": PairTile(tokens=4, rows=64),
+    "AVX2": PairTile(tokens=4, rows=16),
+    "SSSE3": PairTile(tokens=2, rows=16),
+    "NEON i8mm": PairTile(tokens=4, rows=16),
+    "NEON dotprod": PairTile(tokens=4, rows=16),
+    "NEON": PairTile(tokens=4, rows=16),
+    "plain": PairTile(tokens=2, rows=16),
+}
+
+
+def tile_of(target: Target) -> PairTile:
+    """The tile for a CPU target's registers."""
+    return TILES[instructions(target)]
+
+
+def instructions(target: Target) -> str:
+    """What the products are made of: an instruction set of isa.py, or the best of them and this."""
+    return "AVX-512 BF16" if target.has(FEATURE) else isa_of(target).name
 
 
 def imported(target: Target) -> Any:
@@ -55,9 +92,10 @@ def second_of(words: Any, lanes: int = 1) -> Any:
     return T.reinterpret(_f32(lanes), T.bitwise_and(words, _i32(-65536, lanes)))
 
 
-def word_at(buffer: Any, start: Any) -> Any:
-    """The i32 word of buffer[start : start + 2], u16."""
-    return T.reinterpret("int32", buffer[T.ramp(start, 1, 2)])
+def word_at(buffer: Any, *at: Any) -> Any:
+    """The i32 word of u16 buffer[..., start : start + 2], where `start` is the last of `at`."""
+    *leading, start = at
+    return T.reinterpret("int32", buffer[(*leading, T.ramp(start, 1, 2))])
 
 
 def rounded(value: Any) -> Any:

@@ -7,7 +7,8 @@ offsets i32 [experts+1], order i32 [n·top_k]: moe_plan's
 blocks, scales: MXFP4 [experts, hidden, units] (layouts in mxfp4.py)  bias f32 [experts, hidden]
 residual, y f32 [n, hidden]
 
-With i8 activations h is replaced by q, h_step, h_total of quantize.py. The bias is added before
+With bf16 activations h is replaced by its bits u16 (round_bf16.py), with i8 activations by q,
+h_step, h_total of quantize.py. The bias is added before
 the expert's weight is applied. On the CPU each work item owns 32 rows of y and adds the experts
 in ascending order, so the sum does not depend on the batch or on the number of threads.
 
@@ -16,7 +17,7 @@ Roofline of decoding: experts_hit · hidden · units · 17/32 bytes.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import tvm
 
 from .int8 import BLOCK, GROUP
 from .kernel import Case, Kernel, T, Target, bind_items, parameter, scheduled
-from .moe_experts import ExpertDot, expert_arrays, expert_dot, expert_walk, routing
+from .moe_experts import FORMATS, ExpertDot, expert_arrays, expert_dot, expert_walk, routing
 from .mxfp4 import (
     Activations,
     dequantize,
@@ -34,11 +35,13 @@ from .mxfp4 import (
     packed_shapes,
     scale_value,
 )
-from .quantize import dequantize as dequantize_activations
-from .quantize import quantize_ref
 
 NAME = "mxfp4w_moe_down"
-I8_NAME = "mxfp4w_i8_moe_down"
+NAMES: dict[Activations, str] = {
+    "f32": NAME,
+    "bf16": "mxfp4w_bf16_moe_down",
+    "i8": "mxfp4w_i8_moe_down",
+}
 
 
 def down_ref(
@@ -53,9 +56,8 @@ def down_ref(
     activations: Activations = "f32",
     **_plan_and_static: Any,
 ) -> tuple[np.ndarray]:
-    """The module's formula in float64; for i8 activations, of the quantized h."""
-    if activations == "i8":
-        h = dequantize_activations(*quantize_ref(h)[:2])
+    """The module's formula in float64; of what the activations' format makes of h."""
+    h = FORMATS[activations].values(h)
     top_k = ids.shape[1]
     y = residual.astype(np.float64)
     for expert in np.unique(ids):
@@ -76,13 +78,14 @@ def down(
     units: int,
     activations: Activations = "f32",
 ) -> tvm.tirx.PrimFunc:
-    """(h | q, step, total; ids, weights, offsets, order, blocks, scales, bias, residual, y)."""
+    """(h | bits | q, step, total; ids, weights, offsets, order, blocks, scales, bias, residual, y),
+    for `target`."""
     shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units)
     if target.is_gpu:
         return bind_items(down_items(**shape), NAME)
     dot = expert_dot(target, activations, units)
-    name = NAME if activations == "f32" else I8_NAME
-    return scheduled(_cpu(dot, activations, **shape), name, dot.schedule, dot.tile)
+    func = _cpu(dot, activations, **shape)
+    return scheduled(func, NAMES[activations], dot.schedule, dot.tile)
 
 
 def _cpu(
@@ -118,12 +121,7 @@ def _cpu(
     @T.prim_func(s_tir=True, private=True)
     def main():
         n = T.int64()
-        if activations == "f32":
-            h = parameter("h", (n * top_k, units), "float32")
-        else:
-            q = parameter("q", (n * top_k, units), "int8")
-            q_step = parameter("q_step", (n * top_k, units // BLOCK), "float32")
-            q_total = parameter("q_total", (n * top_k, units // BLOCK), "int32")
+        h = FORMATS[activations].parameters(n * top_k, units)
         parameter("ids", (n, top_k), "int32")
         weights = parameter("weights", (n, top_k), "float32")
         offsets = parameter("offsets", (experts + 1,), "int32")
@@ -133,10 +131,7 @@ def _cpu(
         bias = parameter("bias", (experts, hidden), "float32")
         residual = parameter("residual", (n, hidden), "float32")
         y = parameter("y", (n, hidden), "float32")
-        walk(
-            (h,) if activations == "f32" else (q, q_step, q_total),
-            offsets, order, w, s, y, (residual, weights, bias),
-        )  # fmt: skip
+        walk(h, offsets, order, w, s, y, (residual, weights, bias))
 
     return main
 
@@ -221,9 +216,7 @@ def _pack(
     **_static: Any,
 ) -> list[np.ndarray]:
     weights = pack_down(target, inputs["blocks"], inputs["scales"], activations)
-    h = [inputs["h"]]
-    if activations == "i8" and not target.is_gpu:
-        h = list(quantize_ref(inputs["h"]))
+    h = FORMATS["f32" if target.is_gpu else activations].arrays(inputs["h"])
     plan = [inputs[name] for name in ("ids", "weights", "offsets", "order")]
     return [*h, *plan, *weights, inputs["bias"], inputs["residual"]]
 
@@ -278,15 +271,17 @@ CASES = (
     _case("120b's 128 experts", 5, experts=128, top_k=4),
     _case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
 )
-CASES_I8 = (
-    _case("one token", 1, activations="i8"),
-    _case("partial token tile, idle experts", 7, choose=range(2, 5), activations="i8"),
-    _case("one channel 1000 times the others", 6, spike=1000, activations="i8"),
-    _case("all tokens on one expert", 9, top_k=1, choose=range(3, 4), activations="i8"),
-    _case(
-        "20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880, activations="i8"
-    ),
-)
+
+
+def _cases_of(activations: Activations) -> tuple[Case, ...]:
+    case = partial(_case, activations=activations)
+    return (
+        case("one token", 1),
+        case("partial token tile, idle experts", 7, choose=range(2, 5)),
+        case("one channel 1000 times the others", 6, spike=1000),
+        case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
+        case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
+    )
 
 
 def _outputs(inputs: dict[str, np.ndarray], **_: Any) -> list[tuple[tuple[int, ...], str]]:
@@ -302,13 +297,19 @@ DOWN = Kernel(
     cases=CASES,
     pack=_pack,
 )
-DOWN_I8 = Kernel(
-    I8_NAME,
-    build=down,
-    items=down_items,
-    reference=down_ref,
-    outputs=_outputs,
-    cases=CASES_I8,
-    pack=_pack,
-    targets=("cpu",),
-)
+
+
+def _cpu_kernel(activations: Activations) -> Kernel:
+    return Kernel(
+        NAMES[activations],
+        build=down,
+        items=down_items,
+        reference=down_ref,
+        outputs=_outputs,
+        cases=_cases_of(activations),
+        pack=_pack,
+        targets=("cpu",),
+    )
+
+
+DOWN_BF16, DOWN_I8 = _cpu_kernel("bf16"), _cpu_kernel("i8")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from . import bf16
 from .int8 import BLOCK, GROUP, Int8Tile, dot_i8
 from .isa import isa_of
-from .kernel import T, Target, TileConfig
-from .mxfp4 import LANES, Activations, dot_f32, int8_weights
+from .kernel import T, Target, TileConfig, parameter
+from .mxfp4 import LANES, Activations, dot_bf16, dot_f32, int8_weights
+from .quantize import dequantize, quantize_ref
+from .round_bf16 import round_ref
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,54 @@ I8_TILES = {
 
 @dataclass(frozen=True)
 class ExpertDot:
-    """A tile's product, what it is called, and what it holds besides its sums."""
+    """A tile's product, what it is called, what it holds besides its sums, and what it calls."""
 
     schedule: str
-    tile: MoeTile | Int8Tile
+    tile: MoeTile | bf16.PairTile | Int8Tile
     dot: Any
     part: tuple[int, str]
     value: tuple[int, str]
+    imported: Callable[[], Any] = nullcontext
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How x f32 [n, k] reaches the CPU's kernels.
+
+    `arrays(x)` are their arguments and `values(x)` what these stand for, [n, k]; `shapes(k)` has
+    name, size along the second axis and dtype of each.
+    """
+
+    arrays: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    values: Callable[[np.ndarray], np.ndarray]
+    shapes: Callable[[int], tuple[tuple[str, int, str], ...]]
+
+    def parameters(self, n: Any, k: int) -> tuple[Any, ...]:
+        """The next parameters of a PrimFunc, as `walk` takes them."""
+        return tuple(parameter(name, (n, size), dtype) for name, size, dtype in self.shapes(k))
+
+
+FORMATS: dict[Activations, ActivationFormat] = {
+    "f32": ActivationFormat(
+        arrays=lambda x: (x,),
+        values=lambda x: x,
+        shapes=lambda k: (("x", k, "float32"),),
+    ),
+    "bf16": ActivationFormat(
+        arrays=round_ref,
+        values=lambda x: x.astype(ml_dtypes.bfloat16),
+        shapes=lambda k: (("x", k, "uint16"),),
+    ),
+    "i8": ActivationFormat(
+        arrays=quantize_ref,
+        values=lambda x: dequantize(*quantize_ref(x)[:2]),
+        shapes=lambda k: (
+            ("q", k, "int8"),
+            ("q_step", k // BLOCK, "float32"),
+            ("q_total", k // BLOCK, "int32"),
+        ),
+    ),
+}
 
 
 def expert_dot(target: Target, activations: Activations, k: int) -> ExpertDot:
@@ -55,6 +102,16 @@ def expert_dot(target: Target, activations: Activations, k: int) -> ExpertDot:
             dot_f32(k),
             part=(tokens * GROUP, "float32"),
             value=(LANES, "float32"),
+        )
+    if activations == "bf16":
+        pairs = bf16.tile_of(target)
+        return ExpertDot(
+            f"rows interleaved, {bf16.instructions(target)}",
+            pairs,
+            dot_bf16(target, k, pairs),
+            part=(pairs.tokens * GROUP, "float32"),
+            value=(LANES, "int32"),
+            imported=partial(bf16.imported, target),
         )
     isa = isa_of(target)
     tile = I8_TILES[isa.name]
@@ -104,7 +161,7 @@ def expert_walk(
             store(acc, t, slot[t], expert, group, out, operands)
 
     @T.inline
-    def walk(x, offsets, order, w, s, out, operands):
+    def items(x, offsets, order, w, s, out, operands):
         for gi in T.parallel(groups):
             with T.sblock("item"):
                 group = T.axis.spatial(groups, gi)
@@ -130,6 +187,11 @@ def expert_walk(
                             acc, part, value, slot, row, 1, offsets[expert + 1] - 1 - t,
                             x, order, w, s, expert, group, out, operands,
                         )  # fmt: skip
+
+    @T.inline
+    def walk(x, offsets, order, w, s, out, operands):
+        with expert_dot.imported():
+            items(x, offsets, order, w, s, out, operands)
 
     return walk
 

@@ -7,7 +7,8 @@ x f32 [n, hidden]  ids i32 [n, top_k]  offsets i32 [experts+1], order i32 [n·to
 blocks, scales: MXFP4 [experts, 2·units, hidden] (layouts in mxfp4.py)  bias f32 [experts, 2·units]
 h f32 [n·top_k, units], in slot order: row t·top_k + j is token t's j-th expert.
 
-With i8 activations x is replaced by q, x_step, x_total of quantize.py.
+With bf16 activations x is replaced by its bits u16 (round_bf16.py), with i8 activations by q,
+x_step, x_total of quantize.py.
 
 The CPU's schedule is moe_experts.py's walk; the bias is packed like the rows.
 
@@ -16,7 +17,7 @@ Roofline of decoding: experts_hit · 2·units·hidden · 17/32 bytes.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import tvm
 from .int8 import BLOCK, GROUP
 from .kernel import Case, Kernel, T, Target, bind_items, parameter, scheduled
 from .math import sigmoid_f32
-from .moe_experts import ExpertDot, expert_arrays, expert_dot, expert_walk, routing
+from .moe_experts import FORMATS, ExpertDot, expert_arrays, expert_dot, expert_walk, routing
 from .mxfp4 import (
     LANES,
     Activations,
@@ -37,11 +38,13 @@ from .mxfp4 import (
     packed_shapes,
     scale_value,
 )
-from .quantize import dequantize as dequantize_activations
-from .quantize import quantize_ref
 
 NAME = "mxfp4w_moe_gate_up_swiglu"
-I8_NAME = "mxfp4w_i8_moe_gate_up_swiglu"
+NAMES: dict[Activations, str] = {
+    "f32": NAME,
+    "bf16": "mxfp4w_bf16_moe_gate_up_swiglu",
+    "i8": "mxfp4w_i8_moe_gate_up_swiglu",
+}
 ALPHA = 1.702
 
 
@@ -56,9 +59,8 @@ def gate_up_ref(
     activations: Activations = "f32",
     **_plan_and_static: Any,
 ) -> tuple[np.ndarray]:
-    """The module's formula in float64; for i8 activations, of the quantized x."""
-    if activations == "i8":
-        x = dequantize_activations(*quantize_ref(x)[:2])
+    """The module's formula in float64; of what the activations' format makes of x."""
+    x = FORMATS[activations].values(x)
     n, top_k = ids.shape
     h = np.empty((n * top_k, bias.shape[1] // 2))
     for expert in np.unique(ids):
@@ -83,15 +85,15 @@ def gate_up(
     limit: float,
     activations: Activations = "f32",
 ) -> tvm.tirx.PrimFunc:
-    """(x | q, x_step, x_total; ids, offsets, order, blocks, scales, bias, h), for `target`."""
+    """(x | bits | q, step, total; ids, offsets, order, blocks, scales, bias, h), for `target`."""
     shape: dict[str, Any] = dict(
         experts=experts, top_k=top_k, hidden=hidden, units=units, limit=limit
     )
     if target.is_gpu:
         return bind_items(gate_up_items(**shape), NAME)
     dot = expert_dot(target, activations, hidden)
-    name = NAME if activations == "f32" else I8_NAME
-    return scheduled(_cpu(dot, activations, **shape), name, dot.schedule, dot.tile)
+    func = _cpu(dot, activations, **shape)
+    return scheduled(func, NAMES[activations], dot.schedule, dot.tile)
 
 
 def _swiglu(gate: Any, up: Any, limit: float) -> Any:
@@ -138,12 +140,7 @@ def _cpu(
     @T.prim_func(s_tir=True, private=True)
     def main():
         n = T.int64()
-        if activations == "f32":
-            x = parameter("x", (n, hidden), "float32")
-        else:
-            q = parameter("q", (n, hidden), "int8")
-            q_step = parameter("q_step", (n, hidden // BLOCK), "float32")
-            q_total = parameter("q_total", (n, hidden // BLOCK), "int32")
+        x = FORMATS[activations].parameters(n, hidden)
         parameter("ids", (n, top_k), "int32")
         offsets = parameter("offsets", (experts + 1,), "int32")
         order = parameter("order", (n * top_k,), "int32")
@@ -151,10 +148,7 @@ def _cpu(
         s = parameter("s", scales_shape, "uint8")
         bias = parameter("bias", (experts, 2 * units), "float32")
         h = parameter("h", (n * top_k, units), "float32")
-        walk(
-            (x,) if activations == "f32" else (q, q_step, q_total),
-            offsets, order, w, s, h, bias,
-        )  # fmt: skip
+        walk(x, offsets, order, w, s, h, bias)
 
     return main
 
@@ -246,9 +240,7 @@ def _pack(
     **_static: Any,
 ) -> list[np.ndarray]:
     weights = pack_gate_up(target, inputs["blocks"], inputs["scales"], inputs["bias"], activations)
-    x = [inputs["x"]]
-    if activations == "i8" and not target.is_gpu:
-        x = list(quantize_ref(inputs["x"]))
+    x = FORMATS["f32" if target.is_gpu else activations].arrays(inputs["x"])
     return [*x, inputs["ids"], inputs["offsets"], inputs["order"], *weights]
 
 
@@ -301,15 +293,17 @@ CASES = (
     _case("120b's 128 experts", 5, experts=128, top_k=4),
     _case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
 )
-CASES_I8 = (
-    _case("one token", 1, activations="i8"),
-    _case("partial token tile, idle experts", 7, choose=range(2, 5), activations="i8"),
-    _case("one channel 1000 times the others", 6, spike=1000, activations="i8"),
-    _case("all tokens on one expert", 9, top_k=1, choose=range(3, 4), activations="i8"),
-    _case(
-        "20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880, activations="i8"
-    ),
-)
+
+
+def _cases_of(activations: Activations) -> tuple[Case, ...]:
+    case = partial(_case, activations=activations)
+    return (
+        case("one token", 1),
+        case("partial token tile, idle experts", 7, choose=range(2, 5)),
+        case("one channel 1000 times the others", 6, spike=1000),
+        case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
+        case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
+    )
 
 
 def _outputs(inputs: dict[str, np.ndarray], top_k: int, units: int, **_: Any):
@@ -325,13 +319,19 @@ GATE_UP = Kernel(
     cases=CASES,
     pack=_pack,
 )
-GATE_UP_I8 = Kernel(
-    I8_NAME,
-    build=gate_up,
-    items=gate_up_items,
-    reference=gate_up_ref,
-    outputs=_outputs,
-    cases=CASES_I8,
-    pack=_pack,
-    targets=("cpu",),
-)
+
+
+def _cpu_kernel(activations: Activations) -> Kernel:
+    return Kernel(
+        NAMES[activations],
+        build=gate_up,
+        items=gate_up_items,
+        reference=gate_up_ref,
+        outputs=_outputs,
+        cases=_cases_of(activations),
+        pack=_pack,
+        targets=("cpu",),
+    )
+
+
+GATE_UP_BF16, GATE_UP_I8 = _cpu_kernel("bf16"), _cpu_kernel("i8")

@@ -4,12 +4,14 @@ A value is e2m1 (sign, two exponent bits, one mantissa bit) times 2^(scale − 1
 along the input dimension share a scale byte (OCP Microscaling Formats 1.0). As stored, 16 bytes
 hold a block, the low nibble first. The weights are never expanded in memory: registers only.
 
-CPU layouts, both in groups of 32 rows whose order the caller chooses (`row_order`):
+CPU layouts, all in groups of 32 rows whose order the caller chooses (`row_order`):
 
   f32 activations   [experts, groups, k/2, 32]: byte (i, r) holds inputs 2i (low), 2i+1 (high)
+  bf16 activations  [experts, groups, k/8, 128]: word (i, 16v+r) holds inputs 8i to 8i+7 of row
+                    16v+r, those at even places in its low half, at odd ones in its high half
   i8 activations    [experts, groups, k/8, 128]: byte (i, 64v+4r+j) holds inputs 8i+j (low) and
                     8i+4+j (high) of row 16v+r: the operand order of a 4-byte dot product
-  scales, both      [experts, groups, k/32, 32]
+  scales, all       [experts, groups, k/32, 32]
 """
 
 from __future__ import annotations
@@ -17,18 +19,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from tvm.script import tirx as T
 
+from .bf16 import PairTile, dot_pairs, word_at
 from .int8 import BLOCK, GROUP, Int8Weights
 from .isa import Isa
+from .kernel import Target
 
 LANES = 16
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = np.array([*E2M1, *(-value for value in E2M1)], np.float32)
 
-Activations = Literal["f32", "i8"]
+Activations = Literal["f32", "bf16", "i8"]
+
+# Where a nibble of eight neighbouring inputs goes, counted from the lowest of four bytes.
+_PLACES = {"bf16": (0, 2, 4, 6, 1, 3, 5, 7), "i8": (0, 4, 1, 5, 2, 6, 3, 7)}
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -55,14 +63,13 @@ def pack_blocks(
     grouped = blocks.reshape(experts, rows // GROUP, GROUP, half)
     if activations == "f32":
         return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2))
-    # Stored bytes 4i..4i+3 hold inputs 8i..8i+7 in pairs; regroup as 4 low and 4 high nibbles.
-    quads = grouped.reshape(experts, rows // GROUP, 2, LANES, half // 4, 4)
-    low, high = quads & 15, quads >> 4
-    first = np.stack([low[..., 0], high[..., 0], low[..., 1], high[..., 1]], axis=-1)
-    second = np.stack([low[..., 2], high[..., 2], low[..., 3], high[..., 3]], axis=-1)
-    packed = first | (second << 4)
-    packed = packed.transpose(0, 1, 4, 2, 3, 5)
-    return np.ascontiguousarray(packed).reshape(experts, rows // GROUP, half // 4, 128)
+    # Stored bytes 4i..4i+3 hold inputs 8i..8i+7 in pairs.
+    quads = grouped.reshape(experts, rows // GROUP, GROUP, half // 4, 4)
+    nibbles = [quads[..., i // 2] >> 4 if i % 2 else quads[..., i // 2] & 15 for i in range(8)]
+    placed = [nibbles[i] for i in _PLACES[activations]]
+    pairs = [low | (high << 4) for low, high in zip(placed[::2], placed[1::2], strict=True)]
+    packed = np.stack(pairs, axis=-1).transpose(0, 1, 3, 2, 4)
+    return np.ascontiguousarray(packed).reshape(experts, rows // GROUP, half // 4, 4 * GROUP)
 
 
 def pack_scales(scales: np.ndarray, row_order: np.ndarray | None = None) -> np.ndarray:
@@ -161,6 +168,84 @@ def dot_f32(k: int) -> Any:
                         ) * scale_value(scales[(*at, b, v * LANES + lane)])
 
     return dot
+
+
+def dot_bf16(target: Target, k: int, tile: PairTile) -> Any:
+    """As int8.dot_i8, for x = (x,) of bfloat16 as u16; part: f32, as many as acc; value: i32.
+
+    As in dot_f32, sums within a block come first.
+    """
+
+    @T.inline
+    def some_rows(rows, first, acc, part, value, row, tokens, x, blocks, scales, at):
+        for t in T.unroll(tokens):
+            acc[T.ramp(t * GROUP + first, 1, rows)] = T.broadcast(T.float32(0), rows)
+        for b in T.serial(k // BLOCK):
+            part[T.ramp(0, 1, tokens * rows)] = T.broadcast(T.float32(0), tokens * rows)
+            for i in T.unroll(BLOCK // 2):
+                for v in T.unroll(rows // LANES):
+                    value[T.ramp(0, 1, LANES)] = _pairs(
+                        target, blocks, (*at, b * 4 + i // 4), first + v * LANES, i % 4
+                    )
+                    for t in T.unroll(tokens):
+                        part[T.ramp(t * rows + v * LANES, 1, LANES)] = dot_pairs(
+                            target,
+                            part[T.ramp(t * rows + v * LANES, 1, LANES)],
+                            value[T.ramp(0, 1, LANES)],
+                            word_at(x[0], row[t], b * BLOCK + i * 2),
+                        )
+            for t in T.unroll(tokens):
+                for v in T.unroll(rows // LANES):
+                    for lane in T.vectorized(LANES):
+                        acc[t * GROUP + first + v * LANES + lane] = acc[
+                            t * GROUP + first + v * LANES + lane
+                        ] + part[t * rows + v * LANES + lane] * scale_value(
+                            scales[(*at, b, first + v * LANES + lane)]
+                        )
+
+    @T.inline
+    def dot(acc, part, value, row, tokens, x, blocks, scales, at):
+        for h in T.unroll(GROUP // tile.rows_beside(tokens, GROUP)):
+            some_rows(
+                tile.rows_beside(tokens, GROUP), h * tile.rows_beside(tokens, GROUP),
+                acc, part, value, row, tokens, x, blocks, scales, at,
+            )  # fmt: skip
+
+    return dot
+
+
+def _pairs(target: Target, blocks: Any, at: Any, row: Any, part: Any) -> Any:
+    """i32x16: inputs 2·part and 2·part + 1 of eight, of 16 rows, as words of bfloat16."""
+    stored = T.reinterpret("int32x16", blocks[(*at, T.ramp(row * 4, 1, 4 * LANES))])
+    # Of each half, the nibble is what counts; above it stand others.
+    shifted = T.shift_right(stored, T.broadcast(part * 4, LANES))
+    codes = T.reinterpret("uint16x32", shifted)
+    return T.reinterpret("int32x16", _bf16_of(target, codes))
+
+
+def _bf16_of(target: Target, codes: Any) -> Any:
+    """The bfloat16 of nibbles in the low bits of u16x32, whatever is above them."""
+    if target.has("avx512bw"):
+        # It takes five bits of a code: the values stand in the table twice.
+        return T.call_llvm_pure_intrin(
+            "uint16x32", "llvm.x86.avx512.permvar.hi.512", _bf16_table(), codes
+        )
+
+    def every(value: int) -> Any:
+        return T.broadcast(T.uint16(value), 2 * LANES)
+
+    magnitude = T.bitwise_and(codes, every(7))
+    sign = T.shift_left(T.bitwise_and(codes, every(8)), every(12))
+    normal = T.shift_left(magnitude, every(6)) + every(0x3F00)
+    small = magnitude * every(0x3F00)  # 0 or 0.5
+    return T.bitwise_or(T.Select(magnitude < every(2), small, normal), sign)
+
+
+def _bf16_table() -> Any:
+    """u16x32: the bfloat16 of the 16 values, twice."""
+    entries = VALUES.astype(ml_dtypes.bfloat16).view(np.uint64)
+    lanes = [T.int64(int(entry)) for entry in entries.view(np.int64)]
+    return T.reinterpret("uint16x32", T.Shuffle(lanes * 2, list(range(8))))
 
 
 def _nibbles(isa: Isa) -> Callable[..., Any]:

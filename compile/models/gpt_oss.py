@@ -36,6 +36,7 @@ from mxforge.schedules import (
     kv_cache,
     kv_copy,
     linear,
+    linear_bf16,
     linear_i8,
     moe_down,
     moe_gate_up,
@@ -43,6 +44,7 @@ from mxforge.schedules import (
     quantize,
     rms_norm,
     rope,
+    round_bf16,
     router_topk,
     sample_token,
     token_logprobs,
@@ -269,13 +271,17 @@ class GptOss:
         shape: tuple[int, int],
         residual: Expr | None = None,
     ) -> Expr:
-        """A large dense layer f32 [n, k] -> f32 [n, rows], its weights bf16 or 8-bit."""
+        """A large dense layer f32 [n, k] -> f32 [n, rows], computed as `precision` says."""
         rows, k = shape
         weight, bias = f"{name}.weight", f"{name}.bias"
         static = dict(rows=rows, k=k, with_bias=bias in w, with_residual=residual is not None)
-        if self.precision.dense_of(k) == "i8":
+        dense = self.precision.dense_of(k)
+        if dense == "i8":
             kernel = linear_i8.linear_i8(self.target, **static)
             operands = [*self.quantized(x, n, k, linear_i8.PLANES), w[weight], w[f"{weight}_scale"]]
+        elif dense == "bf16xbf16":
+            kernel = linear_bf16.linear_bf16(self.target, **static)
+            operands = [self.rounded(x, n, k), w[weight]]
         else:
             kernel = linear.linear(self.target, **static)
             operands = [x, w[weight]]
@@ -292,8 +298,15 @@ class GptOss:
         return self.call(kernel, [x, weight], self.f32(n, self.config.hidden_size))
 
     def expert_input(self, x: Expr, n: Any, k: int) -> list[Expr]:
-        """Activations as the expert kernels take them: f32, or quantized to i8."""
-        return [x] if self.precision.experts == "f32" else self.quantized(x, n, k)
+        """Activations as the expert kernels take them: f32, rounded to bf16, or quantized to i8."""
+        if self.precision.experts == "i8":
+            return self.quantized(x, n, k)
+        return [self.rounded(x, n, k) if self.precision.experts == "bf16" else x]
+
+    def rounded(self, x: Expr, n: Any, k: int) -> Expr:
+        """f32 [n, k] rounded to bf16, as bits u16; an odd k grows by a zero."""
+        kernel = round_bf16.round_bf16(self.target, k=k)
+        return self.call(kernel, [x], TensorType((n, round_bf16.width(k)), "uint16"))
 
     def quantized(self, x: Expr, n: Any, k: int, planes: int = 1) -> list[Expr]:
         """f32 [n, k] as planes of 8-bit digits, their steps and totals."""

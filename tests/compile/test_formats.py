@@ -27,6 +27,8 @@ def test_what_is_asked_for_takes_the_place_of_the_targets_best():
     assert (asked.kv_dtype, asked.experts, asked.dense) == ("float16", "f32", best.dense)
     asked = cpu.precision("fast", TINY, Formats.of("fast", dense="bf16"))
     assert (asked.kv_dtype, asked.experts, asked.dense) == (best.kv_dtype, best.experts, "bf16")
+    asked = cpu.precision("fast", TINY, Formats.of("fast", activations="bf16", dense="bf16"))
+    assert (asked.experts, asked.dense) == ("bf16", "bf16xbf16")
 
 
 @pytest.mark.parametrize("option", CHOICES)

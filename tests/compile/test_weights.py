@@ -25,7 +25,8 @@ Checkpoints = Callable[[str], Path]
 
 CPU, GPU = Target("cpu"), Target("cuda")
 F32, I8 = Precision("float32", "f32"), Precision("float16", "i8", "i8")
-LAYOUTS = {"cpu f32": (CPU, F32), "cpu i8": (CPU, I8), "gpu": (GPU, F32)}
+BF16 = Precision("float16", "bf16", "bf16xbf16")
+LAYOUTS = {"cpu f32": (CPU, F32), "cpu bf16": (CPU, BF16), "cpu i8": (CPU, I8), "gpu": (GPU, F32)}
 
 
 def content(weight: PackedWeight, checkpoint: HFCheckpoint) -> np.ndarray:
@@ -65,7 +66,8 @@ def test_the_published_20b_takes_the_bytes_of_the_published_20b():
     With 8-bit dense weights, 34 bytes instead of 64 for 32 of attention's and lm_head's 1.216 G.
     """
     config = ModelConfig.from_hf(hf_config("20b"))
-    for precision, published in ((F32, 13.761e9), (I8, 13.761e9 - 1.216e9 * 30 / 32)):
+    bf16, i8 = 13.761e9, 13.761e9 - 1.216e9 * 30 / 32
+    for precision, published in ((F32, bf16), (BF16, bf16), (I8, i8)):
         total = sum(weight.nbytes for weight in packed_weights(config, CPU, precision))
         assert published < total < published * 1.002
 

@@ -19,9 +19,10 @@ from mxforge.compile.targets import CPU_LEVELS, resolve
 from mxforge.machine import architecture, missing_cpu_features
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import TARGET_KINDS, Case, Kernel, Target
+from mxforge.schedules.linear_bf16 import LINEAR_BF16
 from mxforge.schedules.linear_i8 import LINEAR_I8
-from mxforge.schedules.moe_down import DOWN_I8
-from mxforge.schedules.moe_gate_up import GATE_UP_I8
+from mxforge.schedules.moe_down import DOWN_BF16, DOWN_I8
+from mxforge.schedules.moe_gate_up import GATE_UP_BF16, GATE_UP_I8
 
 CASES = [
     pytest.param(kernel, case, id=f"{name}: {case.name}")
@@ -70,7 +71,9 @@ def test_cpu_schedule_agrees_with_reference(harness, kernel, case):
 
 
 # Most kernels leave instructions to LLVM; these choose them by level (isa.py).
-CHOOSING = {LINEAR_I8.name, GATE_UP_I8.name, DOWN_I8.name}
+CHOOSING = {
+    kernel.name for kernel in (LINEAR_BF16, LINEAR_I8, GATE_UP_BF16, GATE_UP_I8, DOWN_BF16, DOWN_I8)
+}
 LOWER_LEVELS = [
     pytest.param(
         level,

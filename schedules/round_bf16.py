@@ -1,0 +1,93 @@
+"""Round activations to the nearest bfloat16, ties to even. CPU only.
+
+    x f32 [n, k] -> bits u16 [n, width], the width being k, or k + 1 where k is odd
+
+Products take neighbours in pairs (bf16.py): behind an odd number of them stands a zero.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tvm
+
+from .bf16 import rounded
+from .kernel import Case, Kernel, T, Target, parallel_items
+
+NAME = "f32_round_bf16"
+CHUNK = 32  # inputs of a work item
+
+
+def width(k: int) -> int:
+    """k, made even."""
+    return k + k % 2
+
+
+def round_ref(x: np.ndarray, **_static: Any) -> tuple[np.ndarray]:
+    """The module's formula."""
+    bits = x.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return (np.pad(bits, ((0, 0), (0, width(x.shape[1]) - x.shape[1]))),)
+
+
+@cache
+def round_bf16(_target: Target, *, k: int) -> tvm.tirx.PrimFunc:
+    """(x, bits) -> None, scheduled for a CPU."""
+    return parallel_items(round_items(k=k), NAME)
+
+
+def round_items(*, k: int) -> tvm.tirx.PrimFunc:
+    """One item is CHUNK inputs, the last one of a row what is left."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(xp: T.handle, bp: T.handle):
+        n = T.int64()
+        x = T.match_buffer(xp, (n, k), "float32")
+        bits = T.match_buffer(bp, (n, width(k)), "uint16")
+        for t, c in T.grid(n, -(-k // CHUNK)):
+            with T.sblock("item"):
+                vt, vc = T.axis.remap("SS", [t, c])
+                if vc < k // CHUNK:
+                    for i in T.vectorized(CHUNK):
+                        bits[vt, vc * CHUNK + i] = rounded(x[vt, vc * CHUNK + i])
+                else:
+                    for i in T.serial(k % CHUNK):
+                        bits[vt, vc * CHUNK + i] = rounded(x[vt, vc * CHUNK + i])
+                    for i in T.serial(k % 2):
+                        bits[vt, k + i] = T.uint16(0)
+
+    return main
+
+
+def _case(name: str, n: int, k: int, extremes: bool = False) -> Case:
+    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        x = rng.standard_normal((n, k), dtype=np.float32)
+        if extremes:
+            below, tie, above = 0x3F807FFF, 0x3F808000, 0x3F808001
+            odd_tie, largest, denormal = 0x3F818000, 0x7F7FFFFF, 0x00018001
+            bits = np.array([below, tie, above, odd_tie, largest, denormal], np.uint32)
+            x[0, :6], x[1, :6] = bits.view(np.float32), (bits | 0x80000000).view(np.float32)
+            x[2, :4] = np.inf, -np.inf, np.nan, -0.0
+        return {"x": x}
+
+    return Case(name, {"k": k}, inputs, flops=n * k, bytes=6 * n * k)
+
+
+CASES = (
+    _case("one input", 1, 1),
+    _case("ties, infinities, denormals", 3, 48, extremes=True),
+    _case("an odd number of inputs, less than a chunk left", 5, 97),
+    _case("20b hidden", 4, 2880),
+)
+
+ROUND_BF16 = Kernel(
+    NAME,
+    build=round_bf16,
+    items=round_items,
+    reference=round_ref,
+    outputs=lambda inputs, k, **_: [((len(inputs["x"]), width(k)), "uint16")],
+    cases=CASES,
+    targets=("cpu",),
+)
