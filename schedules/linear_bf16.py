@@ -41,9 +41,10 @@ def packed_shape(rows: int, k: int) -> tuple[int, ...]:
 def pack_weight(weight: np.ndarray) -> np.ndarray:
     """Any number of rows of a bf16 weight [rows, k], in this layout."""
     rows, k = weight.shape
-    groups, pairs, _, _ = packed_shape(rows, k)
+    groups, pairs, _, _ = shape = packed_shape(rows, k)
     whole = np.pad(weight, ((0, groups * GROUP - rows), (0, 2 * pairs - k)))
-    return np.ascontiguousarray(whole.reshape(groups, GROUP, pairs, 2).transpose(0, 2, 1, 3))
+    words = whole.view(np.uint32).reshape(groups, GROUP, pairs)
+    return np.ascontiguousarray(words.transpose(0, 2, 1)).view(weight.dtype).reshape(shape)
 
 
 @cache

@@ -17,6 +17,7 @@ CPU layouts, all in groups of 32 rows whose order the caller chooses (`row_order
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import ml_dtypes
@@ -35,7 +36,7 @@ VALUES = np.array([*E2M1, *(-value for value in E2M1)], np.float32)
 
 Activations = Literal["f32", "bf16", "i8"]
 
-# Where a nibble of eight neighbouring inputs goes, counted from the lowest of four bytes.
+# Which of eight neighbouring inputs stand in a word's nibbles, from its lowest on.
 _PLACES = {"bf16": (0, 2, 4, 6, 1, 3, 5, 7), "i8": (0, 4, 1, 5, 2, 6, 3, 7)}
 
 
@@ -63,13 +64,24 @@ def pack_blocks(
     grouped = blocks.reshape(experts, rows // GROUP, GROUP, half)
     if activations == "f32":
         return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2))
-    # Stored bytes 4i..4i+3 hold inputs 8i..8i+7 in pairs.
-    quads = grouped.reshape(experts, rows // GROUP, GROUP, half // 4, 4)
-    nibbles = [quads[..., i // 2] >> 4 if i % 2 else quads[..., i // 2] & 15 for i in range(8)]
-    placed = [nibbles[i] for i in _PLACES[activations]]
-    pairs = [low | (high << 4) for low, high in zip(placed[::2], placed[1::2], strict=True)]
-    packed = np.stack(pairs, axis=-1).transpose(0, 1, 3, 2, 4)
-    return np.ascontiguousarray(packed).reshape(experts, rows // GROUP, half // 4, 4 * GROUP)
+    # Of eight inputs, the first four are one u16 as stored, the others the next.
+    stored = grouped.view("<u2").reshape(experts, rows // GROUP, GROUP, half // 4, 2)
+    first, second = _spread(activations)
+    words = first[stored[..., 0]] | second[stored[..., 1]]
+    packed = np.ascontiguousarray(words.transpose(0, 1, 3, 2)).view(np.uint8)
+    return packed.reshape(experts, rows // GROUP, half // 4, 4 * GROUP)
+
+
+@cache
+def _spread(activations: Activations) -> tuple[np.ndarray, np.ndarray]:
+    """Two tables u32 [65536]: where the first four nibbles of eight go, and where the others."""
+    codes = np.arange(1 << 16, dtype="<u4")
+    tables = []
+    for inputs in (range(4), range(4, 8)):
+        places = [_PLACES[activations].index(i) for i in inputs]
+        nibbles = [((codes >> 4 * i) & 15) << 4 * place for i, place in enumerate(places)]
+        tables.append(np.bitwise_or.reduce(nibbles))
+    return tables[0], tables[1]
 
 
 def pack_scales(scales: np.ndarray, row_order: np.ndarray | None = None) -> np.ndarray:
