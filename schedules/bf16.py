@@ -38,8 +38,8 @@ class PairTile(TileConfig):
     rows: int  # at a time, of a group that has more; the rest waits for another pass over x
 
     def rows_beside(self, tokens: int, group: int) -> int:
-        """Rows of a group at a time where the tokens are fewer: as many sums in all."""
-        return min(group, self.rows * self.tokens // tokens)
+        """Rows of a group at a time where the tokens are fewer: no more sums in all."""
+        return min(group, self.rows * (self.tokens // tokens))
 
 
 # As many sums as leave registers for operands: AVX2 and SSE have 16, the others 32. On EPYC

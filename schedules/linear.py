@@ -20,6 +20,7 @@ import numpy as np
 import tvm
 
 from .kernel import Case, Kernel, T, Target, TileConfig, bind_items, parameter, scheduled
+from .vectors import in_tiles
 
 NAME = "bf16w_linear"
 
@@ -110,7 +111,7 @@ def _cpu(rows: int, k: int, bias: bool, residual: bool) -> tvm.tirx.PrimFunc:
     groups = padded_rows(rows) // tile.rows
 
     @T.inline
-    def tokens_tile(x, w, b, r, y, acc, group, t0, tokens):
+    def tokens_tile(t0, tokens, x, w, b, r, y, acc, group):
         for i in T.unroll(tokens * vectors):
             for lane in T.vectorized(lanes):
                 acc[i * lanes + lane] = T.float32(0)
@@ -130,16 +131,15 @@ def _cpu(rows: int, k: int, bias: bool, residual: bool) -> tvm.tirx.PrimFunc:
                     + (r[t0 + t, group * tile.rows + row] if residual else T.float32(0))
                 )
 
+    tiles = in_tiles(tile.tokens, tokens_tile)
+
     @T.inline
     def body(x, w, b, r, y, n):
         for g in T.parallel(groups):
             with T.sblock("item"):
                 group = T.axis.spatial(groups, g)
                 acc = T.sblock_alloc_buffer((tile.tokens * tile.rows,), "float32", scope="local")
-                for t in T.serial(n // tile.tokens):
-                    tokens_tile(x, w, b, r, y, acc, group, t * tile.tokens, tile.tokens)
-                for t in T.serial(n % tile.tokens):
-                    tokens_tile(x, w, b, r, y, acc, group, n // tile.tokens * tile.tokens + t, 1)
+                tiles(0, n, (x, w, b, r, y, acc, group))
 
     main = _with_options(body, rows, k, (groups, k, tile.rows), bias, residual)
     return scheduled(main, NAME, "rows interleaved, tokens tiled", tile)

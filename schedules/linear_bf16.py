@@ -22,6 +22,7 @@ from .bf16 import LANES, dot_pairs, imported, instructions, tile_of, word_at
 from .kernel import Case, Kernel, T, Target, parameter, scheduled
 from .linear import linear_items, linear_ref
 from .round_bf16 import round_ref, width
+from .vectors import in_tiles
 
 NAME = "bf16w_bf16_linear"
 GROUP = 64
@@ -77,12 +78,14 @@ def linear_bf16(
                 )
 
     @T.inline
-    def tokens_tile(acc, tokens, start, x, words, group, b, r, y):
+    def tokens_tile(start, tokens, acc, x, words, group, b, r, y):
         for h in T.serial(GROUP // tile.rows_beside(tokens, GROUP)):
             some_rows(
                 tile.rows_beside(tokens, GROUP), h * tile.rows_beside(tokens, GROUP),
                 acc, tokens, start, x, words, group, b, r, y,
             )  # fmt: skip
+
+    tiles = in_tiles(tile.tokens, tokens_tile)
 
     @T.prim_func(s_tir=True, private=True)
     def main():
@@ -103,16 +106,13 @@ def linear_bf16(
                     T.writes(y[0:n, 0:rows])
                     words = T.decl_buffer((groups, pairs, GROUP), "int32", data=w.data)
                     acc = T.sblock_alloc_buffer((tile.tokens * tile.rows,), "float32")
-                    for t in T.serial(n // tile.tokens):
-                        tokens_tile(
-                            acc, tile.tokens, t * tile.tokens, x, words, group,
+                    tiles(
+                    0, n,
+                        (
+                            acc, x, words, group,
                             b if with_bias else None, r if with_residual else None, y,
-                        )  # fmt: skip
-                    for t in T.serial(n % tile.tokens):
-                        tokens_tile(
-                            acc, 1, n // tile.tokens * tile.tokens + t, x, words, group,
-                            b if with_bias else None, r if with_residual else None, y,
-                        )  # fmt: skip
+                        ),
+                    )  # fmt: skip
 
     return scheduled(main, NAME, f"rows interleaved, {instructions(target)}", tile)
 

@@ -24,6 +24,7 @@ from .isa import Isa, isa_of
 from .kernel import Case, Kernel, T, Target, parameter, scheduled
 from .linear import linear_items, linear_ref
 from .quantize import dequantize, quantize_ref
+from .vectors import in_tiles
 
 NAME = "i8w_i16_linear"
 PLANES = 2  # with one, activations would cost as much accuracy as the weights do
@@ -116,7 +117,7 @@ def linear_i8(
     groups = weight_shape[0]
 
     @T.inline
-    def tokens_tile(acc, part, value, row, tokens, start, x, w, s, group, b, r, y):
+    def tokens_tile(start, tokens, acc, part, value, row, x, w, s, group, b, r, y):
         for t in T.unroll(tokens):
             row[t] = T.Cast("int32", start + t)
         dot(acc, part, value, row, tokens, x, w, s, (group,))
@@ -127,6 +128,8 @@ def linear_i8(
                     + (b[group * GROUP + i] if with_bias else T.float32(0))
                     + (r[start + t, group * GROUP + i] if with_residual else T.float32(0))
                 )
+
+    tiles = in_tiles(tile.tokens, tokens_tile)
 
     @T.prim_func(s_tir=True, private=True)
     def main():
@@ -151,17 +154,13 @@ def linear_i8(
                 part = T.sblock_alloc_buffer((tile.tokens * tile.rows,), "int32")
                 value = T.sblock_alloc_buffer((4 * isa.lanes,), "uint8")
                 row = T.sblock_alloc_buffer((tile.tokens,), "int32")
-                for t in T.serial(n // tile.tokens):
-                    tokens_tile(
-                        acc, part, value, row, tile.tokens, t * tile.tokens, (q, step, total),
-                        w, s, group, b if with_bias else None, r if with_residual else None, y,
-                    )  # fmt: skip
-                for t in T.serial(n % tile.tokens):
-                    tokens_tile(
-                        acc, part, value, row, 1, n // tile.tokens * tile.tokens + t,
-                        (q, step, total),
-                        w, s, group, b if with_bias else None, r if with_residual else None, y,
-                    )  # fmt: skip
+                tiles(
+                    0, n,
+                    (
+                        acc, part, value, row, (q, step, total), w, s, group,
+                        b if with_bias else None, r if with_residual else None, y,
+                    ),
+                )  # fmt: skip
 
     return scheduled(main, NAME, f"rows interleaved, {isa.name}", tile)
 

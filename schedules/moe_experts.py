@@ -18,6 +18,7 @@ from .kernel import T, Target, TileConfig, parameter
 from .mxfp4 import LANES, Activations, dot_bf16, dot_f32, int8_weights
 from .quantize import dequantize, quantize_ref
 from .round_bf16 import round_ref
+from .vectors import in_tiles
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def expert_walk(
 
     @T.inline
     def tokens_tile(
-        acc, part, value, slot, row, tokens, start, x, order, w, s, expert, group, out, operands
+        start, tokens, acc, part, value, slot, row, x, order, w, s, expert, group, out, operands
     ):
         for t in T.unroll(tokens):
             slot[t] = order[start + t]
@@ -159,6 +160,8 @@ def expert_walk(
         dot(acc, part, value, row, tokens, x, w, s, (expert, group))
         for t in T.unroll(tokens):
             store(acc, t, slot[t], expert, group, out, operands)
+
+    tiles = in_tiles(tile.tokens, tokens_tile)
 
     @T.inline
     def items(x, offsets, order, w, s, out, operands):
@@ -176,17 +179,10 @@ def expert_walk(
                 row = T.sblock_alloc_buffer((tile.tokens,), "int32")
                 begin(group, out, operands)
                 for expert in T.serial(experts):
-                    for t in T.serial((offsets[expert + 1] - offsets[expert]) // tile.tokens):
-                        tokens_tile(
-                            acc, part, value, slot, row, tile.tokens,
-                            offsets[expert] + t * tile.tokens,
-                            x, order, w, s, expert, group, out, operands,
-                        )  # fmt: skip
-                    for t in T.serial((offsets[expert + 1] - offsets[expert]) % tile.tokens):
-                        tokens_tile(
-                            acc, part, value, slot, row, 1, offsets[expert + 1] - 1 - t,
-                            x, order, w, s, expert, group, out, operands,
-                        )  # fmt: skip
+                    tiles(
+                        offsets[expert], offsets[expert + 1] - offsets[expert],
+                        (acc, part, value, slot, row, x, order, w, s, expert, group, out, operands),
+                    )  # fmt: skip
 
     @T.inline
     def walk(x, offsets, order, w, s, out, operands):
