@@ -20,7 +20,7 @@ import numpy as np
 import tvm
 
 from .kernel import Case, Kernel, T, Target, TileConfig, bind_items, parameter, scheduled
-from .vectors import in_tiles
+from .vectors import in_tiles, sizes
 
 NAME = "bf16w_linear"
 
@@ -131,7 +131,7 @@ def _cpu(rows: int, k: int, bias: bool, residual: bool) -> tvm.tirx.PrimFunc:
                     + (r[t0 + t, group * tile.rows + row] if residual else T.float32(0))
                 )
 
-    tiles = in_tiles(tile.tokens, tokens_tile)
+    tiles = in_tiles(sizes(tile.tokens), tokens_tile)
 
     @T.inline
     def body(x, w, b, r, y, n):

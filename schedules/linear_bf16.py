@@ -22,7 +22,7 @@ from .bf16 import LANES, dot_pairs, imported, instructions, tile_of, word_at
 from .kernel import Case, Kernel, T, Target, parameter, scheduled
 from .linear import linear_items, linear_ref
 from .round_bf16 import round_ref, width
-from .vectors import in_tiles
+from .vectors import in_tiles, sizes
 
 NAME = "bf16w_bf16_linear"
 GROUP = 64
@@ -85,7 +85,7 @@ def linear_bf16(
                 acc, tokens, start, x, words, group, b, r, y,
             )  # fmt: skip
 
-    tiles = in_tiles(tile.tokens, tokens_tile)
+    tiles = in_tiles(sizes(tile.tokens), tokens_tile)
 
     @T.prim_func(s_tir=True, private=True)
     def main():

@@ -24,7 +24,7 @@ from .isa import Isa, isa_of
 from .kernel import Case, Kernel, T, Target, parameter, scheduled
 from .linear import linear_items, linear_ref
 from .quantize import dequantize, quantize_ref
-from .vectors import in_tiles
+from .vectors import in_tiles, sizes
 
 NAME = "i8w_i16_linear"
 PLANES = 2  # with one, activations would cost as much accuracy as the weights do
@@ -129,7 +129,7 @@ def linear_i8(
                     + (r[start + t, group * GROUP + i] if with_residual else T.float32(0))
                 )
 
-    tiles = in_tiles(tile.tokens, tokens_tile)
+    tiles = in_tiles(sizes(tile.tokens), tokens_tile)
 
     @T.prim_func(s_tir=True, private=True)
     def main():

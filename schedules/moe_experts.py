@@ -18,7 +18,7 @@ from .kernel import T, Target, TileConfig, parameter
 from .mxfp4 import LANES, Activations, dot_bf16, dot_f32, int8_weights
 from .quantize import dequantize, quantize_ref
 from .round_bf16 import round_ref
-from .vectors import in_tiles
+from .vectors import in_tiles, sizes
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def expert_walk(
         for t in T.unroll(tokens):
             store(acc, t, slot[t], expert, group, out, operands)
 
-    tiles = in_tiles(tile.tokens, tokens_tile)
+    # Batches give experts few tokens: those left over share a read too, where they are two.
+    tiles = in_tiles(sizes(tile.tokens, 2), tokens_tile)
 
     @T.inline
     def items(x, offsets, order, w, s, out, operands):

@@ -9,36 +9,28 @@ from .kernel import T
 LANES = 16
 
 
-def in_tiles(most: int, tile: Any) -> Any:
-    """The T.inline `all(first, count, operands)`: tile(start, tokens, *operands) for `count` tokens
-    from `first`, `most` of them at a time, then for the rest.
+def sizes(most: int, *others: int) -> tuple[int, ...]:
+    """`most`, those of the others that are below it, 1."""
+    return (*dict.fromkeys((most, *(size for size in others if size < most), 1)),)
 
-    tokens is a number when the code is made, so that as many sums stay in registers.
+
+def in_tiles(descending: tuple[int, ...], tile: Any) -> Any:
+    """The T.inline `all_(first, count, operands)`: tile(start, tokens, *operands) for all of `count`
+    tokens from `first`, as many at a time as the first size says, then as the next; the last is 1.
+
+    `tokens` is known when the code is made, so that their sums are registers; every size is code.
     """
-    rest = _rest(most - 1, tile)
+    most, *others = descending
+    rest = in_tiles(tuple(others), tile) if others else None
 
     @T.inline
     def all_(first, count, operands):
         for t in T.serial(count // most):
             tile(first + t * most, most, *operands)
-        rest(first + count // most * most, count % most, operands)
+        if len(others) > 0:
+            rest(first + count // most * most, count % most, operands)
 
     return all_
-
-
-def _rest(most: int, tile: Any) -> Any:
-    """The T.inline `rest(start, count, operands)`: one tile of at most `most` tokens, or none."""
-    fewer = _rest(most - 1, tile) if most else None
-
-    @T.inline
-    def rest(start, count, operands):
-        if most > 0:
-            if count == most:
-                tile(start, most, *operands)
-            else:
-                fewer(start, count, operands)
-
-    return rest
 
 
 @T.inline
