@@ -45,6 +45,16 @@ def test_every_part_is_within_its_bound(
     assert report.close_calls <= {"exact": 0.02, "fast": 0.1}[numerics] * report.routed
 
 
+def test_another_bound_takes_the_place_of_the_numerics(
+    compiled: Compiled, odd_checkpoint: Checkpoints
+):
+    artifact, checkpoint = compiled("odd-1", "fast"), odd_checkpoint("odd-1")
+    report = compare(artifact, checkpoint, tokens=40, bound=1.0)
+    assert report.failure is None
+    assert {c.bound for c in report.comparisons if c.tensor != "expert_ids"} == {1.0}
+    assert compare(artifact, checkpoint, tokens=40, bound=1e-9).failure is not None
+
+
 # Weight whose bytes change -> the first tensor that shows it.
 DAMAGE = {
     "model.embed_tokens.weight": "embedding",
