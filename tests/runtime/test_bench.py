@@ -12,7 +12,7 @@ import pytest
 from small import PREFILL_CHUNK
 
 from mxforge import bench
-from mxforge.bench import measure
+from mxforge.bench import Rounds, measure
 from mxforge.engine import Engine
 from mxforge.errors import UsageError
 from mxforge.scheduler import Worker
@@ -107,6 +107,15 @@ def test_a_depth_is_stood_at_without_computing_it(
     computed = sum(count for step in steps[:first] for _, count in step)
     assert computed <= 16 + batch * (PREFILL_CHUNK + 1)  # warm-up, what is copied, a token each
     assert steps[-1] == [(depth + 7, 1)] * batch
+
+
+def test_rounds_of_several_depths_take_turns(odd_artifact: Path) -> None:
+    with Engine.load(odd_artifact, context_length=256, max_batch=1) as engine:
+        rounds = Rounds(engine)
+        for _ in range(3):
+            for depth in (0, 32, 200):
+                taken = rounds.take(5, 2, depth)  # raises where the depth was not kept
+                assert min(taken["prefill_tok_s"], taken["decode_tok_s"]) > 0
 
 
 def test_made_up_pages_hold_computed_content(odd_artifact: Path, workers: list[Worker]) -> None:
