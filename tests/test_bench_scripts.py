@@ -21,6 +21,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import _bench  # noqa: E402
+import _figures  # noqa: E402
 import _peers_report as report  # noqa: E402
 from _bench_models import RandomModel  # noqa: E402
 
@@ -76,7 +77,7 @@ def peers(samples: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "target": "cpu:avx512vnni",
         "numerics": "fast",
         "no_peer_because": "",
-        "figures": list(report.FIGURES),
+        "figures": list(_figures.FIGURES),
         "planned_bytes": 14 << 30,
         "floors": floors,
         "samples": samples,
@@ -185,7 +186,7 @@ def test_the_readme_shows_what_the_tracked_results_give():
     results = _bench.read_results(_bench.RESULTS, "peers")
     readme = (_bench.ROOT / "README.md").read_text()
     section = report.readme_section(results)
-    assert report.with_section(readme, section) == readme, "run scripts/bench_peers --render"
+    assert _bench.with_section(readme, section) == readme, "run scripts/bench_peers --render"
     assert (_bench.RESULTS / "peers.md").read_text() == report.page(results)
     assert "| decode, tok/s |" in section
 
@@ -197,7 +198,7 @@ def test_the_readme_leaves_out_other_shapes_and_what_mxforge_has_no_value_of():
     assert section.count("| mxforge |") == 1
     assert "| decode" not in section
     with pytest.raises(ValueError, match="section"):
-        report.with_section("# mxforge", section)
+        _bench.with_section("# mxforge", section)
 
 
 # -- scripts/bench_peers: floors ------------------------------------------------------------------
@@ -206,15 +207,15 @@ def test_the_readme_leaves_out_other_shapes_and_what_mxforge_has_no_value_of():
 def test_active_experts_and_the_window_are_counted():
     """By hand, for the 20b shapes: 24 layers of 32 experts, 4 a token, half of them sliding."""
     config = ModelConfig.from_hf(hf_config("20b"))
-    traffic = report.Traffic(dense=1000, experts=3200, kv_full=10, kv_sliding=7)
-    decode = report.work(report.FIGURES["decode_8k"], config, traffic)
+    traffic = _figures.Traffic(dense=1000, experts=3200, kv_full=10, kv_sliding=7)
+    decode = _figures.work(_figures.FIGURES["decode_8k"], config, traffic)
     length = 8192 + 16 + 8
     assert decode["bytes"] == pytest.approx(1000 + 400 + length * 10 + 128 * 7)
-    eight = report.work(report.FIGURES["batch_8"], config, traffic)
+    eight = _figures.work(_figures.FIGURES["batch_8"], config, traffic)
     assert eight["bytes"] == pytest.approx(1000 + 3200 * (1 - (7 / 8) ** 8) + 8 * 24 * 17)
-    prefill = report.work(report.FIGURES["prefill_2048"], config, traffic)
+    prefill = _figures.work(_figures.FIGURES["prefill_2048"], config, traffic)
     assert prefill["bytes"] == pytest.approx(4 * (1000 + 3200))  # all experts, in each chunk
-    assert prefill["flops"] == 2048 * report.flops_per_token(config)
+    assert prefill["flops"] == 2048 * _figures.flops_per_token(config)
 
 
 def test_bytes_are_counted_from_the_manifest():
@@ -228,7 +229,7 @@ def test_bytes_are_counted_from_the_manifest():
     }
     weights = [{"name": n, "shape": s, "dtype": d} for n, (s, d) in shapes.items()]
     memory = {"kv_bytes_per_page_full": 1600, "kv_bytes_per_page_sliding": 160}
-    traffic = report.Traffic.of_manifest({"weights": weights, "memory": memory})
+    traffic = _figures.Traffic.of_manifest({"weights": weights, "memory": memory})
     assert (traffic.dense, traffic.experts) == (64 + 16 + 64, 256 + 128)
     assert (traffic.kv_full, traffic.kv_sliding) == (100, 10)
 
@@ -241,7 +242,7 @@ def test_bytes_of_the_gguf_are_those_of_its_file(tmp_path):
     _random_gguf.write_gguf(tmp_path / "tiny.gguf", config)
     tensors = gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
     nbytes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}
-    traffic = report.Traffic.of_gguf(config)
+    traffic = _figures.Traffic.of_gguf(config)
     assert traffic.experts == sum(n for name, n in nbytes.items() if "_exps." in name)
     unread = nbytes["token_embd.weight"]
     assert traffic.dense + traffic.experts == sum(nbytes.values()) - unread
