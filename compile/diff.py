@@ -167,6 +167,7 @@ def compare(
     seed: int = 0,
     announce: Callable[[str], None] | None = None,
     dtype: Any = np.float32,
+    bound: float | None = None,
 ) -> Report:
     """Run `artifact` part by part beside the reference over `checkpoint`.
 
@@ -174,6 +175,7 @@ def compare(
     seed      of its random token ids, 0 or more
     announce  is told every tensor's error as it is known
     dtype     what the reference computes in, float32 or float64
+    bound     of every tensor's error, in place of that of the numerics
 
     Needs memory for the largest expert and dense tensor of one layer in `dtype`, not for the
     model. Raises ArtifactError (also where the artifact is not of this checkpoint, or has random
@@ -191,7 +193,8 @@ def compare(
     report = Report(
         str(artifact), opened.variant.target, manifest.numerics, tokens=tokens, seed=seed
     )
-    for comparison in _comparisons(opened, ReferenceModel(source, dtype), tokens, seed):
+    limit = BOUNDS[manifest.numerics] if bound is None else bound
+    for comparison in _comparisons(opened, ReferenceModel(source, dtype), tokens, seed, limit):
         report.comparisons.append(comparison)
         if announce is not None:
             announce(str(comparison))
@@ -231,11 +234,10 @@ def _check_pair(artifact: Artifact, checkpoint: FolderCheckpoint) -> None:
 
 
 def _comparisons(
-    artifact: Artifact, reference: ReferenceModel, count: int, seed: int
+    artifact: Artifact, reference: ReferenceModel, count: int, seed: int, bound: float
 ) -> Iterator[Comparison]:
     """Every tensor in the order of computation, as it is asked for."""
     parts = _Parts(artifact, count)
-    bound = BOUNDS[artifact.manifest.numerics]
     everyone = np.ones(count, bool)
     ids = random_tokens(reference.config.vocab_size, count, seed)
     x = reference.embed(ids)

@@ -60,21 +60,9 @@ def measure(
                 "depth + prompt_tokens + new_tokens must be less than the context of "
                 f"{engine.context_length}, found {depth + prompt_tokens + new_tokens}."
             )
-        rng = np.random.default_rng(0)
-
-        def prompts(length: int) -> list[list[int]]:
-            # Always new ones: a prefix that was seen before costs nothing.
-            drawn: list[list[int]] = rng.integers(0, engine.vocab_size, (batch, length)).tolist()
-            return drawn
-
-        greedy = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-        engine.generate(prompts(min(16, engine.context_length - 1))[0], greedy)
+        rounds = Rounds(engine, batch)
         first_token_s = since_process_start()
-        pasts = [_past(engine, past) for past in prompts(depth)] if depth else [[]] * batch
-        samples = []
-        for _ in range(repeats):
-            asked = [past + new for past, new in zip(pasts, prompts(prompt_tokens), strict=True)]
-            samples.append(_sample(engine, asked, new_tokens, depth))
+        samples = [rounds.take(prompt_tokens, new_tokens, depth) for _ in range(repeats)]
         return {
             "prefill_tok_s": statistics.median(sample["prefill_tok_s"] for sample in samples),
             "decode_tok_s": statistics.median(sample["decode_tok_s"] for sample in samples),
@@ -93,7 +81,35 @@ def measure(
         }
 
 
-def _past(engine: Engine, tokens: list[int]) -> list[int]:
+class Rounds:
+    """Timed rounds of one engine, which a 16-token prompt has warmed up."""
+
+    def __init__(self, engine: Engine, batch: int = 1) -> None:
+        self._engine, self._batch = engine, batch
+        self._rng = np.random.default_rng(0)
+        self._pasts: dict[int, list[list[int]]] = {}  # by depth
+        greedy = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        engine.generate(self._prompts(min(16, engine.context_length - 1))[0], greedy)
+
+    def take(self, prompt_tokens: int, new_tokens: int, depth: int = 0) -> dict[str, float]:
+        """One round, as `measure` describes it: prefill_tok_s and decode_tok_s."""
+        if depth not in self._pasts:
+            self._pasts[depth] = self._prompts(depth)
+        if depth:
+            for past in self._pasts[depth]:  # costs little where an earlier round has left it
+                _past(self._engine, past)
+        new = self._prompts(prompt_tokens)
+        asked = [past + prompt for past, prompt in zip(self._pasts[depth], new, strict=True)]
+        return _sample(self._engine, asked, new_tokens, depth)
+
+    def _prompts(self, length: int) -> list[list[int]]:
+        # Always new ones: a prefix that was seen before costs nothing.
+        shape = (self._batch, length)
+        drawn: list[list[int]] = self._rng.integers(0, self._engine.vocab_size, shape).tolist()
+        return drawn
+
+
+def _past(engine: Engine, tokens: list[int]) -> None:
     """Make the engine take `tokens` for computed, as the beginning of later prompts.
 
     A first part really is, which the rest becomes copies of.
@@ -106,7 +122,6 @@ def _past(engine: Engine, tokens: list[int]) -> list[int]:
     engine._submit(request)
     for _ in Stream(engine, request):
         pass
-    return tokens
 
 
 def _sample(

@@ -27,6 +27,7 @@ from mxforge.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "bench"
+README = ROOT / "README.md"
 NOT_MEASURED = "not measured"
 
 _PACKAGES = ("mxforge", "apache-tvm", "apache-tvm-ffi", "numpy", "onnxruntime", "llama-cpp-python")
@@ -344,11 +345,39 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_results(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Every tracked result of a kind ("model", "peers", "kernels"), by file name."""
+    """Every tracked result of a kind ("model", "peers", "formats" …), by file name."""
     values = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
     ]
     return [value for value in values if value.get("kind") == kind]
+
+
+def section(name: str, script: str, parts: Iterable[str]) -> str:
+    """A part of the README that a script writes, between marks that `with_section` finds."""
+    begin = f"<!-- {name}: written by scripts/{script} from docs/bench; do not edit -->"
+    return "\n".join([begin, *parts, f"<!-- /{name} -->"])
+
+
+def with_section(text: str, section: str) -> str:
+    """The text with a `section` in place of the one of its name."""
+    begin, end = section.partition(":")[0], section.rpartition("\n")[2]
+    before, _, rest = text.partition(f"{begin}:")
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"the README should have a section {begin}: … --> … {end}")
+    return before + section + after
+
+
+def write_section(section: str) -> Path:
+    """Put a `section` into the README."""
+    write_text(README, with_section(README.read_text(encoding="utf-8"), section))
+    return README
+
+
+def disturbance(samples: Sequence[dict[str, Any]]) -> str:
+    """The beginning of a sentence: how many samples had the machine to themselves."""
+    busy = sum((sample.get("others_cpu_cores") or 0) > QUIET_CORES for sample in samples)
+    return f"Of {len(samples)} samples, {busy} ran while others took more than {QUIET_CORES} cores"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -23,12 +23,17 @@ from mxforge.errors import UsageError
 PEER_PACKAGES = ("llama-cpp-python", "gguf")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say where models and results are."""
+def add_work_option(parser: argparse.ArgumentParser, kept: str = " and kept") -> None:
+    """The option that says where models are."""
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "bench", metavar="DIR",
-        help="where models are made and kept (default: build/bench)",
+        help=f"where models are made{kept} (default: build/bench)",
     )  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where models are."""
+    add_work_option(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="use this one of that shape")
 
 

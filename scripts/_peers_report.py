@@ -1,4 +1,4 @@
-"""What scripts/bench_peers measures, the floors of it, and the tables made of its samples.
+"""The floors of what scripts/bench_peers measures, and the tables made of its samples.
 
 Results are a JSON object: what was measured on (machine, commit, versions, target), `floors`, and
 `samples`, each of one figure, one engine and one pair.
@@ -6,166 +6,22 @@ Results are a JSON object: what was measured on (machine, commit, versions, targ
 
 from __future__ import annotations
 
-import math
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import _bench
 from _bench import NOT_MEASURED, number, spread, table
+from _figures import CHUNK, CONTEXT, FIGURES, Traffic, flops_per_token, work
 
-from mxforge.compile.config import FULL, SLIDING, ModelConfig
-from mxforge.kv import PAGE_TOKENS
-from mxforge.manifest import WEIGHT_BYTES
+from mxforge.compile.config import ModelConfig
 
 OURS, THEIRS = "mxforge", "llama.cpp"
-CONTEXT = 8192
-CHUNK = 512  # prompt tokens in one step, of both engines
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the median has to reach; `of` a ratio, or of mxforge's own values."""
-
-    limit: float
-    aim: float | None = None
-    of: str = "ratio"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """`batch` sequences of `prompt` tokens each, `depth` tokens into their context, `new` more.
-
-    kind is "decode" (tokens a second of all sequences), "prefill" (prompt tokens a second),
-    "start" (seconds) or "memory" (bytes).
-    """
-
-    label: str
-    kind: str
-    prompt: int
-    new: int = 1
-    batch: int = 1
-    depth: int = 0
-    goal: Goal | None = None
-
-    @property
-    def unit(self) -> str:
-        return {"start": "s", "memory": "GiB"}.get(self.kind, "tok/s")
-
-    @property
-    def context(self) -> int:
-        """The context to ask an engine for: the usual one, where that is enough."""
-        needed = self.depth + self.prompt + self.new + 1
-        return CONTEXT if needed <= CONTEXT else -(-needed // 256) * 256
-
-    def shown(self, value: float) -> float:
-        """A sample in `unit`."""
-        return value / 2**30 if self.kind == "memory" else value
-
-    def advantage(self, ours: float, theirs: float) -> float:
-        """How many times better mxforge is."""
-        return theirs / ours if self.kind in ("start", "memory") else ours / theirs
-
-
-_PREFILL = Goal(2.5, 4)
-FIGURES: dict[str, Figure] = {
-    "prefill_128": Figure("prefill of 128", "prefill", 128, goal=_PREFILL),
-    "prefill_512": Figure("prefill of 512", "prefill", 512, goal=_PREFILL),
-    "prefill_2048": Figure("prefill of 2048", "prefill", 2048, goal=_PREFILL),
-    "decode": Figure("decode", "decode", 128, 32, goal=Goal(1, 1.12)),
-    "batch_8": Figure("decode, 8 sequences together", "decode", 16, 16, batch=8, goal=Goal(1.3, 2)),
-    "decode_1k": Figure("decode, 1k into the context", "decode", 16, 16, depth=1024),
-    "decode_8k": Figure("decode, 8k into the context", "decode", 16, 16, depth=8192),
-    "decode_32k": Figure("decode, 32k into the context", "decode", 16, 16, depth=32768),
-    "first_token": Figure(
-        "first token from process start, prompt of 16", "start", 16, goal=Goal(2, 1.2, "value")
-    ),
-    "memory": Figure(
-        "peak resident, 8k context", "memory", 512, 8, depth=7664, goal=Goal(16, of="value")
-    ),
-}
 LONG_SHARE = 0.6  # what decoding at 32k has to keep of the speed at 1k
 
 
 # -- floors ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of an engine's weights, and of its keys and values for one position."""
-
-    dense: int  # read in every step
-    experts: int  # all of them; a step reads those that its tokens chose
-    kv_full: float  # of all full layers
-    kv_sliding: float
-
-    @classmethod
-    def of_manifest(cls, manifest: Mapping[str, Any]) -> Traffic:
-        """Counted from the tensors that an artifact's manifest lists."""
-        dense = experts = 0
-        for weight in manifest["weights"]:
-            nbytes = math.prod(weight["shape"]) * WEIGHT_BYTES[weight["dtype"]]
-            if ".experts." in weight["name"]:
-                experts += nbytes
-            elif "embed_tokens" not in weight["name"]:  # a row of it
-                dense += nbytes
-        memory = manifest["memory"]
-        return cls(
-            dense,
-            experts,
-            memory["kv_bytes_per_page_full"] / PAGE_TOKENS,
-            memory["kv_bytes_per_page_sliding"] / PAGE_TOKENS,
-        )
-
-    @classmethod
-    def of_gguf(cls, config: ModelConfig) -> Traffic:
-        """Counted from the tensors that the random GGUF holds; keys and values are f16."""
-        from _random_gguf import tensors
-
-        dense = experts = 0
-        for tensor in tensors(config):
-            if "_exps." in tensor.name:
-                experts += tensor.nbytes
-            elif not tensor.name.startswith("token_embd"):
-                dense += tensor.nbytes
-        return cls(
-            dense, experts, config.kv_bytes_per_token(FULL), config.kv_bytes_per_token(SLIDING)
-        )
-
-
-def distinct_experts(config: ModelConfig, tokens: int) -> float:
-    """How many experts of a layer so many tokens take, if each takes them evenly at random."""
-    missed = 1 - config.num_experts_per_tok / config.num_local_experts
-    return config.num_local_experts * (1 - missed**tokens)
-
-
-def flops_per_token(config: ModelConfig) -> int:
-    """Of one prompt token: 2 for each weight it meets. The output layer sees the last one only."""
-    return 2 * (config.active_parameter_count - config.vocab_size * config.hidden_size)
-
-
-def work(figure: Figure, config: ModelConfig, traffic: Traffic) -> dict[str, float]:
-    """What one decode step, or one prefill, cannot do without: its tokens, bytes and flops."""
-
-    def weights(tokens: int) -> float:
-        share = distinct_experts(config, tokens) / config.num_local_experts
-        return traffic.dense + share * traffic.experts
-
-    if figure.kind == "prefill":
-        chunks = [min(CHUNK, figure.prompt - at) for at in range(0, figure.prompt, CHUNK)]
-        nbytes = sum(map(weights, chunks))
-        return {
-            "tokens": figure.prompt,
-            "bytes": nbytes,
-            "flops": figure.prompt * flops_per_token(config),
-        }
-    length = figure.depth + figure.prompt + figure.new // 2
-    cache = length * traffic.kv_full
-    cache += min(length, config.sliding_window) * traffic.kv_sliding
-    nbytes = weights(figure.batch) + figure.batch * cache
-    return {"tokens": figure.batch, "bytes": nbytes, "flops": 0}
 
 
 def floors_of(
@@ -366,11 +222,10 @@ def samples_table(result: Mapping[str, Any]) -> str:
 
 def disturbance(result: Mapping[str, Any]) -> str:
     """How many samples had the machine to themselves, and their files in memory."""
-    samples, limit = result["samples"], _bench.QUIET_CORES
-    busy = sum((sample.get("others_cpu_cores") or 0) > limit for sample in samples)
+    samples = result["samples"]
     cold = sum((sample.get("cached") or 1) < 0.99 for sample in samples)
     return (
-        f"Of {len(samples)} samples, {busy} ran while others took more than {limit} cores, "
+        f"{_bench.disturbance(samples)}, "
         f"and {cold} with less than 99 % of their files cached before."
     )
 
@@ -437,15 +292,12 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
 
 # -- the README's performance section -------------------------------------------------------------
 
-BEGIN = "<!-- figures: written by scripts/bench_peers from docs/bench; do not edit -->"
-END = "<!-- /figures -->"
 README_SHAPE = "20b"
 
 
 def readme_section(results: Iterable[Mapping[str, Any]]) -> str:
-    """What stands between BEGIN and END, both included."""
     shown = [result for result in results if result["shape"] == README_SHAPE]
-    return "\n".join([BEGIN, *map(_readme_table, shown), END])
+    return _bench.section("figures", "bench_peers", map(_readme_table, shown))
 
 
 def _readme_table(result: Mapping[str, Any]) -> str:
@@ -464,12 +316,3 @@ def _readme_table(result: Mapping[str, Any]) -> str:
         "Every sample and the floors: [docs/bench/peers.md](docs/bench/peers.md)."
     )
     return table(header, rows) + "\n\n" + textwrap.fill(text, 100, break_on_hyphens=False)
-
-
-def with_section(readme: str, section: str) -> str:
-    """The README with its section replaced."""
-    before, _, rest = readme.partition("<!-- figures")
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"the README should have a section <!-- figures … --> … {END}")
-    return before + section + after

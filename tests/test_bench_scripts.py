@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import _bench  # noqa: E402
+import _figures  # noqa: E402
+import _formats_report  # noqa: E402
 import _peers_report as report  # noqa: E402
 from _bench_models import RandomModel  # noqa: E402
 
@@ -76,7 +80,7 @@ def peers(samples: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "target": "cpu:avx512vnni",
         "numerics": "fast",
         "no_peer_because": "",
-        "figures": list(report.FIGURES),
+        "figures": list(_figures.FIGURES),
         "planned_bytes": 14 << 30,
         "floors": floors,
         "samples": samples,
@@ -97,7 +101,7 @@ def row(text: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-@pytest.mark.parametrize("script", ["bench", "bench_peers", "bench_kernels"])
+@pytest.mark.parametrize("script", ["bench", "bench_peers", "bench_formats", "bench_kernels"])
 def test_help(script):
     assert "--results" in run(script, "--help").stdout
 
@@ -185,7 +189,7 @@ def test_the_readme_shows_what_the_tracked_results_give():
     results = _bench.read_results(_bench.RESULTS, "peers")
     readme = (_bench.ROOT / "README.md").read_text()
     section = report.readme_section(results)
-    assert report.with_section(readme, section) == readme, "run scripts/bench_peers --render"
+    assert _bench.with_section(readme, section) == readme, "run scripts/bench_peers --render"
     assert (_bench.RESULTS / "peers.md").read_text() == report.page(results)
     assert "| decode, tok/s |" in section
 
@@ -197,7 +201,7 @@ def test_the_readme_leaves_out_other_shapes_and_what_mxforge_has_no_value_of():
     assert section.count("| mxforge |") == 1
     assert "| decode" not in section
     with pytest.raises(ValueError, match="section"):
-        report.with_section("# mxforge", section)
+        _bench.with_section("# mxforge", section)
 
 
 # -- scripts/bench_peers: floors ------------------------------------------------------------------
@@ -206,15 +210,15 @@ def test_the_readme_leaves_out_other_shapes_and_what_mxforge_has_no_value_of():
 def test_active_experts_and_the_window_are_counted():
     """By hand, for the 20b shapes: 24 layers of 32 experts, 4 a token, half of them sliding."""
     config = ModelConfig.from_hf(hf_config("20b"))
-    traffic = report.Traffic(dense=1000, experts=3200, kv_full=10, kv_sliding=7)
-    decode = report.work(report.FIGURES["decode_8k"], config, traffic)
+    traffic = _figures.Traffic(dense=1000, experts=3200, kv_full=10, kv_sliding=7)
+    decode = _figures.work(_figures.FIGURES["decode_8k"], config, traffic)
     length = 8192 + 16 + 8
     assert decode["bytes"] == pytest.approx(1000 + 400 + length * 10 + 128 * 7)
-    eight = report.work(report.FIGURES["batch_8"], config, traffic)
+    eight = _figures.work(_figures.FIGURES["batch_8"], config, traffic)
     assert eight["bytes"] == pytest.approx(1000 + 3200 * (1 - (7 / 8) ** 8) + 8 * 24 * 17)
-    prefill = report.work(report.FIGURES["prefill_2048"], config, traffic)
+    prefill = _figures.work(_figures.FIGURES["prefill_2048"], config, traffic)
     assert prefill["bytes"] == pytest.approx(4 * (1000 + 3200))  # all experts, in each chunk
-    assert prefill["flops"] == 2048 * report.flops_per_token(config)
+    assert prefill["flops"] == 2048 * _figures.flops_per_token(config)
 
 
 def test_bytes_are_counted_from_the_manifest():
@@ -228,7 +232,7 @@ def test_bytes_are_counted_from_the_manifest():
     }
     weights = [{"name": n, "shape": s, "dtype": d} for n, (s, d) in shapes.items()]
     memory = {"kv_bytes_per_page_full": 1600, "kv_bytes_per_page_sliding": 160}
-    traffic = report.Traffic.of_manifest({"weights": weights, "memory": memory})
+    traffic = _figures.Traffic.of_manifest({"weights": weights, "memory": memory})
     assert (traffic.dense, traffic.experts) == (64 + 16 + 64, 256 + 128)
     assert (traffic.kv_full, traffic.kv_sliding) == (100, 10)
 
@@ -241,7 +245,7 @@ def test_bytes_of_the_gguf_are_those_of_its_file(tmp_path):
     _random_gguf.write_gguf(tmp_path / "tiny.gguf", config)
     tensors = gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
     nbytes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}
-    traffic = report.Traffic.of_gguf(config)
+    traffic = _figures.Traffic.of_gguf(config)
     assert traffic.experts == sum(n for name, n in nbytes.items() if "_exps." in name)
     unread = nbytes["token_embd.weight"]
     assert traffic.dense + traffic.experts == sum(nbytes.values()) - unread
@@ -285,21 +289,18 @@ def test_tiny_shape_beside_llama_cpp(work, tmp_path):
     assert "not measured" not in "".join(row((tmp_path / "peers.md").read_text(), "prefill of 128"))
 
 
-@MEASURED
-def test_an_interrupted_run_keeps_what_it_has(work, tmp_path):
-    model = RandomModel.of("tiny", work)
-    if not model.artifact.exists():
-        model.compile()
-    options = [*of_tiny(work, tmp_path), "--no-peer", "--quick", "--samples", "1000"]
-    options += ["--artifact", str(model.artifact)]
-    words = [sys.executable, str(SCRIPTS / "bench_peers"), *options, "--figures", "first_token"]
+def interrupted(
+    folder: Path, pattern: str, samples: Callable[[Any], list[Any]], script: str, *options: str
+) -> tuple[str, dict[str, Any]]:
+    """What a script said that was stopped after two samples, and the results that it left."""
+    words = [sys.executable, str(SCRIPTS / script), *options]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
-            files = list(tmp_path.glob("*-peers.json"))
-            if files and len(json.loads(files[0].read_text())["samples"]) >= 2:
+            files = list(folder.glob(pattern))
+            if files and len(samples(json.loads(files[0].read_text()))) >= 2:
                 break
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
@@ -307,8 +308,21 @@ def test_an_interrupted_run_keeps_what_it_has(work, tmp_path):
     assert process.returncode == 130, told[-2000:]
     assert "Traceback" not in told
     assert "interrupted" in told
-    (file,) = tmp_path.glob("*-peers.json")
-    found = json.loads(file.read_text())
+    (file,) = folder.glob(pattern)
+    found: dict[str, Any] = json.loads(file.read_text())
+    return said, found
+
+
+@MEASURED
+def test_an_interrupted_run_keeps_what_it_has(work, tmp_path):
+    model = RandomModel.of("tiny", work)
+    if not model.artifact.exists():
+        model.compile()
+    options = [*of_tiny(work, tmp_path), "--no-peer", "--quick", "--samples", "1000"]
+    options += ["--artifact", str(model.artifact), "--figures", "first_token"]
+    said, found = interrupted(
+        tmp_path, "*-peers.json", lambda result: result["samples"], "bench_peers", *options
+    )
     assert 2 <= len(found["samples"]) < 1000
     assert not found["complete"]
     assert "interrupted" in (tmp_path / "peers.md").read_text()
@@ -333,6 +347,115 @@ def test_a_stretched_state_has_the_rows_over_and_over():
         stretched(state + b"x", 7)
     with pytest.raises(SystemExit, match="not of the layout"):
         stretched(b"whatever" + b"\2" + state[9:], 7)
+
+
+# -- scripts/bench_formats ------------------------------------------------------------------------
+
+
+def choice(error: float, options: dict[str, str], *samples: tuple[float, float]) -> dict[str, Any]:
+    """A choice's results: its worst errors, and pairs of the default's speed and its own."""
+    return {
+        **STAMP,
+        "options": options,
+        "formats": {"kv": "bf16", "activations": "int8", "dense": "int8", **options},
+        "bytes": {"weights_a_token": 2.5e9, "cache_a_token": 24576.0},
+        "errors": [
+            {"shape": "odd-1", "tensor": "logits", "error": error},
+            {"shape": "odd-2", "tensor": "layer 1 output", "error": error / 2},
+        ],
+        "samples": [
+            {"pair": pair, "figure": "decode_1k", "default": its, "value": own}
+            for pair, (its, own) in enumerate(samples)
+        ],
+    }
+
+
+def formats(**choices: dict[str, Any]) -> dict[str, Any]:
+    """Results of bench_formats."""
+    return {
+        "kind": "formats",
+        "machine": MACHINE,
+        "target": "cpu:avx512vnni",
+        "shape": "20b-4layers",
+        "shape_is": "four of 24 layers",
+        "bound": 1e-2,
+        "choices": choices,
+    }
+
+
+def test_a_choice_stands_beside_the_default_and_a_broken_bound_is_called_so(tmp_path):
+    wide = choice(2e-3, {"kv": "f32"}, (10.0, 5.0), (20.0, 30.0))
+    rough = choice(1.2e-2, {"kv": "int8"})
+    result = formats(default=choice(9e-3, {}), wide=wide, rough=rough)
+    (tmp_path / "formats.json").write_text(json.dumps(result))
+    text = run("bench_formats", "--render", "--results", tmp_path).stdout
+    expected = ["1 (15.0 tok/s)", *["1 (not measured)"] * 2, "2.50", "24.6", "9.0e-3", "yes"]
+    assert row(text, "the default: kv bf16, activations int8, dense int8")[1:] == expected
+    cells = row(text, "`--kv f32`")[1:]
+    assert cells[:2] == ["1.00 (0.500 … 1.50) ×", "not measured"]
+    assert cells[-2:] == ["2.0e-3", "yes"]
+    assert row(text, "`--kv int8`")[-2:] == ["1.2e-2", "**no**"]
+    assert "20b-4layers: four of 24 layers" in " ".join(text.split())
+    assert "of 2 pairs" in " ".join(text.split())
+
+
+def test_the_readme_shows_what_the_tracked_formats_give():
+    results = _bench.read_results(_bench.RESULTS, "formats")
+    readme = (_bench.ROOT / "README.md").read_text()
+    section = _formats_report.readme_section(results)
+    assert _bench.with_section(readme, section) == readme, "run scripts/bench_formats --render"
+
+
+def test_what_a_choice_reads_is_counted_as_an_artifact_says(work):
+    """Of the tiny shape, without compiling it and as compiled."""
+    from mxforge.artifact import read_manifest
+    from mxforge.compile.targets import resolve
+
+    model = RandomModel.of("tiny", work)
+    if not model.artifact.exists():
+        model.compile()
+    target = resolve("cpu")
+    counted = _figures.Traffic.of_model(
+        model.config, target, target.precision("fast", model.config)
+    )
+    manifest = dataclasses.asdict(read_manifest(model.artifact))
+    assert counted == _figures.Traffic.of_manifest(manifest)
+
+
+def test_interrupted_formats_keep_what_they_have(tmp_path):
+    options = [*of_tiny(tmp_path / "work", tmp_path), "--quick", "--samples", "1000"]
+    said, found = interrupted(
+        tmp_path,
+        "formats.json",
+        lambda result: result["choices"]["kv-f16"]["samples"],
+        "bench_formats",
+        *options,
+        "--only",
+        "kv-f16",
+    )
+    assert 2 <= len(found["choices"]["kv-f16"]["samples"]) < 3000
+    assert found["choices"]["default"]["errors"]
+    assert row(said, "`--kv f16`")[-1] == "yes"
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_one_choice_of_the_tiny_shape_is_measured_and_another_added(tmp_path):
+    """Of the tiny shape; the second run keeps what the first one has found."""
+    options = ["--shape", "tiny", "--quick", "--work", tmp_path / "work", "--results", tmp_path]
+    first = run("bench_formats", *options, "--only", "dense-bf16").stdout
+    assert float(row(first, "`--dense bf16`")[1].removesuffix(" ×")) > 0
+    assert row(first, "`--kv f32`")[1:4] == ["not measured"] * 3
+    before = json.loads((tmp_path / "formats.json").read_text())["choices"]["dense-bf16"]
+    again = run("bench_formats", *options, "--only", "kv-int8", "--samples", "2").stdout
+    found = json.loads((tmp_path / "formats.json").read_text())["choices"]
+    assert found["dense-bf16"] == before
+    taken = [(s["pair"], s["figure"]) for s in found["kv-int8"]["samples"]]
+    assert taken == [(p, f) for p in (0, 1) for f in _formats_report.MEASURED]
+    bytes_read = {name: its["bytes"] for name, its in found.items()}
+    assert bytes_read["kv-int8"]["cache_a_token"] < bytes_read["default"]["cache_a_token"]
+    assert bytes_read["dense-bf16"]["weights_a_token"] > bytes_read["default"]["weights_a_token"]
+    assert row(again, "`--kv int8`")[-1] in ("yes", "**no**")
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 # -- scripts/bench_kernels ------------------------------------------------------------------------
@@ -380,9 +503,11 @@ def test_one_kernel_is_timed(tmp_path):
 
 
 def test_wrong_options_are_usage_errors(tmp_path):
-    for script in ("bench", "bench_peers"):
+    for script in ("bench", "bench_peers", "bench_formats"):
         assert "--samples" in run(script, "--samples", "0", "--work", tmp_path, code=2).stderr
     assert "--steps" in run("bench", "--steps", "fly", "--work", tmp_path, code=2).stderr
+    said = run("bench_formats", "--only", "exact", "fly", "--work", tmp_path, code=2).stderr
+    assert "--only takes some of default kv-f32" in said
     said = run("bench_peers", "--figures", "decode,fly", "--work", tmp_path, code=2).stderr
     assert "--figures takes some of" in said
     assert said.rstrip().endswith("found fly.")
@@ -391,6 +516,12 @@ def test_wrong_options_are_usage_errors(tmp_path):
 def test_an_artifact_that_is_not_there_is_a_usage_error(tmp_path):
     options = ["--shape", "tiny", "--no-peer", "--artifact", tmp_path / "none", "--work", tmp_path]
     assert "should hold an artifact" in run("bench_peers", *options, code=2).stderr
+
+
+def test_formats_of_another_machine_are_not_mixed_with_this_ones(tmp_path):
+    (tmp_path / "formats.json").write_text(json.dumps(formats()))
+    options = ["--only", "exact", "--work", tmp_path / "work", "--results", tmp_path]
+    assert "leave --only out" in run("bench_formats", *options, code=2).stderr
 
 
 def test_bench_of_the_tiny_shape(tmp_path):

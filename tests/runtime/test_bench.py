@@ -12,7 +12,7 @@ import pytest
 from small import PREFILL_CHUNK
 
 from mxforge import bench
-from mxforge.bench import measure
+from mxforge.bench import Rounds, measure
 from mxforge.engine import Engine
 from mxforge.errors import UsageError
 from mxforge.scheduler import Worker
@@ -109,6 +109,15 @@ def test_a_depth_is_stood_at_without_computing_it(
     assert steps[-1] == [(depth + 7, 1)] * batch
 
 
+def test_rounds_of_several_depths_take_turns(odd_artifact: Path) -> None:
+    with Engine.load(odd_artifact, context_length=256, max_batch=1) as engine:
+        rounds = Rounds(engine)
+        for _ in range(3):
+            for depth in (0, 32, 200):
+                taken = rounds.take(5, 2, depth)  # raises where the depth was not kept
+                assert min(taken["prefill_tok_s"], taken["decode_tok_s"]) > 0
+
+
 def test_made_up_pages_hold_computed_content(odd_artifact: Path, workers: list[Worker]) -> None:
     with Engine.load(odd_artifact, context_length=256, max_batch=1) as engine:
         tokens = [index % 50 for index in range(100)]
@@ -117,7 +126,7 @@ def test_made_up_pages_hold_computed_content(odd_artifact: Path, workers: list[W
         pages = worker._kv.start([*tokens, 1, 2])
         assert pages.length >= 100
         for tensor, kind in zip(worker._model.kv, worker._model.kinds, strict=True):
-            content = worker._model.library.numpy(tensor)
+            content = np.moveaxis(worker._model.library.numpy(tensor), 2, 0)  # pages first
             held = pages.full if kind == "full" else pages.sliding
             assert len(set(held)) == len(held)
             assert all(np.isfinite(content[page]).all() for page in held)
