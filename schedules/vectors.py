@@ -16,7 +16,7 @@ def sizes(most: int, *others: int) -> tuple[int, ...]:
 
 def in_tiles(descending: tuple[int, ...], tile: Any) -> Any:
     """The T.inline `all_(first, count, operands)`: tile(start, tokens, *operands) over `count`
-    tokens from `first`, as many at a time as the first size says, then as the next; the last size is 1.
+    tokens from `first`, as many at a time as the first size says, then the next; the last is 1.
 
     `tokens` is known when the code is made, so that their sums are registers; every size is code.
     """
