@@ -70,17 +70,23 @@ def test_cpu_schedule_agrees_with_reference(harness, kernel, case):
     compare(kernel, case, inputs, harness.run(kernel, inputs, case.static))
 
 
-# Most kernels leave instructions to LLVM; these choose them by level (isa.py).
+# Most kernels leave instructions to LLVM; these choose them by level, as attention does by cache.
 CHOOSING = {
     kernel.name for kernel in (LINEAR_BF16, LINEAR_I8, GATE_UP_BF16, GATE_UP_I8, DOWN_BF16, DOWN_I8)
 }
+
+
+def chooses(kernel: Kernel, case: Case) -> bool:
+    return kernel.name in CHOOSING or case.static.get("kv_dtype") in ("bfloat16", "int8")
+
+
 LOWER_LEVELS = [
     pytest.param(
         level,
         kernel,
         case,
         id=f"{level.name}, {kernel.name}: {case.name}",
-        marks=() if kernel.name in CHOOSING else pytest.mark.full,
+        marks=() if chooses(kernel, case) else pytest.mark.full,
     )
     for level in CPU_LEVELS
     if level.machine == architecture()
