@@ -33,7 +33,7 @@ import numpy as np
 
 from mxforge.artifact import Artifact, open_artifact
 from mxforge.errors import ArtifactError, NumericsError, UsageError
-from mxforge.kv import PAGE_TOKENS
+from mxforge.kv_layout import PAGE_TOKENS
 from mxforge.library import Library, default_threads
 from mxforge.manifest import Manifest
 from mxforge.model import kv_shape, layer_kinds, load_weights

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mxforge.errors import TargetError
-from mxforge.kv import page_bytes
+from mxforge.kv_layout import page_bytes
 from mxforge.manifest import (
     KernelInfo,
     LibraryInfo,

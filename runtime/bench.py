@@ -14,7 +14,7 @@ import numpy as np
 
 from .engine import Engine, Stream
 from .errors import KVMemoryError, UsageError
-from .kv import PAGE_TOKENS
+from .kv_layout import PAGE_TOKENS
 from .sampling import SamplingParams
 
 

@@ -30,24 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import KVMemoryError
-
-PAGE_TOKENS = 16
-KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # of an element
-
-
-def row_elements(head_dim: int, kv_dtype: str) -> int:
-    """Elements of a page's keys, or values, of one KV head; int8 has its scales among them.
-
-    The layout is told in schedules/kv_cache.py.
-    """
-    if kv_dtype == "int8":
-        return 4 * PAGE_TOKENS * (-(-head_dim // 4) + 1)
-    return PAGE_TOKENS * head_dim
-
-
-def page_bytes(kv_heads: int, head_dim: int, kv_dtype: str) -> int:
-    """Bytes of a page of one layer."""
-    return 2 * kv_heads * row_elements(head_dim, kv_dtype) * KV_BYTES[kv_dtype]
+from .kv_layout import PAGE_TOKENS
 
 
 class PagePool:

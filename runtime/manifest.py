@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from ._version import __version__
 from .errors import ArtifactCorruptError, ArtifactVersionError
-from .kv import KV_BYTES
+from .kv_layout import KV_BYTES
 
 FORMAT_VERSION = 2
 ABI_VERSION = 2

@@ -13,7 +13,8 @@ import numpy as np
 
 from .artifact import Artifact
 from .errors import ArtifactCorruptError
-from .kv import PageNeeds, PageTables, available_memory, page_bytes, row_elements
+from .kv import PageNeeds, PageTables, available_memory
+from .kv_layout import page_bytes, row_elements
 from .library import Library, aligned_empty
 from .manifest import REMEDY, WEIGHT_BYTES, Manifest, WeightInfo
 from .prefault import Prefault

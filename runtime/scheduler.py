@@ -19,7 +19,8 @@ import numpy as np
 
 from .artifact import Artifact
 from .errors import CancelledError, NumericsError
-from .kv import PAGE_TOKENS, KVPages, PageNeeds, PageTables, SequencePages
+from .kv import KVPages, PageNeeds, PageTables, SequencePages
+from .kv_layout import PAGE_TOKENS
 from .library import Library
 from .model import Model
 from .results import Piece, Timings, TokenLogprob, Usage

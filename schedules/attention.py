@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from mxforge.kv import KV_BYTES, PAGE_TOKENS
+from mxforge.kv_layout import KV_BYTES, PAGE_TOKENS
 
 from .attention_cpu import attention_cpu
 from .attention_gpu import TILE as GPU_TILE

@@ -22,7 +22,7 @@ from typing import Any
 
 import tvm
 
-from mxforge.kv import PAGE_TOKENS
+from mxforge.kv_layout import PAGE_TOKENS
 
 from . import bf16, kv_cache
 from .isa import four, isa_of

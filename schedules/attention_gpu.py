@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import tvm
 
-from mxforge.kv import PAGE_TOKENS
+from mxforge.kv_layout import PAGE_TOKENS
 
 from .kernel import T, TileConfig
 from .kv_cache import first_visible, key_at, kv_shape, load, physical_page, value_at

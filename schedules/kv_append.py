@@ -19,7 +19,7 @@ from functools import cache, partial
 import numpy as np
 import tvm
 
-from mxforge.kv import KV_BYTES, PAGE_TOKENS
+from mxforge.kv_layout import KV_BYTES, PAGE_TOKENS
 
 from . import bf16
 from .kernel import Case, Kernel, T, Target, bind_items, scheduled

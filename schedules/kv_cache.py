@@ -32,7 +32,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mxforge.kv import PAGE_TOKENS, row_elements
+from mxforge.kv_layout import PAGE_TOKENS, row_elements
 
 from . import bf16
 from .kernel import T

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import tvm
 
-from mxforge.kv import page_bytes, row_elements
+from mxforge.kv_layout import page_bytes, row_elements
 
 from .kernel import Case, Kernel, T, Target, bind_items, scheduled
 from .kv_cache import kv_shape, random_cache

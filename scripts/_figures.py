@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mxforge.compile.config import FULL, SLIDING, ModelConfig
-from mxforge.kv import PAGE_TOKENS, page_bytes
+from mxforge.kv_layout import PAGE_TOKENS, page_bytes
 from mxforge.manifest import WEIGHT_BYTES
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import pytest
 
 from mxforge.errors import KVMemoryError
 from mxforge.kv import (
-    PAGE_TOKENS,
     KVPages,
     PagePool,
     available_memory,
@@ -18,6 +17,7 @@ from mxforge.kv import (
     first_visible_page,
     page_needs,
 )
+from mxforge.kv_layout import PAGE_TOKENS
 
 
 class Simulation:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mxforge.errors import CancelledError
-from mxforge.kv import PAGE_TOKENS, page_needs
+from mxforge.kv import page_needs
+from mxforge.kv_layout import PAGE_TOKENS
 from mxforge.results import Piece
 from mxforge.sampling import SamplingParams, TokenHistory
 from mxforge.scheduler import LOGITS_CHUNK, MIN_PREFIXES, Request, Worker

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mxforge.kv import KV_BYTES, PAGE_TOKENS, page_bytes, row_elements
+from mxforge.kv_layout import KV_BYTES, PAGE_TOKENS, page_bytes, row_elements
 from mxforge.schedules import kv_cache
 from mxforge.schedules.kv_cache import KV_DTYPES, key_at, packed, scale_at, unpacked, value_at
 
