@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mxforge.kv_layout import KV_BYTES, PAGE_TOKENS, page_bytes, row_elements
+from mxforge.kv_layout import PAGE_TOKENS, page_bytes, row_elements
 from mxforge.schedules import kv_cache
 from mxforge.schedules.kv_cache import KV_DTYPES, key_at, packed, scale_at, unpacked, value_at
 
@@ -61,7 +61,3 @@ def test_a_slot_that_is_not_a_number_stays_one():
     found, _ = unpacked(packed(keys, keys.swapaxes(2, 3), "int8"), 8)
     assert np.isnan(found[..., 3]).all()
     assert not np.isnan(np.delete(found, 3, axis=-1)).any()
-
-
-def test_bytes_a_page():
-    assert [page_bytes(8, 64, dtype) for dtype in KV_BYTES] == [65536, 32768, 32768, 17408]
