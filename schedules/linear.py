@@ -174,16 +174,27 @@ def _pack(target: Target, inputs: dict[str, np.ndarray], **_static: Any) -> list
     ]
 
 
-def _case(
-    name: str, n: int, rows: int, k: int, bias: bool = False, residual: bool = False, spike: int = 1
+def linear_case(
+    name: str,
+    n: int,
+    rows: int,
+    k: int,
+    bias: bool = False,
+    residual: bool = False,
+    spike: int = 1,
+    *,
+    weight_bytes: float = 2,
+    input_bytes: int = 4,
 ) -> Case:
+    """A case of any dense kernel, whose weights and inputs take so many bytes an element."""
+
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         x = rng.standard_normal((n, k), dtype=np.float32)
         x[:, k // 2] *= spike
-        arrays = {
-            "x": x,
-            "weight": rng.standard_normal((rows, k), dtype=np.float32).astype(ml_dtypes.bfloat16),
-        }
+        weight = rng.standard_normal((rows, k), dtype=np.float32)
+        if rows > 1:
+            weight[0, :32] = 0  # a block without a scale, where weights have one
+        arrays = {"x": x, "weight": weight.astype(ml_dtypes.bfloat16)}
         if bias:
             arrays["bias"] = rng.standard_normal(rows, dtype=np.float32)
         if residual:
@@ -195,17 +206,19 @@ def _case(
         {"rows": rows, "k": k, "with_bias": bias, "with_residual": residual},
         inputs,
         flops=2 * n * rows * k,
-        bytes=2 * rows * k + 4 * n * (rows + k),
+        bytes=int(rows * k * weight_bytes) + n * (input_bytes * k + 4 * rows),
     )
 
 
 CASES = (
-    _case("one token, partial rows", 1, 72, 96),
-    _case("tokens not a multiple of the tile", 7, 128, 160, bias=True),
-    _case("one row", 3, 1, 32, residual=True),
-    _case("one channel 1000 times the others", 5, 200, 96, bias=True, residual=True, spike=1000),
-    _case("more outputs than one axis of a grid has threads for", 64, 131_200, 32),
-    _case("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),
+    linear_case("one token, partial rows", 1, 72, 96),
+    linear_case("tokens not a multiple of the tile", 7, 128, 160, bias=True),
+    linear_case("one row", 3, 1, 32, residual=True),
+    linear_case(
+        "one channel 1000 times the others", 5, 200, 96, bias=True, residual=True, spike=1000
+    ),
+    linear_case("more outputs than one axis of a grid has threads for", 64, 131_200, 32),
+    linear_case("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),
 )
 
 LINEAR = Kernel(

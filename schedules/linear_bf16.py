@@ -11,7 +11,7 @@ Roofline of decoding: 2·rows·k bytes of weights a step, whatever n is.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -19,8 +19,8 @@ import numpy as np
 import tvm
 
 from .bf16 import LANES, dot_pairs, imported, instructions, tile_of, word_at
-from .kernel import Case, Kernel, T, Target, parameter, scheduled
-from .linear import linear_items, linear_ref
+from .kernel import Kernel, T, Target, parameter, scheduled
+from .linear import linear_case, linear_items, linear_ref
 from .round_bf16 import round_ref, width
 from .vectors import in_tiles, sizes
 
@@ -122,29 +122,7 @@ def _pack(_target: Target, inputs: dict[str, np.ndarray], **_static: Any) -> lis
     return [*round_ref(x), pack_weight(weight), *rest]
 
 
-def _case(
-    name: str, n: int, rows: int, k: int, bias: bool = False, residual: bool = False, spike: int = 1
-) -> Case:
-    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        x = rng.standard_normal((n, k), dtype=np.float32)
-        x[:, k // 2] *= spike
-        weight = rng.standard_normal((rows, k), dtype=np.float32)
-        arrays = {"x": x, "weight": weight.astype(ml_dtypes.bfloat16)}
-        if bias:
-            arrays["bias"] = rng.standard_normal(rows, dtype=np.float32)
-        if residual:
-            arrays["residual"] = rng.standard_normal((n, rows), dtype=np.float32)
-        return arrays
-
-    return Case(
-        name,
-        {"rows": rows, "k": k, "with_bias": bias, "with_residual": residual},
-        inputs,
-        flops=2 * n * rows * k,
-        bytes=2 * rows * k + n * (2 * k + 4 * rows),
-    )
-
-
+_case = partial(linear_case, input_bytes=2)
 CASES = (
     _case("one token, partial rows", 1, 72, 96),
     _case("tokens not a multiple of the tile", 7, 128, 160, bias=True),

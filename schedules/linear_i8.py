@@ -12,17 +12,16 @@ Roofline of decoding: 34/32·rows·k bytes of weights a step, whatever n is.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tvm
 
 from .int8 import BLOCK, GROUP, Int8Tile, Int8Weights, dot_i8
 from .isa import Isa, isa_of
-from .kernel import Case, Kernel, T, Target, parameter, scheduled
-from .linear import linear_items, linear_ref
+from .kernel import Kernel, T, Target, parameter, scheduled
+from .linear import linear_case, linear_items, linear_ref
 from .quantize import dequantize, quantize_ref
 from .vectors import in_tiles, sizes
 
@@ -170,30 +169,7 @@ def _pack(_target: Target, inputs: dict[str, np.ndarray], **_static: Any) -> lis
     return [*quantize_ref(x, planes=PLANES), pack_weight(weight), pack_scales(weight), *rest]
 
 
-def _case(
-    name: str, n: int, rows: int, k: int, bias: bool = False, residual: bool = False, spike: int = 1
-) -> Case:
-    def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        x = rng.standard_normal((n, k), dtype=np.float32)
-        x[:, k // 2] *= spike
-        weight = rng.standard_normal((rows, k), dtype=np.float32)
-        weight[0, :BLOCK] = 0  # a block without a scale
-        arrays = {"x": x, "weight": weight.astype(ml_dtypes.bfloat16)}
-        if bias:
-            arrays["bias"] = rng.standard_normal(rows, dtype=np.float32)
-        if residual:
-            arrays["residual"] = rng.standard_normal((n, rows), dtype=np.float32)
-        return arrays
-
-    return Case(
-        name,
-        {"rows": rows, "k": k, "with_bias": bias, "with_residual": residual},
-        inputs,
-        flops=2 * n * rows * k,
-        bytes=rows * k * 34 // 32 + n * (PLANES * k + 4 * rows),
-    )
-
-
+_case = partial(linear_case, weight_bytes=34 / 32, input_bytes=PLANES)
 CASES = (
     _case("one token, partial rows", 1, 72, 96),
     _case("tokens not a multiple of the tile", 7, 128, 160, bias=True),
