@@ -135,10 +135,14 @@ def expert_walk(
     begin: Any,
     store: Any,
 ) -> Any:
-    """The CPU schedule of both halves: a work item owns 32 rows of all experts.
+    """The CPU schedule of both halves: expert after expert, a work item being 32 rows of one.
 
-    It walks the slots of each expert in tiles, so that a weight is read once however many tokens
-    share it. Returns the T.inline `walk(x, offsets, order, blocks, scales, out, operands)` with
+    All threads are launched once. Each takes the same part of the rows of every expert, without
+    waiting for the others in between, and so reads one stream of weights an expert: streams as
+    short as an item keep the memory waiting. An item walks the expert's slots in tiles, so that a
+    weight is read once however many tokens share it.
+
+    Returns the T.inline `walk(x, offsets, order, blocks, scales, out, operands)` with
     x as the product takes it. The kernel says what differs:
 
       row_of(slot)                              the row of x that a slot multiplies
@@ -165,29 +169,45 @@ def expert_walk(
     tiles = in_tiles(sizes(tile.tokens, 2), tokens_tile)
 
     @T.inline
-    def items(x, offsets, order, w, s, out, operands):
+    def begin_all(out, operands):
         for gi in T.parallel(groups):
-            with T.sblock("item"):
+            with T.sblock("begin"):
                 group = T.axis.spatial(groups, gi)
-                # Said here because detection gives up on vector loads; nothing schedules further.
-                T.reads(x[0][0 : x[0].shape[0], 0:k])
-                T.writes(out[0 : out.shape[0], 0 : out.shape[1]])
-                # In the default scope: LLVM keeps these in registers, `local` would be the heap.
-                acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
-                part = T.sblock_alloc_buffer((part_size,), part_dtype)
-                value = T.sblock_alloc_buffer((value_size,), value_dtype)
-                slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
-                row = T.sblock_alloc_buffer((tile.tokens,), "int32")
                 begin(group, out, operands)
-                for expert in T.serial(experts):
+
+    @T.inline
+    def items(x, offsets, order, w, s, out, operands):
+        for e in T.serial(experts):
+            for gi in T.parallel(groups):
+                with T.sblock("item"):
+                    expert = T.axis.opaque(experts, e)
+                    group = T.axis.spatial(groups, gi)
+                    # Said here because detection gives up on vector loads; nothing schedules
+                    # further.
+                    T.reads(x[0][0 : x[0].shape[0], 0:k])
+                    T.writes(out[0 : out.shape[0], 0 : out.shape[1]])
+                    # In the default scope: LLVM keeps these in registers, `local` would be the
+                    # heap.
+                    acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
+                    part = T.sblock_alloc_buffer((part_size,), part_dtype)
+                    value = T.sblock_alloc_buffer((value_size,), value_dtype)
+                    slot = T.sblock_alloc_buffer((tile.tokens,), "int32")
+                    row = T.sblock_alloc_buffer((tile.tokens,), "int32")
                     tiles(
                         offsets[expert], offsets[expert + 1] - offsets[expert],
                         (acc, part, value, slot, row, x, order, w, s, expert, group, out, operands),
                     )  # fmt: skip
 
+    def one_launch() -> Any:
+        """All loops in parallel inside are launched together, split alike, without a barrier."""
+        if groups == 1:  # such loops do not stay, and TVM refuses a launch without any
+            return nullcontext()
+        return T.attr(T.int32(0), "pragma_parallel_launch_point", T.int32(1))
+
     @T.inline
     def walk(x, offsets, order, w, s, out, operands):
-        with expert_dot.imported():
+        with expert_dot.imported(), one_launch():
+            begin_all(out, operands)
             items(x, offsets, order, w, s, out, operands)
 
     return walk
