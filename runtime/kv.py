@@ -18,6 +18,7 @@ a sequence writes next is copied first, if someone else holds it too. A step goe
 
 from __future__ import annotations
 
+import heapq
 import re
 import subprocess
 import sys
@@ -34,12 +35,15 @@ from .kv_layout import PAGE_TOKENS
 
 
 class PagePool:
-    """`size` pages, handed out by number and counted by reference."""
+    """`size` pages, the lowest free ones handed out first, counted by reference.
+
+    So the pages of a sequence mostly follow each other, and are read as a stream.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._references = [0] * size
-        self._free = list(range(size - 1, -1, -1))
+        self._free = list(range(size))  # a heap
 
     @property
     def free(self) -> int:
@@ -57,7 +61,7 @@ class PagePool:
         """
         if count > len(self._free):
             raise self.exhausted(count)
-        pages = [self._free.pop() for _ in range(count)]
+        pages = [heapq.heappop(self._free) for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         return pages
@@ -83,7 +87,7 @@ class PagePool:
                 raise ValueError(f"page {page} is free and cannot be released")
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                heapq.heappush(self._free, page)
 
 
 @dataclass

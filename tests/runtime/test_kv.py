@@ -89,6 +89,15 @@ def test_a_pool_hands_out_each_page_once_and_again_after_release():
     assert sorted(pool.allocate(3)) == [0, 1, 2]
 
 
+def test_a_pool_hands_out_the_lowest_pages_in_order():
+    pool = PagePool(6)
+    pages = pool.allocate(6)
+    pool.release([pages[4], pages[1], pages[3]])
+    pool.release([pages[2]])
+    assert pool.allocate(3) == [1, 2, 3]
+    assert pool.allocate() == [4]
+
+
 def test_too_large_an_allocation_takes_nothing():
     pool = PagePool(3)
     with pytest.raises(KVMemoryError):
