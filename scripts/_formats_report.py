@@ -18,6 +18,7 @@ from _bench import NOT_MEASURED, number, spread, table
 from _figures import FIGURES
 
 DEFAULT = "default"
+CONTROL = "control"  # the default once more: how far apart equal engines are measured
 MEASURED = ("decode_1k", "decode_32k", "prefill_512")
 BYTES_OF = "20b"  # the shape whose bytes are counted
 
@@ -65,7 +66,7 @@ def _row(result: Mapping[str, Any], name: str, choice: Choice) -> list[str]:
             middle = number(statistics.median(speeds), "tok/s") if speeds else NOT_MEASURED
             row.append(f"1 ({middle})")
     else:
-        row = [f"`{words(choice['options'])}`"]
+        row = ["the default again, as a control" if name == CONTROL else f"`{words(choice['options'])}`"]
         row += [spread(ratios(choice, figure), "×") for figure in MEASURED]
     row.append(number(choice["bytes"]["weights_a_token"] / 1e9))
     row.append(number(choice["bytes"]["cache_a_token"] / 1e3))
