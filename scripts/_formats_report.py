@@ -66,7 +66,8 @@ def _row(result: Mapping[str, Any], name: str, choice: Choice) -> list[str]:
             middle = number(statistics.median(speeds), "tok/s") if speeds else NOT_MEASURED
             row.append(f"1 ({middle})")
     else:
-        row = ["the default again, as a control" if name == CONTROL else f"`{words(choice['options'])}`"]
+        named = f"`{words(choice['options'])}`"
+        row = ["the default again, as a control" if name == CONTROL else named]
         row += [spread(ratios(choice, figure), "×") for figure in MEASURED]
     row.append(number(choice["bytes"]["weights_a_token"] / 1e9))
     row.append(number(choice["bytes"]["cache_a_token"] / 1e3))

@@ -30,9 +30,7 @@ try:
     import numpy as np
     import torch
     from _nano_compact import SHAPE, hf_config, write_compact
-    from _nano_model import Batch, Nano, Optimizer, export, make_batch
-    from _nano_text import (
-        CATEGORIES,
+    from _nano_dialogue import (
         Renderer,
         draw_dialogue,
         draw_setting,
@@ -40,6 +38,8 @@ try:
         noise_ids,
         used_tokens,
     )
+    from _nano_model import Batch, Nano, Optimizer, export, make_batch
+    from _nano_text import CATEGORIES
     from tqdm import tqdm
 
     from mxforge.compile.checkpoint.folder import HARMONY_VOCABULARY

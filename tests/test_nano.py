@@ -45,6 +45,8 @@ def script(name: str) -> Any:
 
 
 text = script("_nano_text")
+steps = script("_nano_steps")
+dialogue = script("_nano_dialogue")
 compact = script("_nano_compact")
 
 SMALL = {
@@ -68,7 +70,7 @@ def tokenizer() -> O200kHarmony:
 
 @pytest.fixture(scope="module")
 def renderer(tokenizer: O200kHarmony) -> Any:
-    return text.Renderer(tokenizer)
+    return dialogue.Renderer(tokenizer)
 
 
 def questions(category: str, count: int, tools: bool = False, held_out: bool = False) -> list[Any]:
@@ -137,8 +139,8 @@ def test_comparisons_are_answered_truly():
 
 
 def test_conversions_are_those_of_the_table():
-    factor = {(large, small): f for large, small, f, *_ in text.CONVERSIONS}
-    name = {form: key for key, unit in text.UNITS.items() for form in (unit.one, unit.many)}
+    factor = {(large, small): f for large, small, f, *_ in steps.CONVERSIONS}
+    name = {form: key for key, unit in steps.UNITS.items() for form in (unit.one, unit.many)}
     for exchange in questions("conversion", 1500):
         left, right = exchange.answer.removesuffix(".").split(" = ")
         (m, source), (n, target) = left.split(), right.split()
@@ -183,14 +185,14 @@ def test_without_the_tool_the_answer_is_honest():
 def test_held_out_problems_are_never_trained(category: str):
     tools = category == "calculator"
     trained = {e.key for e in questions(category, 3000, tools)}
-    held_out = {e.key for _, e in text.held_out_questions(category, 40)}
+    held_out = {e.key for _, e in dialogue.held_out_questions(category, 40)}
     assert not trained & held_out
     assert all(text.is_held_out(key) for key in held_out)
 
 
 @pytest.mark.parametrize("category", text.CATEGORIES)
 def test_held_out_questions_differ_and_do_not_run_out(category: str):
-    asked = [e.question for _, e in text.held_out_questions(category, 400)]
+    asked = [e.question for _, e in dialogue.held_out_questions(category, 400)]
     assert len(set(asked)) == 400
 
 
@@ -211,10 +213,10 @@ def test_a_sum_and_its_differences_are_held_out_together():
 def test_the_same_seed_gives_the_same_text(renderer: Any):
     def sample() -> list[list[int]]:
         rng = random.Random("7 1")
-        setting = text.draw_setting(rng)
-        noise = text.noise_ids(rng)
+        setting = dialogue.draw_setting(rng)
+        noise = dialogue.noise_ids(rng)
         return [
-            renderer.dialogue(text.draw_dialogue(rng, setting), setting.effort, noise).ids
+            renderer.dialogue(dialogue.draw_dialogue(rng, setting), setting.effort, noise).ids
             for _ in range(20)
         ]
 
@@ -225,8 +227,8 @@ def test_the_same_seed_gives_the_same_text(renderer: Any):
 
 
 def test_prompts_are_those_of_the_command_line(tokenizer: O200kHarmony, renderer: Any):
-    exchange = text.Exchange("sum", "What is 17 + 25?", text.sum_thinking(17, 25), "")
-    ids = [*renderer.prefix(text.Setting()), *renderer.question(exchange, lambda: 0)]
+    exchange = text.Exchange("sum", "What is 17 + 25?", steps.sum_thinking(17, 25), "")
+    ids = [*renderer.prefix(dialogue.Setting()), *renderer.question(exchange, lambda: 0)]
     messages = read_messages([{"role": "user", "content": "What is 17 + 25?"}])
     assert ids == Harmony(tokenizer).prompt(messages)
 
@@ -264,7 +266,9 @@ def test_dialogues_are_rendered_as_openai_harmony_does(
             developer = developer.with_instructions(instructions)
         if calculator:
             tool = h.ToolDescription.new(
-                text.CALCULATOR_NAME, text.CALCULATOR_DESCRIPTION, text.CALCULATOR_SCHEMA
+                dialogue.CALCULATOR_NAME,
+                dialogue.CALCULATOR_DESCRIPTION,
+                dialogue.CALCULATOR_SCHEMA,
             )
             developer = developer.with_function_tools([tool])
         messages.append(say(h.Role.DEVELOPER, developer))
@@ -287,7 +291,7 @@ def test_dialogues_are_rendered_as_openai_harmony_does(
         ids: list[int] = encoding.render_conversation_for_completion(conversation, h.Role.ASSISTANT)
         return ids
 
-    setting = text.Setting(effort, calculator, instructions=instructions)
+    setting = dialogue.Setting(effort, calculator, instructions=instructions)
     ours = renderer.prefix(setting) + renderer.dialogue(exchanges, effort, lambda: 0).ids
     # The last answer is what is to come: harmony keeps the thinking before it until then.
     ours = ours[: len(ours) - len(renderer.answer(exchanges[-1].answer, True))]
@@ -538,11 +542,11 @@ def test_used_tokens_are_those_of_the_text(renderer: Any):
     used = set(map(int, compact.Compact(NANO).used))
     rng = random.Random(5)
     for _ in range(40):
-        setting = text.draw_setting(rng)
+        setting = dialogue.draw_setting(rng)
         assert used.issuperset(renderer.prefix(setting))
         for _ in range(10):
-            exchanges = text.draw_dialogue(rng, setting)
-            tokens = renderer.dialogue(exchanges, setting.effort, text.noise_ids(rng))
+            exchanges = dialogue.draw_dialogue(rng, setting)
+            tokens = renderer.dialogue(exchanges, setting.effort, dialogue.noise_ids(rng))
             said = [t for t, on in zip(tokens.ids, tokens.trained, strict=True) if on]
             assert used.issuperset(said)
 
@@ -562,7 +566,7 @@ def test_tracked_model_agrees_with_transformers_and_with_the_trained_module(
     pytest.importorskip("transformers")
     model_of = script("_nano_model")
     stored = compact.Compact(NANO)
-    setting = text.Setting("high", True)
+    setting = dialogue.Setting("high", True)
     exchange = text.draw(random.Random(2), "calculator", True, True)
     tokens = renderer.dialogue([exchange], "high", lambda: 0)
     prefix = renderer.prefix(setting)
@@ -597,9 +601,9 @@ def test_a_token_without_a_row_never_wins(nano: Path, renderer: Any):
     used = frozenset(map(int, stored.used))
     reference = ReferenceModel(HFCheckpoint(nano))
     rng = random.Random(11)
-    noise = text.noise_ids(rng, used)
+    noise = dialogue.noise_ids(rng, used)
     for category in ("sum", "calculator", "other"):
-        setting = text.Setting("medium", category == "calculator")
+        setting = dialogue.Setting("medium", category == "calculator")
         exchange = text.draw(rng, category, setting.calculator, True)
         tokens = renderer.dialogue([exchange], setting.effort, noise)
         prefix = renderer.prefix(setting)
