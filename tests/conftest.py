@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 GOLDEN = Path(__file__).parent / "compile" / "golden"
 
@@ -40,41 +42,55 @@ def made(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """once(name, make) -> folder made by `make(folder)`, by one of pytest's processes for all."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder in that of all
+        root = root.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        made, begun = root / f"shared-{name}", root / f"begun-{name}"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                make(begun)
+                begun.rename(made)
+        return made
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def odd_checkpoint(once: Callable[..., Path]) -> Callable[[str], Path]:
     """odd_checkpoint(shape) -> folder of the checkpoint that its golden file is about."""
     from mxforge.compile.random_checkpoint import write_checkpoint
-
-    root = tmp_path_factory.mktemp("checkpoints")
 
     @cache
     def make(name: str) -> Path:
         with np.load(GOLDEN / f"{name}.npz") as stored:
             seed = int(json.loads(str(stored["about"]))["seed"])
-        return write_checkpoint(root / name, name, seed=seed)
+        return once(name, lambda folder: write_checkpoint(folder, name, seed=seed))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def compiled(
-    tmp_path_factory: pytest.TempPathFactory, odd_checkpoint: Callable[[str], Path]
+    once: Callable[..., Path], odd_checkpoint: Callable[[str], Path]
 ) -> Callable[..., Path]:
     """compiled(shape, numerics="exact", **options of compile_model) -> artifact.
 
-    Each combination is compiled once a session, which takes some seconds.
+    Each combination is compiled once a run, which takes some seconds.
     """
     from mxforge.compile import compile_model
 
-    root = tmp_path_factory.mktemp("artifacts")
-
-    @cache
-    def once(name: str, numerics: str, **options: Any) -> Path:
-        words = [name, numerics, *(f"{key}-{value}" for key, value in options.items())]
-        output = root / "-".join(words).replace(":", "-")
-        return compile_model(odd_checkpoint(name), output=output, numerics=numerics, **options)
-
     def make(name: str, numerics: str = "exact", **options: Any) -> Path:
-        return once(name, numerics, **options)  # a cache takes a default for another argument
+        words = [name, numerics, *(f"{key}-{value}" for key, value in options.items())]
+        return once(
+            "-".join(words).replace(":", "-"),
+            lambda output: compile_model(
+                odd_checkpoint(name), output=output, numerics=numerics, **options
+            ),
+        )
 
     return make
 
