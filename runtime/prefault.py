@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 import threading
 from collections.abc import Sequence
@@ -11,6 +12,16 @@ import numpy as np
 
 PIECE_BYTES = 16 << 20
 _MADV_POPULATE_READ = 22  # Linux 5.14: reads the file and maps its pages, as a first read would
+
+
+def _madvise(array: np.ndarray, advice: int) -> bool:
+    """Whether the system took the advice about the pages that the array touches."""
+    begin = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    size = array.ctypes.data + array.nbytes - begin
+    # Through ctypes, which lets go of the interpreter; mmap.madvise holds it.
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return bool(call(begin, size, advice) == 0)
 
 
 class Prefault:
@@ -38,13 +49,9 @@ class Prefault:
             self._thread.join()
 
     def _run(self) -> None:
-        # Through ctypes, which lets go of the interpreter; mmap.madvise holds it.
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for array in self._arrays:
-            begin, size = array.ctypes.data, array.nbytes
-            for start in range(0, size, PIECE_BYTES):
+            for start in range(0, array.nbytes, PIECE_BYTES):
                 if self._stopped.is_set():
                     return
-                if madvise(begin + start, min(PIECE_BYTES, size - start), _MADV_POPULATE_READ):
+                if not _madvise(array[start : start + PIECE_BYTES], _MADV_POPULATE_READ):
                     return  # an older system, or no memory left: pages come as they are read

@@ -42,6 +42,12 @@ def test_maps_everything_and_changes_nothing(mapped: np.ndarray):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_arrays_need_not_begin_or_end_with_a_page(mapped: np.ndarray):
+    Prefault([mapped[64:100], mapped[100 : 3 * mmap.PAGESIZE + 1]]).wait()
+    assert resident(mapped) >= 4 * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_closing_stops_it(mapped: np.ndarray, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefault, "PIECE_BYTES", mmap.PAGESIZE)
     started = Prefault([mapped] * 1000)
