@@ -507,7 +507,7 @@ def test_wrong_options_are_usage_errors(tmp_path):
         assert "--samples" in run(script, "--samples", "0", "--work", tmp_path, code=2).stderr
     assert "--steps" in run("bench", "--steps", "fly", "--work", tmp_path, code=2).stderr
     said = run("bench_formats", "--only", "exact", "fly", "--work", tmp_path, code=2).stderr
-    assert "--only takes some of default kv-f32" in said
+    assert "--only takes some of default control kv-f32" in said
     said = run("bench_peers", "--figures", "decode,fly", "--work", tmp_path, code=2).stderr
     assert "--figures takes some of" in said
     assert said.rstrip().endswith("found fly.")
