@@ -49,9 +49,11 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         root = root.parent
 
     def folder(name: str, make: Callable[[Path], object]) -> Path:
-        made, begun = root / f"shared-{name}", root / f"begun-{name}"
+        made, begun = root / "made" / name, root / "begun" / name
         with FileLock(root / f"{name}.lock"):
             if not made.exists():
+                made.parent.mkdir(exist_ok=True)
+                begun.parent.mkdir(exist_ok=True)
                 make(begun)
                 begun.rename(made)
         return made
