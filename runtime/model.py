@@ -21,6 +21,7 @@ from .prefault import Prefault
 from .random_weights import fill_random
 from .results import TokenLogprob
 from .sampling import SampleArguments
+from .sparse_map import map_sparse
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -196,8 +197,11 @@ def load_weights(library: Library, artifact: Artifact) -> tuple[dict[str, Any], 
             content = _made(weight, artifact.manifest)
         else:
             where = artifact.weight_files[weight.file].tensors[weight.name]
-            content = files[weight.file][where.begin : where.end]
-            if weight.name != EMBEDDING:  # of which a step reads a row a token
+            if weight.name == EMBEDDING and library.on_cpu:  # a step reads a row a token
+                path = artifact.weight_files[weight.file].path
+                content = map_sparse(path, where.begin, where.end)
+            else:
+                content = files[weight.file][where.begin : where.end]
                 mapped.append(content)
         weights[weight.name] = library.weight(content, weight.shape, weight.dtype)
     available = available_memory()
