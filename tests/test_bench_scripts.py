@@ -131,7 +131,7 @@ def test_ratios_are_taken_within_pairs_and_losses_stay(tmp_path):
     text = rendered(tmp_path, peers(samples), "bench_peers", "peers.md")
     cells = row(text, "decode, tok/s")
     assert cells[1:3] == ["4.50 (1.00 … 8.00)", "5.00 (2.00 … 10.0)"]
-    assert cells[3:6] == ["0.650 (0.500 … 0.800) ×", "≥ 1 ×, aim 1.12", "**no**"]
+    assert cells[3:6] == ["0.650 (0.500 … 0.800) ×", "≥ 1 ×, aim 1.12 ×", "**no**"]
     assert cells[6] == "45.0 (10.0 … 80.0) %"  # of 30 GB/s ÷ 3 GB a step
     assert "A decode step reads 3.00 GB in mxforge and 3.00 GB in llama.cpp." in text
     assert list(tmp_path.glob("*.tmp")) == []
@@ -146,8 +146,9 @@ def test_sooner_and_smaller_are_better():
     ]
     text = report.figures_table(peers(samples))
     cells = row(text, "first token")
-    assert cells[1:] == ["1.00", "4.00", "4.00 ×", "≤ 2 s, aim 1.2", "yes, and the aim", "", ""]
-    assert row(text, "peak resident")[1:6] == ["12.0", "6.00", "0.500 ×", "≤ 16 GiB", "yes"]
+    assert cells[1:] == ["1.00", "4.00", "4.00 ×", "≤ 2 s, aim 1.2 s", "yes, and the aim", "", ""]
+    cells = row(text, "peak resident")
+    assert cells[1:6] == ["12.0", "6.00", "0.500 ×", "≤ 16 GiB, aim 1 ×", "yes"]
 
 
 def test_long_contexts_are_compared_with_short_ones_of_the_same_pair():
