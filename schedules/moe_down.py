@@ -24,8 +24,16 @@ import numpy as np
 import tvm
 
 from .int8 import BLOCK, GROUP
-from .kernel import Case, Kernel, T, Target, bind_items, parameter, scheduled
-from .moe_experts import FORMATS, ExpertDot, expert_arrays, expert_dot, expert_walk, routing
+from .kernel import TARGET_KINDS, Case, Kernel, T, Target, bind_items, parameter, scheduled
+from .moe_experts import (
+    FORMATS,
+    ExpertDot,
+    cases,
+    expert_arrays,
+    expert_dot,
+    expert_walk,
+    routing,
+)
 from .mxfp4 import (
     Activations,
     dequantize,
@@ -36,9 +44,8 @@ from .mxfp4 import (
     scale_value,
 )
 
-NAME = "mxfp4w_moe_down"
 NAMES: dict[Activations, str] = {
-    "f32": NAME,
+    "f32": "mxfp4w_moe_down",
     "bf16": "mxfp4w_bf16_moe_down",
     "i8": "mxfp4w_i8_moe_down",
 }
@@ -82,7 +89,7 @@ def down(
     for `target`."""
     shape = dict(experts=experts, top_k=top_k, hidden=hidden, units=units)
     if target.is_gpu:
-        return bind_items(down_items(**shape), NAME)
+        return bind_items(down_items(**shape), NAMES["f32"])
     dot = expert_dot(target, activations, units)
     func = _cpu(dot, activations, **shape)
     return scheduled(func, NAMES[activations], dot.schedule, dot.tile)
@@ -262,54 +269,21 @@ def _case(
     )
 
 
-CASES = (
-    _case("one token", 1),
-    _case("partial token tile, experts without tokens", 7, choose=range(2, 5)),
-    _case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
-    _case("one expert in all", 3, experts=1, top_k=1, hidden=32, units=32),
-    _case("one channel 1000 times the others", 6, spike=1000),
-    _case("120b's 128 experts", 5, experts=128, top_k=4),
-    _case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
-)
-
-
-def _cases_of(activations: Activations) -> tuple[Case, ...]:
-    case = partial(_case, activations=activations)
-    return (
-        case("one token", 1),
-        case("partial token tile, idle experts", 7, choose=range(2, 5)),
-        case("one channel 1000 times the others", 6, spike=1000),
-        case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
-        case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
-    )
-
-
 def _outputs(inputs: dict[str, np.ndarray], **_: Any) -> list[tuple[tuple[int, ...], str]]:
     return [(inputs["residual"].shape, "float32")]
 
 
-DOWN = Kernel(
-    NAME,
-    build=down,
-    items=down_items,
-    reference=down_ref,
-    outputs=_outputs,
-    cases=CASES,
-    pack=_pack,
-)
-
-
-def _cpu_kernel(activations: Activations) -> Kernel:
+def _kernel(activations: Activations) -> Kernel:
     return Kernel(
         NAMES[activations],
         build=down,
         items=down_items,
         reference=down_ref,
         outputs=_outputs,
-        cases=_cases_of(activations),
+        cases=cases(partial(_case, activations=activations)),
         pack=_pack,
-        targets=("cpu",),
+        targets=TARGET_KINDS if activations == "f32" else ("cpu",),
     )
 
 
-DOWN_BF16, DOWN_I8 = _cpu_kernel("bf16"), _cpu_kernel("i8")
+DOWN, DOWN_BF16, DOWN_I8 = _kernel("f32"), _kernel("bf16"), _kernel("i8")

@@ -14,7 +14,7 @@ import numpy as np
 from . import bf16
 from .int8 import BLOCK, GROUP, Int8Tile, dot_i8
 from .isa import isa_of
-from .kernel import T, Target, TileConfig, parameter
+from .kernel import Case, T, Target, TileConfig, parameter
 from .mxfp4 import LANES, Activations, dot_bf16, dot_f32, int8_weights
 from .quantize import dequantize, quantize_ref
 from .round_bf16 import round_ref
@@ -182,12 +182,10 @@ def expert_walk(
                 with T.sblock("item"):
                     expert = T.axis.opaque(experts, e)
                     group = T.axis.spatial(groups, gi)
-                    # Said here because detection gives up on vector loads; nothing schedules
-                    # further.
+                    # Said, as detection gives up on vector loads; nothing schedules further.
                     T.reads(x[0][0 : x[0].shape[0], 0:k])
                     T.writes(out[0 : out.shape[0], 0 : out.shape[1]])
-                    # In the default scope: LLVM keeps these in registers, `local` would be the
-                    # heap.
+                    # In the default scope, which LLVM keeps in registers; `local` is the heap.
                     acc = T.sblock_alloc_buffer((tile.tokens * GROUP,), "float32")
                     part = T.sblock_alloc_buffer((part_size,), part_dtype)
                     value = T.sblock_alloc_buffer((value_size,), value_dtype)
@@ -234,3 +232,19 @@ def expert_arrays(
         "scales": rng.integers(center - 2, center + 2, (experts, rows, k // BLOCK), dtype=np.uint8),
         "bias": rng.standard_normal((experts, rows), dtype=np.float32),
     }
+
+
+def cases(case: Callable[..., Case]) -> tuple[Case, ...]:
+    """What both kernels are tested with, whatever their activations.
+
+    `case(name, tokens, **shape)` makes one.
+    """
+    return (
+        case("one token", 1),
+        case("partial token tile, experts without tokens", 7, choose=range(2, 5)),
+        case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
+        case("one expert in all", 3, experts=1, top_k=1, hidden=32, units=32),
+        case("one channel 1000 times the others", 6, spike=1000),
+        case("120b's 128 experts", 5, experts=128, top_k=4),
+        case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, units=2880),
+    )
