@@ -37,7 +37,7 @@ from .kv_layout import PAGE_TOKENS
 class PagePool:
     """`size` pages, the lowest free ones handed out first, counted by reference.
 
-    So the pages of a sequence mostly follow each other, and are read as a stream.
+    So the pages of a prompt mostly follow each other, and are read as a stream.
     """
 
     def __init__(self, size: int) -> None:

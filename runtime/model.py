@@ -37,13 +37,13 @@ class Model:
         self.kinds = layer_kinds(manifest)
         self.vocab_size = int(manifest.config["vocab_size"])
         self.weights, mapped = load_weights(self.library, artifact)
-        self._prefault = Prefault(mapped)
         self._ordered = [self.weights[name] for name in manifest.weights_order]
         pages = {"full": needs.full_pages, "sliding": needs.sliding_pages}
         self.kv = [
             self.library.empty(kv_shape(manifest, pages[kind]), manifest.precision.kv_dtype)
             for kind in self.kinds
         ]
+        self._prefault = Prefault(mapped)  # last: nobody would stop it if there were no memory
 
     def close(self) -> None:
         """Stop reading ahead, so that the files can be unmapped."""
@@ -184,8 +184,8 @@ def _nbytes(weight: WeightInfo) -> int:
 def load_weights(library: Library, artifact: Artifact) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Every weight by name: views of the mapped files, copies on a GPU, or random ones made here.
 
-    Beside them what is mapped and read in every step, in order; nothing where it does not fit
-    into memory, so that there is no use in reading it ahead.
+    Beside them what is worth mapping ahead, in order: all that is mapped but the embedding, on a
+    CPU; nothing where it does not fit into memory.
     """
     files = {
         name: np.memmap(opened.path, np.uint8, mode="c")  # copy-on-write: TVM refuses read-only

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 PIECE_BYTES = 16 << 20
+DELAY_S = 1.0  # begun at once, it would delay the first token
 _MADV_POPULATE_READ = 22  # Linux 5.14: reads the file and maps its pages, as a first read would
 
 
@@ -43,12 +44,9 @@ class Prefault:
         if self._thread.is_alive():
             self._thread.join()
 
-    def wait(self) -> None:
-        """Until everything is mapped."""
-        if self._thread.is_alive():
-            self._thread.join()
-
     def _run(self) -> None:
+        if self._stopped.wait(DELAY_S):
+            return
         for array in self._arrays:
             for start in range(0, array.nbytes, PIECE_BYTES):
                 if self._stopped.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 _HUGE_BYTES = 2 << 20
-_MAP_FIXED = 0x10  # the same on every architecture of Linux that Python's mmap knows
+_MAP_FIXED = 0x10  # on x86, Arm and RISC-V
 
 
 def map_sparse(path: Path, begin: int, end: int) -> np.ndarray:
@@ -19,8 +20,10 @@ def map_sparse(path: Path, begin: int, end: int) -> np.ndarray:
 
     Linux keeps a cached file in pieces of up to 2 MB, and maps all of a piece for one byte of it
     where the file's offset and the address agree within 2 MB. Here they do not, and a read brings
-    64 KB. Raises OSError where the file cannot be mapped.
+    64 KB. Raises OSError where the file cannot be mapped, or does not hold these bytes.
     """
+    if not 0 <= begin < end <= path.stat().st_size:
+        raise OSError(errno.EINVAL, f"expected a file with bytes {begin} to {end}", str(path))
     if sys.platform != "linux":
         return np.memmap(path, np.uint8, "c", begin, (end - begin,))
     lead = begin % mmap.ALLOCATIONGRANULARITY

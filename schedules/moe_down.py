@@ -9,8 +9,8 @@ residual, y f32 [n, hidden]
 
 With bf16 activations h is replaced by its bits u16 (round_bf16.py), with i8 activations by q,
 h_step, h_total of quantize.py. The bias is added before
-the expert's weight is applied. On the CPU each work item owns 32 rows of y and adds the experts
-in ascending order, so the sum does not depend on the batch or on the number of threads.
+the expert's weight is applied. On the CPU each thread owns its rows of y and adds the experts in
+ascending order, so the sum does not depend on the batch or on the number of threads.
 
 Roofline of decoding: experts_hit · hidden · units · 17/32 bytes.
 """

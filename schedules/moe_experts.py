@@ -137,10 +137,10 @@ def expert_walk(
 ) -> Any:
     """The CPU schedule of both halves: expert after expert, a work item being 32 rows of one.
 
-    All threads are launched once. Each takes the same part of the rows of every expert, without
-    waiting for the others in between, and so reads one stream of weights an expert: streams as
-    short as an item keep the memory waiting. An item walks the expert's slots in tiles, so that a
-    weight is read once however many tokens share it.
+    All threads are launched once. Each takes the same part of the rows in `begin` and in every
+    expert, without waiting for the others in between, and so reads one stream of weights an
+    expert: streams as short as an item keep the memory waiting. An item walks the expert's slots
+    in tiles, so that a weight is read once however many tokens share it.
 
     Returns the T.inline `walk(x, offsets, order, blocks, scales, out, operands)` with
     x as the product takes it. The kernel says what differs:

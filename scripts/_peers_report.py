@@ -225,7 +225,7 @@ def samples_table(result: Mapping[str, Any]) -> str:
 def disturbance(result: Mapping[str, Any]) -> str:
     """How many samples had the machine to themselves, and their files in memory."""
     samples = result["samples"]
-    cold = sum((sample.get("cached") or 1) < 0.99 for sample in samples)
+    cold = sum(sample.get("cached") is not None and sample["cached"] < 0.99 for sample in samples)
     return (
         f"{_bench.disturbance(samples)}, "
         f"and {cold} with less than 99 % of their files cached before."

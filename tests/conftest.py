@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -42,10 +41,12 @@ def made(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """once(name, make) -> folder made by `make(folder)`, by one of pytest's processes for all."""
     root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder in that of all
+    if hasattr(request.config, "workerinput"):  # of pytest-xdist: each has a folder in that of all
         root = root.parent
 
     def folder(name: str, make: Callable[[Path], object]) -> Path:

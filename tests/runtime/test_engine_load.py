@@ -25,7 +25,9 @@ from mxforge.errors import (
     KVMemoryError,
     UsageError,
 )
-from mxforge.library import device_memory
+from mxforge.library import Library, device_memory
+from mxforge.model import EMBEDDING, load_weights
+from mxforge.sparse_map import map_sparse
 
 Load = Callable[..., Engine]
 
@@ -59,6 +61,23 @@ def test_the_default_context_fits_itself_to_the_model(odd_artifact: Path, tmp_pa
     edit_manifest(artifact, lambda manifest: manifest["limits"].update(context=4096))
     with Engine.load(artifact) as engine:
         assert engine.context_length == 4096
+
+
+def test_the_embedding_is_mapped_sparsely_and_not_ahead(
+    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = open_artifact(odd_artifact)
+    (file,) = artifact.weight_files.values()
+    sparse = []
+    monkeypatch.setattr(
+        "mxforge.model.map_sparse", lambda *where: sparse.append(where) or map_sparse(*where)
+    )
+    library = Library(artifact.library, artifact.manifest.target.kind)
+    weights, ahead = load_weights(library, artifact)
+    embedding = file.tensors[EMBEDDING]
+    assert sparse == [(file.path, embedding.begin, embedding.end)]
+    assert len(ahead) == len(weights) - 1
+    assert embedding.end - embedding.begin not in {part.nbytes for part in ahead}
 
 
 class NothingIsBuilt:

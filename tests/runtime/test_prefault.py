@@ -33,17 +33,26 @@ def resident(array: np.ndarray) -> int:
     return found
 
 
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefault, "DELAY_S", 0)
+
+
+def finished(started: Prefault) -> None:
+    started._thread.join()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_maps_everything_and_changes_nothing(mapped: np.ndarray):
     before = resident(mapped)
-    Prefault([mapped[: mapped.size // 2], mapped[mapped.size // 2 :]]).wait()
+    finished(Prefault([mapped[: mapped.size // 2], mapped[mapped.size // 2 :]]))
     assert before < resident(mapped) == mapped.nbytes
     assert mapped[:256].tolist() == list(range(256))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def test_arrays_need_not_begin_or_end_with_a_page(mapped: np.ndarray):
-    Prefault([mapped[64:100], mapped[100 : 3 * mmap.PAGESIZE + 1]]).wait()
+    finished(Prefault([mapped[64:100], mapped[100 : 3 * mmap.PAGESIZE + 1]]))
     assert resident(mapped) >= 4 * mmap.PAGESIZE
 
 

@@ -76,8 +76,10 @@ def test_nothing_stays_mapped(path: Path):
     assert not mappings(path)
 
 
-@linux
-@pytest.mark.parametrize("name", ["missing", "/dev/null"])
-def test_says_which_file_cannot_be_mapped(tmp_path: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "begin", "end"),
+    [("missing", 0, 10), ("/dev/null", 0, 10), ("weights", 0, 1 << 40), ("weights", 64, 64)],
+)
+def test_says_which_file_does_not_hold_these_bytes(path: Path, name: str, begin: int, end: int):
     with pytest.raises(OSError, match=name):
-        map_sparse(tmp_path / name, 0, 10)
+        map_sparse(path.parent / name, begin, end)
