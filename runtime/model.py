@@ -185,8 +185,19 @@ def load_weights(library: Library, artifact: Artifact) -> tuple[dict[str, Any], 
     """Every weight by name: views of the mapped files, copies on a GPU, or random ones made here.
 
     Beside them what is worth mapping ahead, in order: all that is mapped but the embedding, on a
-    CPU; nothing where it does not fit into memory.
+    CPU; nothing where it does not fit into memory. Raises ArtifactCorruptError where the system
+    does not map a file.
     """
+    try:
+        return _load_weights(library, artifact)
+    except OSError as error:
+        raise ArtifactCorruptError(
+            f"{artifact.path}: its weights should be files that can be mapped into memory, but: "
+            f"{error}. See whether they are still there, and `ulimit -v`; else {REMEDY}"
+        ) from error
+
+
+def _load_weights(library: Library, artifact: Artifact) -> tuple[dict[str, Any], list[np.ndarray]]:
     files = {
         name: np.memmap(opened.path, np.uint8, mode="c")  # copy-on-write: TVM refuses read-only
         for name, opened in artifact.weight_files.items()

@@ -80,6 +80,14 @@ def test_the_embedding_is_mapped_sparsely_and_not_ahead(
     assert embedding.end - embedding.begin not in {part.nbytes for part in ahead}
 
 
+def test_weights_that_vanish_while_they_are_loaded(odd_artifact: Path, tmp_path: Path) -> None:
+    artifact = open_artifact(copied(odd_artifact, tmp_path))
+    library = Library(artifact.library, artifact.manifest.target.kind)
+    _weights(artifact.path).unlink()
+    with pytest.raises(ArtifactCorruptError, match=r"still there.*compile the model again"):
+        load_weights(library, artifact)
+
+
 class NothingIsBuilt:
     def __init__(self, *_: object, **__: object) -> None:
         raise AssertionError("something was allocated")
