@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import tvm
-from random_programs import Form, Program, Serial, Threaded
+from program_forms import Form, Serial, Threaded
+from random_programs import Program
 from spirv_programs import TARGET, device
 from tvm import tirx
 from tvm.tirx.build import split_host_device_mods, tir_to_runtime

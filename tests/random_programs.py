@@ -2,10 +2,10 @@
 
 A program is a grid of blocks of threads that read inputs, keep local values, exchange values
 through shared memory between barriers, and write outputs. Its specification is made of functions
-from a form to TIR: `Threaded` binds blocks and threads and writes barriers; `Serial` has loops in
-their place, a thread's locals become arrays over the threads of a block, and each phase between
-barriers is a loop of its own. The first form runs on Vulkan, the second on the CPU; what they
-write must be the same bits.
+from a form (program_forms.py) to TIR: `Threaded` binds blocks and threads and writes barriers;
+`Serial` has loops in their place, a thread's locals become arrays over the threads of a block, and
+each phase between barriers is a loop of its own. The first form runs on Vulkan, the second on the
+CPU; what they write must be the same bits.
 
 So that it must, nothing is written whose result is left open: every integer expression carries
 the range it lies in and is reduced before it would leave its dtype's; floats are rounded at each
@@ -17,10 +17,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from program_forms import Argument, Form, Own, Shared, Stmt, Threaded, write_all
 from ranged import (
     FLOATS,
     INTEGERS,
@@ -36,146 +37,10 @@ from ranged import (
     modulo,
     stored,
 )  # fmt: skip
-from spirv_programs import bound
 from tvm import tirx
 from tvm.tirx import stmt as tir
 
 _ELEMENTS = 8  # of a local array
-
-
-# Forms ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Argument:
-    name: str
-    dtype: str
-    size: int
-    symbolic: bool = False  # its size is known only when the function is called
-
-
-@dataclass(frozen=True)
-class Own:
-    """A thread's own memory: one value, or a local array."""
-
-    name: str
-    dtype: str
-    size: int = 1
-
-
-@dataclass(frozen=True)
-class Shared:
-    name: str
-    dtype: str
-
-
-class Form:
-    """Where a program's names lead to. `variables` holds indices, counters and scalar arguments."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.buffers: dict[str, Any] = {}
-        self.variables: dict[str, Any] = {}
-        self.parameters: list[Any] = []
-        for argument in (*program.inputs, *program.outputs):
-            extent: Any = argument.size
-            if argument.symbolic:
-                extent = self.variables[f"n{argument.name}"] = tirx.Var(argument.name, "int64")
-            buffer = tirx.decl_buffer((extent,), argument.dtype, argument.name)
-            self.buffers[argument.name] = buffer
-            self.parameters.append(buffer)
-        for name, dtype, _ in program.scalars:
-            variable = self.variables[name] = tirx.Var(name, dtype)
-            self.parameters.append(variable)
-        for name, _ in program.indices:
-            self.variables[name] = tirx.Var(name, "int32")
-
-    def load(self, name: str, index: Any) -> Any:
-        return tirx.BufferLoad(self.buffers[name], [index])
-
-    def store(self, name: str, index: Any, value: Any) -> Any:
-        return tir.BufferStore(self.buffers[name], value, [index])
-
-    def own(self, memory: Own, index: Any) -> Any:
-        """The index of an element of a thread's own memory."""
-        raise NotImplementedError
-
-    def phase(self, lines: Sequence[Stmt]) -> list[Any]:
-        """What all threads do before they meet."""
-        raise NotImplementedError
-
-    def function(self) -> tirx.PrimFunc:
-        raise NotImplementedError
-
-    def _allocated(self, sizes: dict[str, tuple[int, str]], scope: str) -> list[Any]:
-        made = []
-        for name, (size, dtype) in sizes.items():
-            self.buffers[name] = tirx.decl_buffer((size,), dtype, name, scope=scope)
-            made.append(tir.AllocBuffer(self.buffers[name]))
-        return made
-
-    def _finished(self, body: Any) -> tirx.PrimFunc:
-        function = tirx.PrimFunc(self.parameters, body)
-        return function.with_attrs(
-            {"s_tir": True, "global_symbol": self.program.name, "tirx.noalias": True}
-        )
-
-
-class Threaded(Form):
-    """Blocks and threads are bound; phases end with barriers."""
-
-    def own(self, memory: Own, index: Any) -> Any:
-        return index
-
-    def phase(self, lines: Sequence[Stmt]) -> list[Any]:
-        body = _written(self, lines)
-        return [*body, tir.Evaluate(tirx.call_intrin("void", "tirx.tvm_storage_sync", "shared"))]
-
-    def function(self) -> tirx.PrimFunc:
-        program = self.program
-        shared = {s.name: (program.threads, s.dtype) for s in program.shared}
-        owned = {o.name: (o.size, o.dtype) for o in program.owned}
-        lines = [*self._allocated(shared, "shared"), *self._allocated(owned, "local")]
-        body = tir.stmt_seq(*lines, *program.body(self))
-        tags = {"tx": "threadIdx.x", "ty": "threadIdx.y", "bx": "blockIdx.x", "by": "blockIdx.y"}
-        for name, extent in program.indices:
-            body = bound(self.variables[name], tags[name], program.extent(self, extent), body)
-        return self._finished(body)
-
-
-class Serial(Form):
-    """Loops over blocks, and in them, for each phase, over threads."""
-
-    def own(self, memory: Own, index: Any) -> Any:
-        return index + self.program.thread(self) * memory.size
-
-    def phase(self, lines: Sequence[Stmt]) -> list[Any]:
-        return [self._loops(("tx", "ty"), lambda: _written(self, lines))]
-
-    def function(self) -> tirx.PrimFunc:
-        program = self.program
-        sizes = {s.name: (program.threads, s.dtype) for s in program.shared}
-        sizes |= {o.name: (program.threads * o.size, o.dtype) for o in program.owned}
-        return self._finished(
-            self._loops(
-                ("bx", "by"), lambda: [*self._allocated(sizes, "local"), *program.body(self)]
-            )
-        )
-
-    def _loops(self, names: Sequence[str], body: Callable[[], list[Any]]) -> Any:
-        """Loops over some indices; each has a variable of its own."""
-        extents = [(name, extent) for name, extent in self.program.indices if name in names]
-        for name, _ in extents:
-            self.variables[name] = tirx.Var(name, "int32")
-        inner = tir.stmt_seq(*body())
-        variables = [self.variables[name] for name, _ in extents]
-        for variable, (_, extent) in zip(variables, extents, strict=True):
-            times = self.program.extent(self, extent)
-            inner = tir.For(variable, 0, times, tir.ForKind.SERIAL, inner)
-        return inner
-
-
-Stmt = Callable[[Form], Any]
 
 
 class Program:
@@ -432,8 +297,8 @@ class Program:
 
         def write(form: Form) -> Any:
             condition = test.write(form)
-            yes = tir.stmt_seq(*_written(form, then))
-            no = tir.stmt_seq(*_written(form, otherwise)) if otherwise else None
+            yes = tir.stmt_seq(*write_all(form, then))
+            no = tir.stmt_seq(*write_all(form, otherwise)) if otherwise else None
             return tir.IfThenElse(condition, yes, no)
 
         return write
@@ -456,7 +321,7 @@ class Program:
         def write(form: Form) -> Any:
             extent = tirx.const(times, "int32") if limit is None else limit.write(form)
             variable = form.variables[name] = tirx.Var(name, "int32")
-            inner = tir.stmt_seq(*_written(form, body))
+            inner = tir.stmt_seq(*write_all(form, body))
             return tir.For(variable, first, extent, kind, inner, step=None if step == 1 else step)
 
         return write
@@ -486,7 +351,7 @@ class Program:
 
         def write(form: Form) -> Any:
             advance = set_to(form, load(form) + 1)
-            inner = tir.stmt_seq(advance, *_written(form, body))
+            inner = tir.stmt_seq(advance, *write_all(form, body))
             loop = tir.While(tirx.LT(load(form), tirx.const(times, "int32")), inner)
             return tir.stmt_seq(set_to(form, tirx.const(0, "int32")), loop)
 
@@ -763,10 +628,6 @@ class Program:
         self._counters.append(counter)
         yield
         self._counters.remove(counter)
-
-
-def _written(form: Form, lines: Sequence[Stmt]) -> list[Any]:
-    return [line(form) for line in lines]
 
 
 def _zero(dtype: str) -> Any:
