@@ -120,6 +120,13 @@ def test_a_broken_promise_is_called_broken(tmp_path):
 # -- scripts/bench_peers: tables ------------------------------------------------------------------
 
 
+def test_samples_are_cold_where_little_or_nothing_was_cached():
+    shares = (1.0, 0.98, 0.0, None)  # None: read into memory of its own
+    samples = [figure("decode", "mxforge", 1, 10) | {"cached": share} for share in shares]
+    found = report.disturbance({"samples": samples})
+    assert "and 2 with less than 99 %" in found
+
+
 def test_ratios_are_taken_within_pairs_and_losses_stay(tmp_path):
     samples = [
         figure("decode", "llama.cpp", 0, 10.0),

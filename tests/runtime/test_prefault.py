@@ -65,5 +65,19 @@ def test_closing_stops_it(mapped: np.ndarray, monkeypatch: pytest.MonkeyPatch):
     assert mapped[-1] == 255
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_it_leaves_the_first_token_alone_and_can_be_stopped_meanwhile(
+    mapped: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(prefault, "DELAY_S", 3600)
+    before = resident(mapped)
+    started = Prefault([mapped])
+    started._thread.join(0.2)  # far more than mapping a few pages takes
+    assert started._thread.is_alive()
+    assert resident(mapped) == before
+    started.close()
+    assert not started._thread.is_alive()
+
+
 def test_nothing_to_do():
     Prefault([]).close()
