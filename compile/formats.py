@@ -1,22 +1,22 @@
-"""Number formats that a user may choose in place of what a target does best."""
+"""Number formats of a model: what a target does best, and what a user may ask for instead."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from mxforge.errors import UsageError
+from mxforge.schedules.formats import ACTIVATIONS, DENSE, KV, DenseFormat, FormatTable
+from mxforge.schedules.kernel import Target
+from mxforge.schedules.moe import DOWN, GATE_UP
 
-# By their names on the command line: what the compiler calls them.
-CHOICES = {
-    "kv": {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"},
-    "activations": {"f32": "f32", "bf16": "bf16", "int8": "i8"},
-    "dense": {"bf16": "bf16", "int8": "i8"},
-}
+# By the options of the command line that choose from them.
+TABLES: Mapping[str, FormatTable] = {"kv": KV, "activations": ACTIVATIONS, "dense": DENSE}
 
 
 @dataclass(frozen=True)
 class Formats:
-    """What was asked for, in the compiler's names; None leaves it to the target."""
+    """What was asked for, in the command line's names; None leaves it to the target."""
 
     kv: str | None = None
     activations: str | None = None
@@ -24,21 +24,62 @@ class Formats:
 
     @classmethod
     def of(cls, numerics: str, **asked: str | None) -> Formats:
-        """From the command line's names.
-
-        UsageError where one is unknown, or asked of exact numerics, which are float32 throughout.
-        """
-        found = {}
+        """Checked: UsageError where a name is unknown, or where one is asked of exact numerics,
+        which are float32 throughout."""
         for option, name in asked.items():
             if name is None:
                 continue
-            if name not in CHOICES[option]:
-                known = ", ".join(CHOICES[option])
+            if name not in TABLES[option].options():
+                known = ", ".join(TABLES[option].options())
                 raise UsageError(f"{option} must be one of {known}, found {name!r}.")
             if numerics == "exact":
                 raise UsageError(
                     f"{option} {name} was asked for with exact numerics, which are float32 "
                     "throughout; leave it out, or take fast numerics."
                 )
-            found[option] = CHOICES[option][name]
-        return cls(**found)
+        return cls(**asked)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The formats that a model is compiled with, by their names in the tables.
+
+    The default is that of exact numerics.
+    """
+
+    kv: str = "float32"
+    activations: str = "f32"  # the inputs of the experts
+    dense: str = "bf16"  # attention's projections and the output layer
+
+    def with_asked(self, asked: Formats) -> Precision:
+        """This, where nothing else is asked for."""
+        kv = KV.asked(asked.kv)[0].name if asked.kv else self.kv
+        activations = (
+            ACTIVATIONS.asked(asked.activations)[0].name if asked.activations else self.activations
+        )
+        # Of the dense formats of one option, that which takes the experts' activations too.
+        same = DENSE.asked(asked.dense or DENSE[self.dense].option)
+        dense = next((one for one in same if one.inputs.name == activations), same[0])
+        return Precision(kv, activations, dense.name)
+
+    def dense_of(self, k: int) -> DenseFormat:
+        """How a dense weight of k inputs is kept: bf16 where it does not fit its format."""
+        format_ = DENSE[self.dense]
+        return format_ if k % format_.weight.multiple == 0 else DENSE["bf16"]
+
+    def unscheduled(self, target: Target) -> list[str]:
+        """The formats that `target` lacks a kernel for, as the command line has them."""
+        activations, dense = ACTIVATIONS[self.activations], DENSE[self.dense]
+        read_by = {
+            f"activations {activations.option}": (
+                activations.kernel,
+                GATE_UP[activations.name],
+                DOWN[activations.name],
+            ),
+            f"dense {dense.option}": (dense.inputs.kernel, dense.kernel),
+        }
+        return [
+            option
+            for option, kernels in read_by.items()
+            if any(kernel is not None and not kernel.runs_on(target) for kernel in kernels)
+        ]

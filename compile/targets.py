@@ -15,25 +15,19 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from mxforge import vulkan
 from mxforge.errors import TargetError
 from mxforge.machine import architecture, host_system, missing_cpu_features
-from mxforge.schedules.int8 import BLOCK
 from mxforge.schedules.kernel import Target
-from mxforge.schedules.mxfp4 import Activations
 
 from . import spirv
 from .config import ModelConfig
-from .formats import Formats
+from .formats import Formats, Precision
 
 Numerics = Literal["exact", "fast"]
 NUMERICS: tuple[Numerics, ...] = ("exact", "fast")
-KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
-# Weights of attention and of the output layer; their inputs are float32, bfloat16 where named
-# behind them, 15-bit integers for i8.
-Dense = Literal["bf16", "bf16xbf16", "i8"]
 
 
 @dataclass(frozen=True)
@@ -73,19 +67,22 @@ PORTABLE = "cpu:portable"
 @dataclass(frozen=True)
 class VulkanProfile:
     """What Vulkan code may count on, beyond Vulkan 1.2 with buffer device addresses, 8- and 16-bit
-    storage and integers, and 64-bit integers."""
+    storage and integers, and 64-bit integers.
+
+    `features` are those of its `Target`: "float16" is arithmetic.
+    """
 
     name: str
     threads: int  # of a block
     shared_bytes: int  # of a block
-    float16: bool  # arithmetic
+    features: tuple[str, ...] = ()
 
 
 # The first is what `vulkan` means.
 VULKAN_PROFILES: tuple[VulkanProfile, ...] = (
-    VulkanProfile("desktop", 256, 32 << 10, float16=True),
-    VulkanProfile("mobile", 128, 16 << 10, float16=True),
-    VulkanProfile("minimum", 128, 16 << 10, float16=False),  # the limits that every device has
+    VulkanProfile("desktop", 256, 32 << 10, ("float16",)),
+    VulkanProfile("mobile", 128, 16 << 10, ("float16",)),
+    VulkanProfile("minimum", 128, 16 << 10),  # the limits that every device has
 )
 
 # The oldest architecture whose code still runs on the cards that gpt-oss fits.
@@ -97,19 +94,6 @@ CUDA_ARCHS = (
 
 
 @dataclass(frozen=True)
-class Precision:
-    """What numbers pass between kernels: the meaning of --numerics on one target."""
-
-    kv_dtype: KvDtype
-    experts: Activations
-    dense: Dense = "bf16"
-
-    def dense_of(self, k: int) -> Dense:
-        """How a dense weight of k inputs is kept: 8-bit weights have a scale for every 32."""
-        return "bf16" if self.dense == "i8" and k % BLOCK else self.dense
-
-
-@dataclass(frozen=True)
 class CompileTarget:
     """A resolved target: what the schedules see, what TVM sees, what the artifact requires."""
 
@@ -118,36 +102,42 @@ class CompileTarget:
     tvm: dict[str, Any]
     required_features: tuple[str, ...] = ()
     host: str = field(default_factory=host_system)  # what loads the library, in its words
-    fast: Precision = field(default_factory=lambda: Precision("float16", "f32"))
+    fast: Precision = field(default_factory=lambda: Precision(kv="float16"))
 
     def precision(
         self, numerics: Numerics, config: ModelConfig, formats: Formats | None = None
     ) -> Precision:
         """What a model of these sizes is compiled with; TargetError where it cannot be."""
         if numerics == "exact":
-            return Precision("float32", "f32")
+            return Precision()
         best = self.fast
         if config.num_local_experts == 1:
             # One expert is nearly the whole layer: rounding its inputs to 8 bits costs more than
             # the 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
-            best = replace(best, experts="f32")
-        asked = formats or Formats()
-        if self.kernels.is_gpu and (asked.activations or "f32", asked.dense or "bf16") != (
-            "f32",
-            "bf16",
-        ):
+            best = replace(best, activations="f32")
+        precision = best.with_asked(formats or Formats())
+        lacking = precision.unscheduled(self.kernels)
+        if lacking:
             raise TargetError(
-                f"{self.name} computes with f32 activations and bf16 dense weights only; leave "
-                "activations and dense out, or compile for a CPU."
+                f"{self.name} has no kernel for {' and '.join(lacking)}; leave it out, or compile "
+                "for another target, such as a CPU."
             )
-        experts, dense = asked.activations or best.experts, asked.dense or best.dense
-        if (experts, dense) == ("bf16", "bf16"):
-            dense = "bf16xbf16"
-        return Precision(
-            cast("KvDtype", asked.kv or best.kv_dtype),
-            cast("Activations", experts),
-            cast("Dense", dense),
-        )
+        return precision
+
+
+def gpu_target(family: str, *features: str) -> Target:
+    """What schedules for a GPU of this family may count on."""
+    return Target(family, frozenset({"gpu", family, *features}))
+
+
+def cuda_features(arch: str) -> tuple[str, ...]:
+    """An architecture, and the older ones whose instructions it has.
+
+    Those of an `a`, as in sm_90a, are of that architecture alone.
+    """
+    number = int(arch.removeprefix("sm_").rstrip("a"))
+    older = [a for a in CUDA_ARCHS if a.removeprefix("sm_").isdecimal()]
+    return (arch, *(a for a in older if int(a.removeprefix("sm_")) <= number))
 
 
 def resolve(name: str) -> CompileTarget:
@@ -192,11 +182,11 @@ def _cpu(variant: str) -> CompileTarget:
     level = levels[0]
     return CompileTarget(
         name=f"cpu:{level.name}",
-        kernels=Target("cpu", frozenset(level.required)),
+        kernels=Target("cpu", frozenset({"cpu", *level.required})),
         tvm=_llvm(level),
         required_features=level.required,
         host=_system(level.machine),
-        fast=Precision("bfloat16", experts="i8", dense="i8"),
+        fast=Precision(kv="bfloat16", activations="i8", dense="i8"),
     )
 
 
@@ -244,7 +234,7 @@ def _cuda(variant: str) -> CompileTarget:
         )
     return CompileTarget(
         name=f"cuda:{arch}",
-        kernels=Target("cuda"),
+        kernels=gpu_target("cuda", *cuda_features(arch)),
         tvm={"kind": "cuda", "arch": arch, "host": _host()},
     )
 
@@ -259,7 +249,7 @@ def _vulkan(variant: str) -> CompileTarget:
     spirv.register()  # `import tvm` has done so already, unless it was told not to
     return CompileTarget(
         name=f"vulkan:{name}",
-        kernels=Target("vulkan"),
+        kernels=gpu_target("vulkan", *profile.features),
         tvm={
             "kind": "vulkan",
             # More would make TVM count on threads that run in lockstep, whatever the device has.
@@ -267,10 +257,10 @@ def _vulkan(variant: str) -> CompileTarget:
             "max_num_threads": profile.threads,
             "max_threads_per_block": profile.threads,
             "max_shared_memory_per_block": profile.shared_bytes,
-            "supports_float16": profile.float16,
+            "supports_float16": "float16" in profile.features,
             "host": _host(),
         },
-        fast=Precision("float16" if profile.float16 else "float32", "f32"),
+        fast=Precision(kv="float16" if "float16" in profile.features else "float32"),
     )
 
 
@@ -278,7 +268,9 @@ def _metal(variant: str) -> CompileTarget:
     if variant:
         raise TargetError(f"The target metal has no variants, found 'metal:{variant}'; use metal.")
     return CompileTarget(
-        name="metal", kernels=Target("metal"), tvm={"kind": "metal", "host": _host()}
+        name="metal",
+        kernels=gpu_target("metal", "simdgroup_matrix"),  # Apple7 (A14, M1) and later
+        tvm={"kind": "metal", "host": _host()},
     )
 
 

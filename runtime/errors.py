@@ -16,8 +16,10 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── TokenizerError              a tokenizer is unreadable, or text came without one
     ├── CompilerMissingError        the compiler's packages, mxforge[compile], are not installed
     ├── TargetError                 the target is unknown, or a tool it needs is absent
+    ├── FormatError                 a number format is unknown, or its name is taken
     ├── VulkanCodegenError          a kernel holds what cannot be said in SPIR-V for Vulkan
-    ├── UnscheduledError            a primitive function would reach code generation unscheduled
+    ├── ScheduleTableError          a kernel's table of schedules contradicts itself
+    ├── UnscheduledError            no schedule of a kernel fits the target
     ├── OutputError                 the output exists already, the disk is full or unwritable
     ├── ArtifactError               an artifact cannot be used
     │   ├── ArtifactVersionError        it was written in another format or for another ABI
@@ -98,12 +100,20 @@ class TargetError(MxforgeError):
     """The target is unknown, or something that compiling for it needs (nvcc) is absent."""
 
 
+class FormatError(MxforgeError):
+    """No number format has this name, or two have."""
+
+
 class VulkanCodegenError(MxforgeError):
     """A kernel for Vulkan holds a construct that the SPIR-V generator refuses, which it names."""
 
 
+class ScheduleTableError(MxforgeError):
+    """A kernel's table of schedules contradicts itself: a name twice, a layout without a packer."""
+
+
 class UnscheduledError(MxforgeError):
-    """A primitive function without a schedule would have reached code generation."""
+    """No schedule of a kernel fits, or a function without one would reach code generation."""
 
 
 class OutputError(MxforgeError):

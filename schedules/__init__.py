@@ -1,27 +1,24 @@
-"""The kernels that the compiler calls, one module each; `KERNELS` holds all of them by name."""
+"""The kernels that the compiler calls; `KERNELS` holds all of them by name.
+
+A kernel with several schedules is a file in the folder of its subject (`attention`, `linear`, `moe`,
+`sample`), with a file beside it for each target family; a small one is one file here. `cpu` and
+`gpu` have what schedules of one family share, `formats` the number formats.
+"""
 
 from __future__ import annotations
 
-from .adjust_logits import ADJUST_LOGITS
-from .attention import PAGED_ATTENTION
+from .attention import KV_COPY_PAGES, PAGED_ATTENTION, ROPE_KV_INSERT
 from .embedding import EMBED
+from .formats import DENSE
 from .gather import GATHER_ROWS
-from .kernel import Case, Kernel, Target
-from .kv_append import ROPE_KV_APPEND
-from .kv_copy import KV_COPY_PAGES
-from .linear import LINEAR
-from .linear_bf16 import LINEAR_BF16
-from .linear_i8 import LINEAR_I8
-from .moe_down import DOWN, DOWN_BF16, DOWN_I8
-from .moe_gate_up import GATE_UP, GATE_UP_BF16, GATE_UP_I8
-from .moe_plan import MOE_PLAN
+from .kernel import Case, Kernel, Schedule, Target
+from .linear import LINEAR, LINEAR_BF16, LINEAR_I8
+from .moe import DOWN, GATE_UP, MOE_PLAN, ROUTER_TOPK
 from .quantize import QUANTIZE_I8, QUANTIZE_I16
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE
 from .round_bf16 import ROUND_BF16
-from .router_topk import ROUTER_TOPK
-from .sample_token import SAMPLE_TOKEN
-from .token_logprobs import TOKEN_LOGPROBS
+from .sample import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
 
 # In the order in which a token meets them.
 KERNELS: dict[str, Kernel] = {
@@ -33,19 +30,15 @@ KERNELS: dict[str, Kernel] = {
         LINEAR,
         LINEAR_BF16,
         LINEAR_I8,
-        ROPE_KV_APPEND,
+        ROPE_KV_INSERT,
         PAGED_ATTENTION,
         ROUTER_TOPK,
         MOE_PLAN,
         ROUND_BF16,
         QUANTIZE_I8,
         QUANTIZE_I16,
-        GATE_UP,
-        GATE_UP_BF16,
-        GATE_UP_I8,
-        DOWN,
-        DOWN_BF16,
-        DOWN_I8,
+        *GATE_UP.values(),
+        *DOWN.values(),
         GATHER_ROWS,
         ADJUST_LOGITS,
         SAMPLE_TOKEN,
@@ -54,4 +47,4 @@ KERNELS: dict[str, Kernel] = {
     )
 }
 
-__all__ = ["KERNELS", "Case", "Kernel", "Target"]
+__all__ = ["DENSE", "KERNELS", "Case", "Kernel", "Schedule", "Target"]

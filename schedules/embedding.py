@@ -10,17 +10,18 @@ Roofline: 2·hidden bytes read and 4·hidden written a token.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, bind_items, parallel_items
+from .cpu.items import parallel_items
+from .cpu.vectors import LANES
+from .gpu.items import one_thread_an_item
+from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
 
 NAME = "bf16w_embed"
-LANES = 16
 
 
 def embed_ref(tokens: np.ndarray, table: np.ndarray, **_static: Any) -> tuple[np.ndarray]:
@@ -28,23 +29,18 @@ def embed_ref(tokens: np.ndarray, table: np.ndarray, **_static: Any) -> tuple[np
     return (table[tokens].astype(np.float64),)
 
 
-@cache
-def embed(target: Target, *, hidden: int) -> tvm.tirx.PrimFunc:
-    """(tokens, table, x) -> None, scheduled for `target`."""
-    if target.is_gpu:
-        return bind_items(embed_items(hidden=hidden), NAME)
-    return parallel_items(_cpu_items(hidden), NAME)
+def signature(*, hidden: int) -> Signature:
+    n, vocab = Size("n"), Size("vocab")
+    return Signature(
+        (i32("tokens", n), Tensor("table", (vocab, hidden), "bfloat16")), (f32("x", n, hidden),)
+    )
 
 
-def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
+def _cpu(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one row."""
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(tp: T.handle, wp: T.handle, xp: T.handle):
-        n, vocab = T.int64(), T.int64()
-        tokens = T.match_buffer(tp, (n,), "int32")
-        table = T.match_buffer(wp, (vocab, hidden), "bfloat16")
-        x = T.match_buffer(xp, (n, hidden), "float32")
+    @T.inline
+    def body(n, tokens, table, x):
         for t in T.serial(n):
             with T.sblock("item"):
                 vt = T.axis.spatial(n, t)
@@ -58,25 +54,20 @@ def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
                         "float32", table[tokens[vt], hidden // LANES * LANES + i]
                     )
 
-    return main
+    return parallel_items(prim_func(arguments, body))
 
 
-@cache
-def embed_items(*, hidden: int) -> tvm.tirx.PrimFunc:
+def _elements(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one element."""
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(tp: T.handle, wp: T.handle, xp: T.handle):
-        n, vocab = T.int64(), T.int64()
-        tokens = T.match_buffer(tp, (n,), "int32")
-        table = T.match_buffer(wp, (vocab, hidden), "bfloat16")
-        x = T.match_buffer(xp, (n, hidden), "float32")
+    @T.inline
+    def body(n, tokens, table, x):
         for t, i in T.grid(n, hidden):
             with T.sblock("item"):
                 vt, vi = T.axis.remap("SS", [t, i])
                 x[vt, vi] = T.Cast("float32", table[tokens[vt], vi])
 
-    return main
+    return prim_func(arguments, body)
 
 
 def _case(name: str, n: int, vocab: int, hidden: int) -> Case:
@@ -98,9 +89,8 @@ CASES = (
 
 EMBED = Kernel(
     NAME,
-    build=embed,
-    items=embed_items,
-    reference=embed_ref,
-    outputs=lambda inputs, hidden, **_: [((len(inputs["tokens"]), hidden), "float32")],
-    cases=CASES,
+    signature,
+    embed_ref,
+    CASES,
+    (Schedule("parallel items", cpu(), _cpu), one_thread_an_item(_elements)),
 )

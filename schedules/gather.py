@@ -8,16 +8,17 @@ more than once and in any order.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, bind_items, parallel_items
+from .cpu.items import parallel_items
+from .cpu.vectors import LANES
+from .gpu.items import one_thread_an_item
+from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
 
 NAME = "f32_gather_rows"
-LANES = 16
 
 
 def gather_rows_ref(x: np.ndarray, rows: np.ndarray, **_static: Any) -> tuple[np.ndarray]:
@@ -25,23 +26,16 @@ def gather_rows_ref(x: np.ndarray, rows: np.ndarray, **_static: Any) -> tuple[np
     return (x[rows].astype(np.float64),)
 
 
-@cache
-def gather_rows(target: Target, *, hidden: int) -> tvm.tirx.PrimFunc:
-    """(x, rows, y) -> None, scheduled for `target`."""
-    if target.is_gpu:
-        return bind_items(gather_rows_items(hidden=hidden), NAME)
-    return parallel_items(_cpu_items(hidden), NAME)
+def signature(*, hidden: int) -> Signature:
+    n, m = Size("n"), Size("m")
+    return Signature((f32("x", n, hidden), i32("rows", m)), (f32("y", m, hidden),))
 
 
-def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
+def _cpu(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one row."""
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(xp: T.handle, rp: T.handle, yp: T.handle):
-        n, m = T.int64(), T.int64()
-        x = T.match_buffer(xp, (n, hidden), "float32")
-        rows = T.match_buffer(rp, (m,), "int32")
-        y = T.match_buffer(yp, (m, hidden), "float32")
+    @T.inline
+    def body(m, x, rows, y):
         for t in T.serial(m):
             with T.sblock("item"):
                 vt = T.axis.spatial(m, t)
@@ -51,25 +45,20 @@ def _cpu_items(hidden: int) -> tvm.tirx.PrimFunc:
                 for i in T.serial(hidden % LANES):
                     y[vt, hidden // LANES * LANES + i] = x[rows[vt], hidden // LANES * LANES + i]
 
-    return main
+    return parallel_items(prim_func(arguments, body))
 
 
-@cache
-def gather_rows_items(*, hidden: int) -> tvm.tirx.PrimFunc:
+def _elements(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one element."""
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(xp: T.handle, rp: T.handle, yp: T.handle):
-        n, m = T.int64(), T.int64()
-        x = T.match_buffer(xp, (n, hidden), "float32")
-        rows = T.match_buffer(rp, (m,), "int32")
-        y = T.match_buffer(yp, (m, hidden), "float32")
+    @T.inline
+    def body(m, x, rows, y):
         for t, i in T.grid(m, hidden):
             with T.sblock("item"):
                 vt, vi = T.axis.remap("SS", [t, i])
                 y[vt, vi] = x[rows[vt], vi]
 
-    return main
+    return prim_func(arguments, body)
 
 
 def _case(name: str, n: int, rows: list[int], hidden: int) -> Case:
@@ -92,9 +81,8 @@ CASES = (
 
 GATHER_ROWS = Kernel(
     NAME,
-    build=gather_rows,
-    items=gather_rows_items,
-    reference=gather_rows_ref,
-    outputs=lambda inputs, hidden, **_: [((len(inputs["rows"]), hidden), "float32")],
-    cases=CASES,
+    signature,
+    gather_rows_ref,
+    CASES,
+    (Schedule("parallel items", cpu(), _cpu), one_thread_an_item(_elements)),
 )

@@ -1,54 +1,229 @@
-"""What a kernel is: one mathematical operation, its reference, its cases, a schedule per target.
+"""What a kernel is: one operation, its signature, its reference, its cases, a table of schedules.
 
-Every module of this package reads in the same order: the math, the NumPy reference (float64
-accumulation), the TensorIR, the schedule of each target, the cases. It ends in one `Kernel`
-per operation; `mxforge.schedules.KERNELS` collects them, and one test walks every kernel on
-every target, so a missing reference, case or schedule fails there.
+A kernel's own file reads in this order: the math, the NumPy reference (float64 accumulation), the
+signature, the cases, the table of schedules. The code of the schedules stands beside it, a file
+for each target family; a small kernel is one file. `mxforge.schedules.KERNELS` holds all kernels.
 
 Kernel names carry types: f32_ is the activation, bf16w_ or mxfp4w_ the weight.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
 
+import ml_dtypes  # noqa: F401 (NumPy learns "bfloat16" from it)
 import numpy as np
 import tvm
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 
-TargetKind = Literal["cpu", "cuda", "vulkan", "metal"]
-TARGET_KINDS: tuple[TargetKind, ...] = ("cpu", "cuda", "vulkan", "metal")
+from mxforge.errors import ScheduleTableError, UnscheduledError
 
 
 @dataclass(frozen=True)
 class Target:
-    """The machine a schedule is chosen for.
+    """What a schedule is chosen for.
 
-    `features` names instruction-set extensions in LLVM's spelling (``avx512vnni``); it is empty
-    on GPUs until a schedule asks for one.
+    `features` names all that code for the target may count on: its family ("cpu", or "gpu" and one
+    of "cuda", "vulkan", "metal"), instruction sets in LLVM's spelling ("avx512vnni"),
+    architectures ("sm_80"), and abilities ("float16", "simdgroup_matrix").
     """
 
-    kind: TargetKind
-    features: frozenset[str] = frozenset()
+    kind: str
+    features: frozenset[str]
+
+
+# -- signatures -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that is known at run time: `factor` times the number called `name`."""
+
+    name: str
+    factor: int = 1
+
+    def __mul__(self, factor: int) -> Size:
+        return Size(self.name, self.factor * factor)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One argument of a kernel: its name, its shape, its dtype."""
+
+    name: str
+    shape: tuple[int | Size, ...]
+    dtype: str
 
     @property
-    def is_gpu(self) -> bool:
-        return self.kind != "cpu"
+    def nbytes(self) -> int:
+        """Of a shape without symbolic sizes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def has(self, *features: str) -> bool:
-        """Whether every named instruction-set feature is there."""
-        return self.features.issuperset(features)
+    def sizes(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The shape where symbolic sizes have these values: integers, or expressions."""
+        return tuple(_value(size, values) for size in self.shape)
+
+
+def _value(size: int | Size, values: Mapping[str, Any]) -> Any:
+    if not isinstance(size, Size):
+        return size
+    value = values[size.name]
+    return value if size.factor == 1 else value * size.factor
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a kernel in order: inputs, then fresh outputs.
+
+    `updated` names the inputs that the kernel changes in place.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...] = ()
+    updated: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        return (*self.inputs, *self.outputs)
+
+    def solve(self, shapes: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """The symbolic sizes, from the shapes of all inputs.
+
+        A size that stands alone somewhere is taken from there, so that nothing is divided.
+        """
+        alone: dict[str, Any] = {}
+        multiples: dict[str, Any] = {}
+        for tensor, shape in zip(self.inputs, shapes, strict=True):
+            for size, extent in zip(tensor.shape, shape, strict=True):
+                if isinstance(size, Size):
+                    if size.factor == 1:
+                        alone.setdefault(size.name, extent)
+                    else:
+                        multiples.setdefault(size.name, extent // size.factor)
+        return multiples | alone
+
+
+def f32(name: str, *shape: int | Size) -> Tensor:
+    return Tensor(name, shape, "float32")
+
+
+def i32(name: str, *shape: int | Size) -> Tensor:
+    return Tensor(name, shape, "int32")
+
+
+def prim_func(arguments: Sequence[Tensor], body: Callable[..., Any]) -> tvm.tirx.PrimFunc:
+    """The PrimFunc with these arguments around a T.inline `body`.
+
+    The body's parameters are names of arguments and of their symbolic sizes, in any order; those
+    with a default are of optional arguments.
+    """
+
+    @T.prim_func(s_tir=True, private=True)
+    def main():
+        _declare(arguments, body)
+
+    return main
+
+
+def _declare(arguments: Sequence[Tensor], body: Callable[..., Any]) -> None:
+    sizes: dict[str, Any] = {}
+    for tensor in arguments:
+        for size in tensor.shape:
+            if isinstance(size, Size) and size.name not in sizes:
+                sizes[size.name] = T.int64()
+                IRBuilder.name(size.name, sizes[size.name])
+    known = dict(sizes)
+    for tensor in arguments:
+        known[tensor.name] = T.arg(tensor.name, T.Buffer(tensor.sizes(sizes), tensor.dtype))
+    # T.inline hides the function that it wraps.
+    (inline,) = (cell.cell_contents for cell in body.__closure__)
+    wanted = inspect.signature(inline.func).parameters
+    body(**{name: known.get(name, wanted[name].default) for name in wanted})
+
+
+# -- schedules ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Base of the frozen tile tables. A subclass holds the numbers of one kernel."""
+
+    def describe(self) -> str:
+        return ",".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a schedule wants one weight in memory.
+
+    shape(stored shape) -> packed shape
+    pack(array) -> packed array; of the whole weight, or of any chunk along its first axis that
+        begins at a multiple of `rows`: packed chunks, one after the other, are the packed weight
+    dtype: of what is packed, where it is not the weight's own
+    """
+
+    shape: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    pack: Callable[[np.ndarray], np.ndarray]
+    rows: int = 1
+    dtype: str | None = None
+
+    def packed(self, tensor: Tensor) -> Tensor:
+        return Tensor(tensor.name, self.shape(tensor.shape), self.dtype or tensor.dtype)
+
+
+AS_STORED = Layout(shape=lambda shape: shape, pack=np.ascontiguousarray)
+
+
+def _always(**_static: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """One way to compute a kernel.
+
+    It fits a target that has all features of `needs`, and shapes of which `fits(**static)` is true.
+
+    build(arguments, **static) -> PrimFunc: its code, for arguments in the layout of `layouts`,
+        which are AS_STORED where they are not named; `tile=` is passed too where there is one.
+    """
+
+    name: str
+    needs: frozenset[str]
+    build: Callable[..., tvm.tirx.PrimFunc]
+    tile: TileConfig | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    fits: Callable[..., bool] = _always
+
+    def layout(self, argument: str) -> Layout:
+        return self.layouts.get(argument, AS_STORED)
+
+
+def cpu(*features: str) -> frozenset[str]:
+    """What a schedule needs of a CPU."""
+    return frozenset({"cpu", *features})
+
+
+def gpu(*features: str) -> frozenset[str]:
+    """What a schedule needs of a GPU, of any family unless one is among the features."""
+    return frozenset({"gpu", *features})
+
+
+# -- kernels --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
     """One input on which a kernel is tested and timed.
 
-    `name` says which boundary it stands on. `static` holds the keyword arguments of the
-    kernel's `build`; `inputs` makes the arguments, by name, in the reference's layout.
+    `name` says which boundary it stands on. `static` holds the keyword arguments of the kernel's
+    signature and schedules; `inputs` makes the inputs by name, in the signature's order, as stored.
     `tolerance` bounds ‖ours − reference‖ / ‖reference‖. `flops` and `bytes` are what the
     operation cannot do without: the roofline a timing is held against.
     """
@@ -61,123 +236,145 @@ class Case:
     bytes: int = 0
 
 
-def _as_stored(_target: Target, inputs: dict[str, np.ndarray], **_static: Any) -> list[np.ndarray]:
-    return list(inputs.values())
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One operation.
 
-    build(target, **static) -> PrimFunc   scheduled; parameters are the packed inputs, then outputs
-    items(**static) -> PrimFunc   serial code for the same, which the tests run on the CPU, where a
-        GPU's code cannot run: an item per output, which the simple GPU schedules bind to threads;
-        or a block schedule with its threads one after the other
-    reference(**inputs, **static) -> tuple of outputs, in float64 where the output is real
-    pack(target, inputs, **static) -> the PrimFunc's input arrays in order, in this target's layout
-    inplace: names of the inputs that the kernel updates; the reference returns their new value
-        after the fresh outputs
-    outputs(inputs, **static) -> [(shape, dtype)] of the fresh outputs, in the PrimFunc's order
+    signature(**static) -> Signature, of inputs as stored
+    reference(**inputs, **static) -> tuple of the fresh outputs, then of the new values of the
+        updated inputs; in float64 where these are real
+    schedules: the table, best first
+
+    ScheduleTableError where the table contradicts itself.
     """
 
     name: str
-    build: Callable[..., tvm.tirx.PrimFunc]
-    items: Callable[..., tvm.tirx.PrimFunc]
+    signature: Callable[..., Signature]
     reference: Callable[..., tuple[np.ndarray, ...]]
-    outputs: Callable[..., list[tuple[tuple[int, ...], str]]]
     cases: tuple[Case, ...]
-    pack: Callable[..., list[np.ndarray]] = _as_stored
-    inplace: tuple[str, ...] = ()
-    targets: tuple[TargetKind, ...] = TARGET_KINDS
+    schedules: tuple[Schedule, ...]
+
+    def __post_init__(self) -> None:
+        if not self.schedules:
+            raise ScheduleTableError(f"{self.name} has no schedule; a kernel needs at least one.")
+        names = [schedule.name for schedule in self.schedules]
+        for name in names:
+            if names.count(name) > 1:
+                raise ScheduleTableError(
+                    f"The table of {self.name} has two schedules called {name!r}; each needs a "
+                    "name of its own, by which manifests and figures tell them apart."
+                )
+        known = {
+            tensor.name for case in self.cases for tensor in self.signature(**case.static).inputs
+        }
+        for schedule in self.schedules:
+            for argument, layout in schedule.layouts.items():
+                if argument not in known:
+                    raise ScheduleTableError(
+                        f"The schedule {schedule.name!r} of {self.name} lays out {argument!r}, which "
+                        f"is no input; the inputs are {', '.join(sorted(known))}."
+                    )
+                if not callable(layout.pack) or not callable(layout.shape):
+                    raise ScheduleTableError(
+                        f"The layout of {argument!r} in the schedule {schedule.name!r} of "
+                        f"{self.name} lacks a packer; a Layout has both `shape` and `pack`."
+                    )
+
+    def runs_on(self, target: Target) -> bool:
+        """Whether a schedule fits the target for some shapes."""
+        return any(schedule.needs <= target.features for schedule in self.schedules)
+
+    def schedules_for(self, target: Target, **static: Any) -> tuple[Schedule, ...]:
+        """Every schedule that fits, best first."""
+        return tuple(
+            schedule
+            for schedule in self.schedules
+            if schedule.needs <= target.features and schedule.fits(**static)
+        )
+
+    def choose(self, target: Target, **static: Any) -> Schedule:
+        """The best schedule that fits; UnscheduledError where none does."""
+        fitting = self.schedules_for(target, **static)
+        if not fitting:
+            shape = ", ".join(f"{name}={value}" for name, value in static.items())
+            raise UnscheduledError(
+                f"No schedule of {self.name} fits {target.kind} with the features "
+                f"{', '.join(sorted(target.features))} and {shape}; add one to its table in "
+                "schedules/, or compile for another target."
+            )
+        return fitting[0]
+
+    def build(
+        self, target: Target, schedule: Schedule | None = None, **static: Any
+    ) -> tvm.tirx.PrimFunc:
+        """The code of the best schedule, or of the one given; the same object for equal calls."""
+        schedule = schedule or self.choose(target, **static)
+        return _built(self, schedule, tuple(sorted(static.items())))
+
+    def pack(
+        self,
+        target: Target,
+        inputs: Mapping[str, np.ndarray],
+        schedule: Schedule | None = None,
+        **static: Any,
+    ) -> list[np.ndarray]:
+        """The inputs in order, laid out for the best schedule, or for the one given."""
+        schedule = schedule or self.choose(target, **static)
+        return [schedule.layout(name).pack(array) for name, array in inputs.items()]
+
+    def outputs(
+        self, inputs: Mapping[str, np.ndarray], **static: Any
+    ) -> list[tuple[tuple[int, ...], str]]:
+        """Shape and dtype of the fresh outputs for these inputs, as stored."""
+        signature = self.signature(**static)
+        sizes = signature.solve([array.shape for array in inputs.values()])
+        return [(tensor.sizes(sizes), tensor.dtype) for tensor in signature.outputs]
+
+    @property
+    def updated(self) -> tuple[str, ...]:
+        """The inputs that it changes in place."""
+        return self.signature(**self.cases[0].static).updated
 
 
-@dataclass(frozen=True)
-class TileConfig:
-    """Base of the frozen tile tables. A subclass holds the numbers of one kernel."""
-
-    def describe(self) -> str:
-        return ",".join(f"{name}={value}" for name, value in asdict(self).items())
-
-
-def parameter(name: str, shape: Sequence[Any], dtype: str) -> Any:
-    """The next parameter of the PrimFunc in whose body this stands.
-
-    For parameters that only some variants of a PrimFunc have: an `if` over Python values decides.
-    Where all are always there, the signature lists them.
-    """
-    return T.arg(name, T.Buffer(shape, dtype))
-
-
-def scheduled(
-    func: tvm.tirx.PrimFunc, kernel: str, schedule: str, tile: TileConfig | None = None
+@cache
+def _built(
+    kernel: Kernel, schedule: Schedule, static: tuple[tuple[str, Any], ...]
 ) -> tvm.tirx.PrimFunc:
-    """Mark a function as scheduled and say how; the pipeline refuses functions without the mark."""
-    return func.with_attrs(
+    """Cached, as a model calls a kernel once a layer, and parsing TVMScript takes seconds."""
+    values = dict(static)
+    arguments = tuple(
+        schedule.layout(tensor.name).packed(tensor)
+        for tensor in kernel.signature(**values).arguments
+    )
+    tile = {} if schedule.tile is None else {"tile": schedule.tile}
+    function = schedule.build(arguments, **values, **tile)
+    # The pipeline refuses functions without these attributes.
+    return function.with_attrs(
         {
             "tirx.noalias": True,
             "tirx.is_scheduled": True,
-            "mxforge.kernel": kernel,
-            "mxforge.schedule": schedule,
-            "mxforge.tile": tile.describe() if tile else "",
+            "mxforge.kernel": kernel.name,
+            "mxforge.schedule": schedule.name,
+            "mxforge.tile": schedule.tile.describe() if schedule.tile else "",
         }
     )
 
 
-@dataclass(frozen=True)
-class GpuTile(TileConfig):
-    """Threads of one block in the simple GPU schedule."""
-
-    threads: int = 128
-
-
-def bind_items(
-    func: tvm.tirx.PrimFunc, kernel: str, block: str = "item", tile: GpuTile | None = None
-) -> tvm.tirx.PrimFunc:
-    """The simple GPU schedule: one thread computes one work item.
-
-    Spreads the loops around the block named `block` (whose body is serial code) over blocks of
-    `tile.threads` threads. Correct for every kernel and tuned for none. Devices take 65,535 blocks
-    an axis and no more: the first loop, over tokens or pages, is an axis of its own wherever the
-    others fill a block.
-    """
-    tile = tile or GpuTile()
-    sch = tvm.s_tir.Schedule(func)
-    first, *others = sch.get_loops(sch.get_sblock(block))
-    sizes = [sch.get(loop).extent for loop in others]
-    constant = all(isinstance(size, tvm.tirx.IntImm) for size in sizes)
-    if others and constant and math.prod(int(size) for size in sizes) >= tile.threads:
-        sch.bind(first, "blockIdx.y")
-    else:
-        others = [first, *others]
-    outer, inner = sch.split(sch.fuse(*others), factors=[None, tile.threads])
-    sch.bind(outer, "blockIdx.x")
-    sch.bind(inner, "threadIdx.x")
-    return scheduled(sch.mod["main"], kernel, "one thread an item", tile)
-
-
-def parallel_items(
-    func: tvm.tirx.PrimFunc, kernel: str, block: str = "item", tile: TileConfig | None = None
-) -> tvm.tirx.PrimFunc:
-    """The simple CPU schedule: work items in parallel, each item's own loops vectorized by hand.
-
-    Work is split statically, so results do not depend on the number of threads.
-    """
-    sch = tvm.s_tir.Schedule(func)
-    sch.parallel(sch.fuse(*sch.get_loops(sch.get_sblock(block))))
-    return scheduled(sch.mod["main"], kernel, "parallel items", tile)
-
-
 __all__ = [
-    "TARGET_KINDS",
+    "AS_STORED",
     "Case",
-    "GpuTile",
     "Kernel",
+    "Layout",
+    "Schedule",
+    "Signature",
+    "Size",
     "T",
     "Target",
-    "TargetKind",
+    "Tensor",
     "TileConfig",
-    "bind_items",
-    "parallel_items",
-    "parameter",
-    "scheduled",
+    "cpu",
+    "f32",
+    "gpu",
+    "i32",
+    "prim_func",
 ]

@@ -50,6 +50,9 @@ KEY_NONE = -(2**31)  # below every key
 KEY_MINUS_INF = -0x7F800000
 KEY_PLUS_INF = 0x7F800000
 
+LOWEST = -3e38  # stands for -inf where a difference is taken
+ONE_BITS = 0x3F800000  # of 1 in float32
+
 
 def bind(value: Expr, body: Callable[[Any], Expr]) -> Expr:
     """body(value) with `value` computed once, however often the body uses it."""

@@ -10,16 +10,18 @@ Roofline: 8·hidden bytes a token.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, bind_items, parallel_items
+from .cpu.items import parallel_items
+from .cpu.vectors import LANES
+from .gpu.items import one_thread_an_item
+from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, prim_func
 
 NAME = "f32_rms_norm"
-LANES = 16
 BLOCK = 64  # partial sums: four vectors, so that additions do not wait for each other
 
 
@@ -31,25 +33,19 @@ def rms_norm_ref(
     return (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight,)
 
 
-@cache
-def rms_norm(target: Target, *, hidden: int, eps: float) -> tvm.tirx.PrimFunc:
-    """(x, weight, y) -> None, scheduled for `target`. On GPUs one thread computes one token."""
-    if target.is_gpu:
-        return bind_items(rms_norm_items(hidden=hidden, eps=eps), NAME)
-    return parallel_items(rms_norm_items(hidden=hidden, eps=eps, lanes=LANES), NAME)
+def signature(*, hidden: int, **_eps: float) -> Signature:
+    n = Size("n")
+    return Signature((f32("x", n, hidden), f32("weight", hidden)), (f32("y", n, hidden),))
 
 
-@cache
-def rms_norm_items(*, hidden: int, eps: float, lanes: int = 1) -> tvm.tirx.PrimFunc:
+def _items(
+    lanes: int, arguments: tuple[Tensor, ...], *, hidden: int, eps: float
+) -> tvm.tirx.PrimFunc:
     """One item is one token; vectors are `lanes` wide."""
     vectors = BLOCK // lanes
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(xp: T.handle, wp: T.handle, yp: T.handle):
-        n = T.int64()
-        x = T.match_buffer(xp, (n, hidden), "float32")
-        weight = T.match_buffer(wp, (hidden,), "float32")
-        y = T.match_buffer(yp, (n, hidden), "float32")
+    @T.inline
+    def body(n, x, weight, y):
         for t in T.serial(n):
             with T.sblock("item"):
                 vt = T.axis.spatial(n, t)
@@ -88,7 +84,11 @@ def rms_norm_items(*, hidden: int, eps: float, lanes: int = 1) -> tvm.tirx.PrimF
                         * weight[hidden // lanes * lanes + i]
                     )
 
-    return main
+    return prim_func(arguments, body)
+
+
+def _cpu(arguments: tuple[Tensor, ...], **static: Any) -> tvm.tirx.PrimFunc:
+    return parallel_items(_items(LANES, arguments, **static))
 
 
 def _case(name: str, n: int, hidden: int, scale: float = 1.0, spike: float = 1.0) -> Case:
@@ -113,9 +113,11 @@ CASES = (
 
 RMS_NORM = Kernel(
     NAME,
-    build=rms_norm,
-    items=rms_norm_items,
-    reference=rms_norm_ref,
-    outputs=lambda inputs, hidden, **_: [((len(inputs["x"]), hidden), "float32")],
-    cases=CASES,
+    signature,
+    rms_norm_ref,
+    CASES,
+    (
+        Schedule("parallel items", cpu(), _cpu),
+        one_thread_an_item(partial(_items, 1)),
+    ),
 )

@@ -12,16 +12,15 @@ Roofline: 4·n·D bytes written; a few µs at 512 tokens, computed once for all 
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import tvm
 
-from .kernel import Case, Kernel, T, Target, bind_items, scheduled
+from .cpu.vectors import LANES
+from .gpu.items import one_thread_an_item
+from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
 from .math import cos_f32, sin_f32
 
 NAME = "f32_rope_table"
-LANES = 16
 
 
 def rope_table_ref(
@@ -34,17 +33,23 @@ def rope_table_ref(
     return (np.concatenate([np.cos(angle), np.sin(angle)], axis=1) * attention_factor,)
 
 
-def rope_table_items(*, head_dim: int, attention_factor: float) -> tvm.tirx.PrimFunc:
-    """One item a (token, frequency), unscheduled."""
+def signature(*, head_dim: int, **_factor: float) -> Signature:
+    """head_dim is even."""
+    n = Size("n")
+    return Signature(
+        (i32("positions", n), f32("inv_freq", head_dim // 2)), (f32("cos_sin", n, head_dim),)
+    )
+
+
+def _elements(
+    arguments: tuple[Tensor, ...], *, head_dim: int, attention_factor: float
+) -> tvm.tirx.PrimFunc:
+    """One item a (token, frequency)."""
     half = head_dim // 2
     factor = float(attention_factor)
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(positions_p: T.handle, inv_freq_p: T.handle, cos_sin_p: T.handle):
-        n = T.int64()
-        positions = T.match_buffer(positions_p, (n,), "int32")
-        inv_freq = T.match_buffer(inv_freq_p, (half,), "float32")
-        cos_sin = T.match_buffer(cos_sin_p, (n, head_dim), "float32")
+    @T.inline
+    def body(n, positions, inv_freq, cos_sin):
         for t, i in T.grid(n, half):
             with T.sblock("item"):
                 vt, vi = T.axis.remap("SS", [t, i])
@@ -55,10 +60,12 @@ def rope_table_items(*, head_dim: int, attention_factor: float) -> tvm.tirx.Prim
                     T.Cast("float32", positions[vt]) * inv_freq[vi]
                 )
 
-    return main
+    return prim_func(arguments, body)
 
 
-def _cpu(head_dim: int, attention_factor: float) -> tvm.tirx.PrimFunc:
+def _cpu(
+    arguments: tuple[Tensor, ...], *, head_dim: int, attention_factor: float
+) -> tvm.tirx.PrimFunc:
     half = head_dim // 2
     factor = float(attention_factor)
     vectors, tail = divmod(half, LANES)
@@ -70,12 +77,8 @@ def _cpu(head_dim: int, attention_factor: float) -> tvm.tirx.PrimFunc:
             T.Cast("float32", positions[t]) * inv_freq[i]
         )
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(positions_p: T.handle, inv_freq_p: T.handle, cos_sin_p: T.handle):
-        n = T.int64()
-        positions = T.match_buffer(positions_p, (n,), "int32")
-        inv_freq = T.match_buffer(inv_freq_p, (half,), "float32")
-        cos_sin = T.match_buffer(cos_sin_p, (n, head_dim), "float32")
+    @T.inline
+    def body(n, positions, inv_freq, cos_sin):
         for token in T.parallel(n):
             with T.sblock("item"):
                 t = T.axis.spatial(n, token)
@@ -85,17 +88,7 @@ def _cpu(head_dim: int, attention_factor: float) -> tvm.tirx.PrimFunc:
                 for i in T.serial(tail):
                     entry(cos_sin, positions, inv_freq, t, vectors * LANES + i)
 
-    return scheduled(main, NAME, "tokens in parallel, 16 frequencies a vector")
-
-
-@cache
-def rope_table(target: Target, *, head_dim: int, attention_factor: float) -> tvm.tirx.PrimFunc:
-    """(positions, inv_freq, cos_sin) -> None, scheduled for `target`; head_dim is even."""
-    if target.is_gpu:
-        return bind_items(
-            rope_table_items(head_dim=head_dim, attention_factor=attention_factor), NAME
-        )
-    return _cpu(head_dim, attention_factor)
+    return prim_func(arguments, body)
 
 
 def _case(
@@ -129,9 +122,11 @@ CASES = (
 
 ROPE_TABLE = Kernel(
     NAME,
-    build=rope_table,
-    items=rope_table_items,
-    reference=rope_table_ref,
-    outputs=lambda inputs, head_dim, **_: [((len(inputs["positions"]), head_dim), "float32")],
-    cases=CASES,
+    signature,
+    rope_table_ref,
+    CASES,
+    (
+        Schedule("tokens in parallel, 16 frequencies a vector", cpu(), _cpu),
+        one_thread_an_item(_elements),
+    ),
 )

@@ -1,4 +1,4 @@
-"""Round activations to the nearest bfloat16, ties to even. CPU only.
+"""Round activations to the nearest bfloat16, ties to even. For CPUs.
 
     x f32 [n, k] -> bits u16 [n, width], the width being k, or k + 1 where k is odd
 
@@ -7,15 +7,16 @@ Products take neighbours in pairs (bf16.py): behind an odd number of them stands
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tvm
 
-from .bf16 import rounded
-from .kernel import Case, Kernel, T, Target, parallel_items
+from .cpu.items import parallel_items
+from .formats.activations import ACTIVATIONS, ActivationFormat
+from .formats.bf16 import rounded
+from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, prim_func
 
 NAME = "f32_round_bf16"
 CHUNK = 32  # inputs of a work item
@@ -32,20 +33,21 @@ def round_ref(x: np.ndarray, **_static: Any) -> tuple[np.ndarray]:
     return (np.pad(bits, ((0, 0), (0, width(x.shape[1]) - x.shape[1]))),)
 
 
-@cache
-def round_bf16(_target: Target, *, k: int) -> tvm.tirx.PrimFunc:
-    """(x, bits) -> None, scheduled for a CPU."""
-    return parallel_items(round_items(k=k), NAME)
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 of these bits."""
+    return bits.view(ml_dtypes.bfloat16)
 
 
-def round_items(*, k: int) -> tvm.tirx.PrimFunc:
+def signature(*, k: int) -> Signature:
+    n = Size("n")
+    return Signature((f32("x", n, k),), (Tensor("bits", (n, width(k)), "uint16"),))
+
+
+def _cpu(arguments: tuple[Tensor, ...], *, k: int) -> tvm.tirx.PrimFunc:
     """One item is CHUNK inputs, the last one of a row what is left."""
 
-    @T.prim_func(s_tir=True, private=True)
-    def main(xp: T.handle, bp: T.handle):
-        n = T.int64()
-        x = T.match_buffer(xp, (n, k), "float32")
-        bits = T.match_buffer(bp, (n, width(k)), "uint16")
+    @T.inline
+    def body(n, x, bits):
         for t, c in T.grid(n, -(-k // CHUNK)):
             with T.sblock("item"):
                 vt, vc = T.axis.remap("SS", [t, c])
@@ -58,7 +60,7 @@ def round_items(*, k: int) -> tvm.tirx.PrimFunc:
                     for i in T.serial(k % 2):
                         bits[vt, k + i] = T.uint16(0)
 
-    return main
+    return parallel_items(prim_func(arguments, body))
 
 
 def _case(name: str, n: int, k: int, extremes: bool = False) -> Case:
@@ -82,12 +84,15 @@ CASES = (
     _case("20b hidden", 4, 2880),
 )
 
-ROUND_BF16 = Kernel(
-    NAME,
-    build=round_bf16,
-    items=round_items,
-    reference=round_ref,
-    outputs=lambda inputs, k, **_: [((len(inputs["x"]), width(k)), "uint16")],
-    cases=CASES,
-    targets=("cpu",),
+ROUND_BF16 = Kernel(NAME, signature, round_ref, CASES, (Schedule("parallel items", cpu(), _cpu),))
+
+BF16 = ACTIVATIONS.add(
+    ActivationFormat(
+        "bf16",
+        "bf16",
+        parts=lambda k: (("", width(k), "uint16"),),
+        quantize=round_ref,
+        values=widen,
+        kernel=ROUND_BF16,
+    )
 )

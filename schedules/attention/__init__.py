@@ -1,0 +1,9 @@
+"""Attention and the paged cache of keys and values."""
+
+from __future__ import annotations
+
+from .kv_copy import KV_COPY_PAGES
+from .kv_insert import ROPE_KV_INSERT
+from .paged_attention import PAGED_ATTENTION
+
+__all__ = ["KV_COPY_PAGES", "PAGED_ATTENTION", "ROPE_KV_INSERT"]

@@ -1,0 +1,1 @@
+"""What the schedules of CPUs share: instruction sets, products, vectors."""

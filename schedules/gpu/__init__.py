@@ -1,0 +1,1 @@
+"""What the schedules of all GPU families share."""

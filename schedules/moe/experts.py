@@ -1,0 +1,63 @@
+"""What both halves of an expert share: the arguments of the plan and the weights, case data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..formats.blocks import BLOCK
+from ..kernel import Case, Size, Tensor, f32, i32
+
+
+def plan_arguments(n: Size, experts: int, top_k: int) -> tuple[Tensor, ...]:
+    """moe_plan's results."""
+    return (i32("offsets", experts + 1), i32("order", n * top_k))
+
+
+def weight_arguments(experts: int, rows: int, k: int) -> tuple[Tensor, ...]:
+    """MXFP4 weights [experts, rows, k] as stored, and their bias."""
+    return (
+        Tensor("blocks", (experts, rows, k // BLOCK, BLOCK // 2), "uint8"),
+        Tensor("scales", (experts, rows, k // BLOCK), "uint8"),
+        f32("bias", experts, rows),
+    )
+
+
+def routing(
+    rng: np.random.Generator, n: int, experts: int, top_k: int, choose: range | None
+) -> dict[str, np.ndarray]:
+    """Distinct random experts for each token, from `choose`, and the plan sorted by expert."""
+    pool = np.arange(experts) if choose is None else np.asarray(choose)
+    ids = np.stack([rng.permutation(pool)[:top_k] for _ in range(n)]).astype(np.int32)
+    order = np.argsort(ids.ravel(), kind="stable").astype(np.int32)
+    offsets = np.searchsorted(ids.ravel()[order], np.arange(experts + 1)).astype(np.int32)
+    return {"ids": ids, "offsets": offsets, "order": order}
+
+
+def expert_arrays(
+    rng: np.random.Generator, experts: int, rows: int, k: int
+) -> dict[str, np.ndarray]:
+    """Random MXFP4 experts whose outputs stay near 1, and their bias, as stored."""
+    center = 127 - round(np.log2(2.5 * np.sqrt(k)))
+    return {
+        "blocks": rng.integers(0, 256, (experts, rows, k // BLOCK, 16), dtype=np.uint8),
+        "scales": rng.integers(center - 2, center + 2, (experts, rows, k // BLOCK), dtype=np.uint8),
+        "bias": rng.standard_normal((experts, rows), dtype=np.float32),
+    }
+
+
+def cases(case: Callable[..., Case]) -> tuple[Case, ...]:
+    """What both halves are tested with, whatever their activations.
+
+    `case(name, tokens, **shape)` makes one.
+    """
+    return (
+        case("one token", 1),
+        case("partial token tile, experts without tokens", 7, choose=range(2, 5)),
+        case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
+        case("one expert in all", 3, experts=1, top_k=1, hidden=32, intermediate=32),
+        case("one channel 1000 times the others", 6, spike=1000),
+        case("120b's 128 experts", 5, experts=128, top_k=4),
+        case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, intermediate=2880),
+    )
