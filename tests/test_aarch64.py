@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from aarch64 import CPUS, Machine
+from support.aarch64 import CPUS, Machine
 
 from mxforge import Engine, SamplingParams, compile_model
 from mxforge.messages import read_messages

@@ -235,8 +235,8 @@ def run_apart(
     code: str, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own, with this module's names and `vk`, a VulkanDevice."""
-    script = "from vulkan_device import *\n" + code
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    script = "from support.vulkan_device import *\n" + code
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": path, **environment},
