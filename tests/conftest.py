@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 GOLDEN = Path(__file__).parent / "compile" / "golden"
+NANO = Path(__file__).resolve().parents[1] / "artifacts" / "nano"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -124,8 +125,16 @@ def text_artifact(text_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nano(once: Callable[..., Path]) -> Path:
+    """The demo model in the published layout."""
+    from nano.compact import expand
+
+    return once("nano", lambda folder: expand(NANO, folder))
+
+
+@pytest.fixture(scope="session")
 def aarch64() -> Any:
-    """An `support.aarch64.Machine`; skips, saying why, where there can be none."""
+    """A `support.aarch64.Machine`; skips, saying why, where there can be none."""
     from support.aarch64 import open_machine
 
     return open_machine()
