@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -54,6 +55,19 @@ def environment(*groups: str) -> Path:
         _install(sorted(wanted))
         STAMP.write_text(json.dumps({"key": _key(), "groups": sorted(wanted)}) + "\n")
     return PYTHON
+
+
+def continue_in_venv(error: ModuleNotFoundError, group: str | None = None) -> NoReturn:
+    """Run this script again with .venv's Python, because the one that runs it lacks a module.
+
+    Ends the process where .venv lacks it too, or does not exist: then mxforge[compile], or this
+    dependency group, has to be installed first.
+    """
+    if PYTHON.exists() and Path(sys.prefix) != VENV:
+        os.execv(PYTHON, [str(PYTHON), *sys.argv])
+    missing = f"the dependency group {group}" if group else "mxforge[compile]"
+    hint = "" if group else " (scripts/demo does)"
+    sys.exit(f"{Path(sys.argv[0]).name}: {error}; install {missing} first{hint}.")
 
 
 @contextlib.contextmanager

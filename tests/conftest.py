@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 GOLDEN = Path(__file__).parent / "compile" / "golden"
+NANO = Path(__file__).resolve().parents[1] / "artifacts" / "nano"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +26,7 @@ def _ctrl_c_works() -> None:
 @pytest.fixture(autouse=True)
 def _layers_have_nothing_to_say() -> Iterator[None]:
     """Under Vulkan's validation layers (see `watched`) a test fails that they say something of."""
-    from vulkan_device import new_validation_messages
+    from support.vulkan_device import new_validation_messages
 
     yield
     said = new_validation_messages()
@@ -34,8 +35,8 @@ def _layers_have_nothing_to_say() -> Iterator[None]:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """An artifact with every kind of file and no model; see `small.SMALL_MANIFEST`."""
-    from small import make_artifact
+    """An artifact with every kind of file and no model; see `support.small.SMALL_MANIFEST`."""
+    from support.small import make_artifact
 
     return make_artifact(tmp_path / "model")
 
@@ -101,7 +102,7 @@ def compiled(
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small checkpoint with a byte-level tokenizer.json; token 0 stops."""
-    from small import TEXT_VOCAB, small_checkpoint, write_tokenizer
+    from support.small import TEXT_VOCAB, small_checkpoint, write_tokenizer
 
     checkpoint = small_checkpoint(tmp_path_factory.mktemp("text"), vocab_size=TEXT_VOCAB)
     write_tokenizer(checkpoint / "tokenizer.json")
@@ -111,7 +112,7 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_artifact(text_checkpoint: Path) -> Path:
     """`text_checkpoint`, compiled with fast numerics."""
-    from small import MAX_BATCH, PREFILL_CHUNK
+    from support.small import MAX_BATCH, PREFILL_CHUNK
 
     from mxforge import compile_model
 
@@ -124,17 +125,25 @@ def text_artifact(text_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nano(once: Callable[..., Path]) -> Path:
+    """The demo model in the published layout."""
+    from nano.compact import expand
+
+    return once("nano", lambda folder: expand(NANO, folder))
+
+
+@pytest.fixture(scope="session")
 def aarch64() -> Any:
-    """An `aarch64.Machine`; skips, saying why, where there can be none."""
-    from aarch64 import open_machine
+    """A `support.aarch64.Machine`; skips, saying why, where there can be none."""
+    from support.aarch64 import open_machine
 
     return open_machine()
 
 
 @pytest.fixture(scope="session")
 def vulkan(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """vulkan:0 as a `vulkan_device.VulkanDevice`; skips, saying why, where there is none."""
-    from vulkan_device import open_device
+    """vulkan:0 as `support.vulkan_device.VulkanDevice`; skips, saying why, where there is none."""
+    from support.vulkan_device import open_device
 
     return open_device(tmp_path_factory.mktemp("vulkan"))
 
@@ -142,7 +151,7 @@ def vulkan(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def watched(vulkan: Any) -> dict[str, str]:
     """The environment of a process under Vulkan's validation layers; skips where they are not."""
-    from vulkan_device import WATCHED, run_apart, unavailable
+    from support.vulkan_device import WATCHED, run_apart, unavailable
 
     report = 'vk = VulkanDevice()\nvk.statistics()\nprint(vk.hook("validation_messages")())'
     if '"watching":true' not in run_apart(report, **WATCHED).stdout.replace(" ", ""):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small import SMALL_MANIFEST, fill_artifact, make_artifact
+from support.small import SMALL_MANIFEST, fill_artifact, make_artifact
 
 from mxforge.artifact import read_manifest, verify
 from mxforge.compile.artifact_writer import ArtifactWriter

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from small import edit_json, rewrite
+from support.small import edit_json, rewrite
 
 from mxforge.compile.checkpoint import HFCheckpoint, check_scales, expected_tensors
 from mxforge.compile.reference import ReferenceModel

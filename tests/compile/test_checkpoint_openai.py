@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from small import SMALL_SHAPE, edit_json, rewrite
+from support.small import SMALL_SHAPE, edit_json, rewrite
 
 from mxforge.artifact import open_artifact
 from mxforge.compile import compile_model

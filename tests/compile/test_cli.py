@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from small import SMALL_SHAPE, small_checkpoint
+from support.small import SMALL_SHAPE, small_checkpoint
 
 from mxforge import Engine, SamplingParams
 from mxforge.artifact import read_manifest, verify

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from small import SMALL_SHAPE, small_checkpoint
+from support.small import SMALL_SHAPE, small_checkpoint
 
 from mxforge.artifact import read_manifest
 from mxforge.cli import main

@@ -94,19 +94,6 @@ def test_without_the_library_compiling_says_what_to_install(monkeypatch, tmp_pat
 
 
 @pytest.fixture(scope="session")
-def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in the published layout."""
-    scripts = str(ROOT / "scripts")
-    sys.path.insert(0, scripts)
-    try:
-        from _nano_compact import expand
-    finally:
-        sys.path.remove(scripts)
-    expanded: Path = expand(ROOT / "artifacts" / "nano", tmp_path_factory.mktemp("nano") / "nano")
-    return expanded
-
-
-@pytest.fixture(scope="session")
 def nano_artifacts(vulkan, nano: Path) -> dict[str, Path]:
     """Target -> nano with exact numerics."""
     return {

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from fuzz.mutations import damage_bytes, damage_safetensors, damage_text
-from small import SMALL_SHAPE, make_artifact, small_checkpoint
+from support.small import SMALL_SHAPE, make_artifact, small_checkpoint
 
 from mxforge.artifact import open_artifact, verify
 from mxforge.compile.checkpoint import expected_tensors, open_checkpoint

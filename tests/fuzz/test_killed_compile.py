@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small import make_artifact, small_checkpoint
+from support.small import make_artifact, small_checkpoint
 
 from mxforge.artifact import read_manifest, verify
 from mxforge.compile.artifact_writer import ArtifactWriter
@@ -123,7 +123,7 @@ def test_a_compilation_killed_at_any_moment_leaves_nothing_half(kills: int, tmp_
 KILLED_AT_A_STEP = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from small import make_artifact, small_checkpoint
+from support.small import make_artifact, small_checkpoint
 
 steps = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
 folder, left = os.path.dirname(sys.argv[2]), 0

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from prompts import CONTEXT
-from small import MAX_BATCH, PREFILL_CHUNK, small_checkpoint
+from support.prompts import CONTEXT
+from support.small import MAX_BATCH, PREFILL_CHUNK, small_checkpoint
 
 import mxforge.engine
 from mxforge import Engine

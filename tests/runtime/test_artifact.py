@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from small import SMALL_MANIFEST, edit_manifest, make_artifact
+from support.small import SMALL_MANIFEST, edit_manifest, make_artifact
 
 from mxforge import machine
 from mxforge.artifact import CPU_VARIABLE, open_artifact, read_manifest, verify

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import PREFILL_CHUNK
+from support.small import PREFILL_CHUNK
 
 from mxforge import bench
 from mxforge.bench import Rounds, measure

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted import USER, Script, tool
+from support.scripted import USER, Script, tool
 
 from mxforge import Engine, SamplingParams
 from mxforge.chat import chat

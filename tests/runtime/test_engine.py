@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from prompts import CONTEXT, GREEDY, VOCAB, prompt
+from support.prompts import CONTEXT, GREEDY, VOCAB, prompt
 
 import mxforge
 from mxforge import Engine, SamplingParams

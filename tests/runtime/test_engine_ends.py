@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from prompts import CONTEXT, ENDLESS, GREEDY, forced, prompt
+from support.prompts import CONTEXT, ENDLESS, GREEDY, forced, prompt
 
 from mxforge import Engine, SamplingParams
 from mxforge.errors import (

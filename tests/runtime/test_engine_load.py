@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from small import edit_manifest
-from vulkan_device import VulkanDevice
+from support.small import edit_manifest
+from support.vulkan_device import VulkanDevice
 
 from mxforge import Engine
 from mxforge.artifact import open_artifact, verify

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from prompts import GREEDY, VOCAB, forced, prompt
+from support.prompts import GREEDY, VOCAB, forced, prompt
 
 from mxforge import Engine, SamplingParams
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prompts import CONTEXT, ENDLESS, GREEDY, VOCAB, prompt
+from support.prompts import CONTEXT, ENDLESS, GREEDY, VOCAB, prompt
 
 from mxforge import Engine, SamplingParams
 from mxforge.library import usable_cores

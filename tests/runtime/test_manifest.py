@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from small import edit_manifest
+from support.small import edit_manifest
 
 from mxforge.artifact import open_artifact
 from mxforge.errors import ArtifactCorruptError, ArtifactError, ArtifactVersionError

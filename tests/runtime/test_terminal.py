@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scripted import Script
+from support.scripted import Script
 
 from mxforge import SamplingParams
 from mxforge.errors import ContextLengthError

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vulkan_device import AFFINE, DYNAMIC, SPIN, VulkanDevice, kernel, pointer, scalar
+from support.vulkan_device import AFFINE, DYNAMIC, SPIN, VulkanDevice, kernel, pointer, scalar
 
 DEFAULTS = {
     "direct_copies": 1,

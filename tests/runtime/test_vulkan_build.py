@@ -11,7 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from vulkan_device import VulkanDevice, run_apart
+from support.vulkan_device import VulkanDevice, run_apart
 
 from mxforge.errors import VulkanError
 from mxforge.native import build

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vulkan_device import AFFINE, VulkanDevice
-from vulkan_hazards import barriers, unguarded, without
+from support.vulkan_device import AFFINE, VulkanDevice
+from support.vulkan_hazards import barriers, unguarded, without
 
 Simulate = Callable[[list[Any]], list[dict[str, Any]]]
 

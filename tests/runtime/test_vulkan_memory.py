@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vulkan_device import AFFINE, SPIN, VulkanDevice
+from support.vulkan_device import AFFINE, SPIN, VulkanDevice
 
 BLOCK = 64 << 20
 SMALL = 1 << 20  # of blocks here; a tensor of up to an eighth shares one

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vulkan_device import AFFINE, DYNAMIC, HEADER, VERSION, VulkanDevice, module_bytes
+from support.vulkan_device import AFFINE, DYNAMIC, HEADER, VERSION, VulkanDevice, module_bytes
 
 
 def packed(text: bytes, code: bytes = b"", version: int = VERSION) -> bytes:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from vulkan_device import VulkanDevice, run_apart
+from support.vulkan_device import VulkanDevice, run_apart
 
 START = """
 import numpy as np

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tvm
-from aarch64 import CPUS, KernelCalls, Machine
+from support.aarch64 import CPUS, KernelCalls, Machine
 
 import mxforge.schedules
 from mxforge.compile.targets import CPU_LEVELS, resolve

@@ -3,7 +3,7 @@
  * \brief Which barrier a command needs, from what it and its predecessors read and write.
  *
  * Pure bookkeeping, without Vulkan. A position counts commands and barriers in the order of their
- * recording. The rules, which tests/vulkan_hazards.py states a second time as a checker:
+ * recording. The rules, which tests/support/vulkan_hazards.py states a second time as a checker:
  *
  *  - a write must be available and visible to whatever reads or overwrites it later (a memory
  *    barrier); a read must only have ended before the data is overwritten (an execution barrier);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from spirv_programs import TARGET, run
+from support.spirv_programs import TARGET, run
 from tvm import te, topi
 from tvm.s_tir import dlight
 

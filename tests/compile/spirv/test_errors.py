@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from spirv_programs import bound, device, elementwise, generate, lowered, run
+from support.spirv_programs import bound, device, elementwise, generate, lowered, run
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import stmt

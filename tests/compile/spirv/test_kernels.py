@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from spirv_programs import checked, generate, kernels, lowered, run
+from support.spirv_programs import checked, generate, kernels, lowered, run
 
 from mxforge.compile.targets import VULKAN_PROFILES
 from mxforge.schedules import KERNELS

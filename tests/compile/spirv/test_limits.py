@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tvm
-from spirv_programs import TARGET, bound, elementwise, generate, lowered
+from support.spirv_programs import TARGET, bound, elementwise, generate, lowered
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import stmt

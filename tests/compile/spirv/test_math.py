@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import pytest
-from spirv_programs import results, ulps
+from support.spirv_programs import results, ulps
 from tvm import tirx
 from tvm.script import tirx as T
 

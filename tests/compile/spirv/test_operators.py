@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from spirv_programs import (
+from support.spirv_programs import (
     DTYPES,
     bound,
     checked,

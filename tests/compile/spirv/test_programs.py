@@ -8,9 +8,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
-from differential import Outcome, compare
-from random_programs import Program
-from spirv_programs import device
+from support.differential import Outcome, compare
+from support.random_programs import Program
+from support.spirv_programs import device
 
 from mxforge.compile.spirv import arithmetic
 from mxforge.compile.spirv.encoding import Op
@@ -18,7 +18,8 @@ from mxforge.compile.spirv.encoding import Op
 BATCH = 50
 STARTS = range(0, 1000, BATCH)
 # Every seed that ever failed, with what was wrong. A seed names the same program only while
-# random_programs.py makes the same choices: before that changes, write these out as direct tests.
+# support/random_programs.py makes the same choices: before that changes, write these out as direct
+# tests.
 _WIDENED = "Mesa 22.3 has comparisons of numbers widened to 64 bits wrong: see convert.py"
 FAILED = dict.fromkeys(
     (1125, 1428, 2227, 4037, 4352, 5042, 5316, 5600, 5856, 6838, 6874, 7477, 10046), _WIDENED

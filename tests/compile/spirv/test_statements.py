@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from spirv_programs import bound, device, generate, lowered, run, unpack
+from support.spirv_programs import bound, device, generate, lowered, run, unpack
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import stmt

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tvm
 import tvm_ffi
-from spirv_programs import (
+from support.spirv_programs import (
     bound,
     checked,
     device,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from vulkan_device import run_apart
+from support.vulkan_device import run_apart
 
 from mxforge.schedules import KERNELS
 
@@ -86,7 +86,7 @@ def test_every_case_of_each_kernel(watched):
 @pytest.mark.parametrize("seeds", [range(50), pytest.param(range(50, 550), marks=pytest.mark.full)])
 def test_random_programs(unassisted, seeds):
     code = (
-        "from differential import compare\n"
+        "from support.differential import compare\n"
         f"for seed, reason in compare({seeds!r}).failed.items():\n"
         "    if 'validation' in reason: print(seed, reason)"
     )

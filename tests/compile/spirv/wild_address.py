@@ -6,7 +6,7 @@ They tell of it, but the read takes place: farther away it would end the process
 from __future__ import annotations
 
 import numpy as np
-from spirv_programs import bound, run
+from support.spirv_programs import bound, run
 from tvm import tirx
 
 

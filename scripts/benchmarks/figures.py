@@ -128,7 +128,7 @@ class Traffic:
     @classmethod
     def of_gguf(cls, config: ModelConfig) -> Traffic:
         """Counted from the tensors that the random GGUF holds; keys and values are f16."""
-        from _random_gguf import tensors
+        from benchmarks.random_gguf import tensors
 
         dense = experts = 0
         for tensor in tensors(config):

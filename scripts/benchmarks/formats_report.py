@@ -13,9 +13,8 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import _bench
-from _bench import NOT_MEASURED, number, spread, table
-from _figures import FIGURES
+from benchmarks.figures import FIGURES
+from benchmarks.results import NOT_MEASURED, busy_samples, described, number, section, spread, table
 
 DEFAULT = "default"
 CONTROL = "control"  # the default once more: how far apart equal engines are measured
@@ -87,7 +86,7 @@ def notes(result: Mapping[str, Any]) -> str:
     commits = sorted({choice["commit"] for choice in choices if "commit" in choice})
     pairs = [len(ratios(choice, MEASURED[0])) for choice in choices if choice["samples"]]
     text = (
-        f"{_bench.described(dict(result))}; {', '.join(dates)}, commit {', '.join(commits)}. "
+        f"{described(dict(result))}; {', '.join(dates)}, commit {', '.join(commits)}. "
         "Speeds are beside the default's and above 1 where the choice is faster: median (least … "
         f"greatest) of {_counted(pairs)}, in turns in one process. The control is the default once "
         "more, compiled and loaded apart: its spread is the measurement's own. Speeds are those of "
@@ -98,7 +97,7 @@ def notes(result: Mapping[str, Any]) -> str:
         "each token adds to the cache of full layers (the others keep a window). The error is that "
         "of the worst tensor of any layer, relative, on the layer's true input: "
         f"{', '.join(shapes) or 'no shape'}. `fast` promises {result['bound']:g}; a choice that "
-        f"does not keep it is marked **no**. {_bench.disturbance(samples)}. Every sample: "
+        f"does not keep it is marked **no**. {busy_samples(samples)}. Every sample: "
         "[docs/bench/formats.json](docs/bench/formats.json)."
     )
     return textwrap.fill(text, 100, break_on_hyphens=False)
@@ -117,4 +116,4 @@ def result_text(result: Mapping[str, Any]) -> str:
 
 
 def readme_section(results: Iterable[Mapping[str, Any]]) -> str:
-    return _bench.section("formats", "bench_formats", map(result_text, results))
+    return section("formats", "bench_formats", map(result_text, results))

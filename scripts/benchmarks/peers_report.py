@@ -11,9 +11,26 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import _bench
-from _bench import NOT_MEASURED, number, spread, table
-from _figures import CHUNK, CONTEXT, FIGURES, Bound, Figure, Traffic, flops_per_token, work
+from benchmarks.figures import (
+    CHUNK,
+    CONTEXT,
+    FIGURES,
+    Bound,
+    Figure,
+    Traffic,
+    flops_per_token,
+    work,
+)
+from benchmarks.results import (
+    NOT_MEASURED,
+    busy_samples,
+    described,
+    measured_when,
+    number,
+    section,
+    spread,
+    table,
+)
 
 from mxforge.compile.config import ModelConfig
 
@@ -226,10 +243,7 @@ def disturbance(result: Mapping[str, Any]) -> str:
     """How many samples had the machine to themselves, and their files in memory."""
     samples = result["samples"]
     cold = sum(sample.get("cached") is not None and sample["cached"] < 0.99 for sample in samples)
-    return (
-        f"{_bench.disturbance(samples)}, "
-        f"and {cold} with less than 99 % of their files cached before."
-    )
+    return f"{busy_samples(samples)}, and {cold} with less than 99 % of their files cached before."
 
 
 NOTES = f"""\
@@ -255,10 +269,10 @@ def result_text(result: Mapping[str, Any]) -> str:
     floors = result["floors"]
     int8 = number(floors["int8_matrix_gop_s"], "GOP/s")
     parts = [
-        f"## {result['shape']} — {_bench.described(dict(result))}",
+        f"## {result['shape']} — {described(dict(result))}",
         f"{result['target']}, {result['numerics']} numerics; {_pairs(result)} of samples"
         + ("" if result["complete"] else ", **interrupted** before the end")
-        + f". {_bench.measured_when(dict(result))}",
+        + f". {measured_when(dict(result))}",
         figures_table(result),
         f"Matrix products reach {floors['f32_matrix_gflop_s']:.0f} GFLOP/s in f32 and {int8} in 8 "
         f"bits; a prompt token takes {floors['flops_per_prompt_token'] / 1e9:.2f} GFLOP. "
@@ -299,7 +313,7 @@ README_SHAPE = "20b"
 
 def readme_section(results: Iterable[Mapping[str, Any]]) -> str:
     shown = [result for result in results if result["shape"] == README_SHAPE]
-    return _bench.section("figures", "bench_peers", map(_readme_table, shown))
+    return section("figures", "bench_peers", map(_readme_table, shown))
 
 
 def _readme_table(result: Mapping[str, Any]) -> str:
@@ -312,7 +326,7 @@ def _readme_table(result: Mapping[str, Any]) -> str:
         rows.append((f"{figure.label}, {figure.unit}", *cells, spread(ratios(result, name), "×")))
     header = (f"gpt-oss-{result['shape']} shapes, random weights", OURS, THEIRS, "better by")
     text = (
-        f"{_bench.described(dict(result))}; {result['target']}, `{result['numerics']}` numerics; "
+        f"{described(dict(result))}; {result['target']}, `{result['numerics']}` numerics; "
         f"{result['date'].split()[0]}. Medians of {_pairs(result)} of samples, in turns in one "
         f"run; ratios are taken within pairs, with their spread. {_bytes_of_a_step(result)} "
         "Every sample and the floors: [docs/bench/peers.md](docs/bench/peers.md)."

@@ -8,7 +8,7 @@ computed by the function that writes it. Problems are held out by the hash of wh
     exchange = draw(rng, "sum", tools=False, held_out=False)
     exchange.question, exchange.thinking["medium"], exchange.answer
 
-_nano_steps.py has the thinking, _nano_phrasings.py the words, _nano_dialogue.py the token ids.
+thinking.py has the thinking, phrasings.py the words, dialogue.py the token ids.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import _nano_phrasings as phrasings
-from _nano_steps import (
+from nano import phrasings
+from nano.thinking import (
     CONVERSIONS,
     UNITS,
     amount,

@@ -30,7 +30,7 @@ BLOCK = 32
 def fake_quantize(w: Tensor) -> Tensor:
     """MXFP4 round trip over the last axis; the gradient passes unchanged.
 
-    The rule of `_nano_compact.quantize_mxfp4`.
+    The rule of `nano.compact.quantize_mxfp4`.
     """
     with torch.no_grad():
         x = w.detach().reshape(-1, BLOCK)

@@ -31,7 +31,7 @@ def unavailable(reason: str) -> Any:
     """Skip; or fail, where MXFORGE_REQUIRE_VULKAN says that everything is installed."""
     if os.environ.get("MXFORGE_REQUIRE_VULKAN") == "1":
         pytest.fail(f"MXFORGE_REQUIRE_VULKAN=1, but {reason}")
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)  # kernels are compiled on import
 
 
 def built_library(scratch: Path) -> Path:
@@ -235,8 +235,8 @@ def run_apart(
     code: str, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own, with this module's names and `vk`, a VulkanDevice."""
-    script = "from vulkan_device import *\n" + code
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    script = "from support.vulkan_device import *\n" + code
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": path, **environment},

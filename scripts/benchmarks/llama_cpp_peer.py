@@ -251,7 +251,7 @@ def main() -> None:
         print(json.dumps({"value": since_process_start() - (time.perf_counter() - at)}))
         return
     peak = peak_memory(run, figures["memory"]) if "memory" in figures else None
-    from _bench import Probe, beside
+    from benchmarks.machine import Probe, beside
 
     probe = Probe()  # has memory of its own
     for pair in options["pairs"]:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spirv_programs import bound
+from support.spirv_programs import bound
 from tvm import tirx
 from tvm.tirx import stmt as tir
 
 if TYPE_CHECKING:
-    from random_programs import Program
+    from support.random_programs import Program
 
 
 @dataclass(frozen=True)

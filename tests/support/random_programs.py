@@ -21,8 +21,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from program_forms import Argument, Form, Own, Shared, Stmt, Threaded, write_all
-from ranged import (
+from support.program_forms import Argument, Form, Own, Shared, Stmt, Threaded, write_all
+from support.ranged import (
     FLOATS,
     INTEGERS,
     NUMBERS,

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import _nano_phrasings as phrasings
-from _nano_steps import UNITS
-from _nano_text import EFFORTS, HELLO, OTHER, THANKS, TOO_LARGE, TOOL_FAILED, Exchange, draw
+from nano import phrasings
+from nano.text import EFFORTS, HELLO, OTHER, THANKS, TOO_LARGE, TOOL_FAILED, Exchange, draw
+from nano.thinking import UNITS
 
 CALCULATOR_SCHEMA = {
     "type": "object",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from _nano_dialogue import Renderer, Setting, held_out_questions, noise_ids
-from _nano_text import CATEGORIES, Exchange
+from nano.dialogue import Renderer, Setting, held_out_questions, noise_ids
+from nano.text import CATEGORIES, Exchange
 
 Generate = Callable[[list[int]], list[int]]  # prompt -> new ids, without what ended them
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import tvm
+from support.vulkan_device import open_device, unavailable
 from tvm import tirx
 from tvm.tirx import stmt
 from tvm.tirx.build import split_host_device_mods
-from vulkan_device import open_device, unavailable
 
 from mxforge.compile.spirv import KernelCode, generate, register, unpack
 

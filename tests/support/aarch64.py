@@ -27,7 +27,7 @@ from mxforge.compile.library import export
 from mxforge.compile.targets import resolve
 from mxforge.schedules.kernel import Case, Kernel, Target
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ROOT / "build" / "aarch64"
 GUEST = Path(__file__).with_name("aarch64_guest.py")
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _bench import ROOT, Child, installed, run_child, say
+from _setup import ROOT
+from benchmarks.machine import installed
+from benchmarks.processes import Child, run_child, say
 from tqdm import tqdm
 
 from mxforge.compile.config import ModelConfig
@@ -84,7 +86,7 @@ class RandomModel:
         """Write the GGUF, unless it is there."""
         if self.gguf.exists():
             return
-        from _random_gguf import tensors, write_gguf
+        from benchmarks.random_gguf import tensors, write_gguf
 
         _need_space(self.gguf.parent, sum(tensor.nbytes for tensor in tensors(self.config)))
         say(f"making a random GGUF of the same shapes for llama.cpp in {self.gguf}")
@@ -97,7 +99,7 @@ class RandomModel:
                 f"{' and '.join(absent)} not installed; "
                 "`pip install --group bench` in .venv brings what is needed"
             )
-        from _random_gguf import unsupported
+        from benchmarks.random_gguf import unsupported
 
         reason = unsupported(self.config)
         return f"it cannot run the shape: {reason}" if reason else ""

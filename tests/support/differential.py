@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import tvm
-from program_forms import Form, Serial, Threaded
-from random_programs import Program
-from spirv_programs import TARGET, device
+from support.program_forms import Form, Serial, Threaded
+from support.random_programs import Program
+from support.spirv_programs import TARGET, device
+from support.vulkan_device import new_validation_messages
 from tvm import tirx
 from tvm.tirx.build import split_host_device_mods, tir_to_runtime
-from vulkan_device import new_validation_messages
 
 _HOST = {"kind": "llvm", "opt-level": 0}
 
