@@ -42,8 +42,8 @@ try:
     from _nano_text import CATEGORIES
     from tqdm import tqdm
 
-    from mxforge.compile.checkpoint.folder import HARMONY_VOCABULARY
-    from mxforge.compile.config import ModelConfig
+    from mxforge.compile.models.gpt_oss import HARMONY
+    from mxforge.compile.models.gpt_oss.config import GptOssConfig
     from mxforge.tokenizer import O200kHarmony
 except ModuleNotFoundError as error:
     python = ROOT / ".venv" / "bin" / "python"
@@ -62,7 +62,7 @@ class Text:
         self.seed, self.dialogues = seed, dialogues
         self.renderer = Renderer(O200kHarmony())
         self.used = used_tokens(self.renderer)
-        self.compact = np.full(HARMONY_VOCABULARY, len(self.used), np.int64)
+        self.compact = np.full(HARMONY.vocab_size, len(self.used), np.int64)
         self.compact[self.used] = np.arange(len(self.used))
         self._set = frozenset(self.used)
 
@@ -127,7 +127,7 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
         self.text = Text(options.seed, options.dialogues)
-        self.config = ModelConfig.from_hf(hf_config(options.shape))
+        self.config = GptOssConfig.from_hf(hf_config(options.shape))
         self.model = Nano(self.config, len(self.text.used), torch.bfloat16, self.text.features())
         self.optimizer = Optimizer(self.model, options.matrix_rate, options.rate)
         self.step, self.seconds, self.log = 0, 0.0, []

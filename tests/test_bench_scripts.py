@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints.shapes import hf_config
 
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -217,7 +217,7 @@ def test_the_readme_leaves_out_other_shapes_and_what_mxforge_has_no_value_of():
 
 def test_active_experts_and_the_window_are_counted():
     """By hand, for the 20b shapes: 24 layers of 32 experts, 4 a token, half of them sliding."""
-    config = ModelConfig.from_hf(hf_config("20b"))
+    config = GptOssConfig.from_hf(hf_config("20b"))
     traffic = _figures.Traffic(dense=1000, experts=3200, kv_full=10, kv_sliding=7)
     decode = _figures.work(_figures.FIGURES["decode_8k"], config, traffic)
     length = 8192 + 16 + 8
@@ -249,7 +249,7 @@ def test_bytes_of_the_gguf_are_those_of_its_file(tmp_path):
     gguf = pytest.importorskip("gguf")
     import _random_gguf
 
-    config = ModelConfig.from_hf(hf_config("tiny", {"vocab_size": 500}))
+    config = GptOssConfig.from_hf(hf_config("tiny", {"vocab_size": 500}))
     _random_gguf.write_gguf(tmp_path / "tiny.gguf", config)
     tensors = gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
     nbytes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}

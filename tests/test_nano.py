@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.reference import (
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.models.gpt_oss.reference import (
     ReferenceModel,
     dequantize_mxfp4,
     transformers_logits,
@@ -363,10 +363,10 @@ def test_training_rounds_as_the_packer_does():
 
 
 def small_tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    from mxforge.compile.checkpoint.hf import expected_tensors
+    from mxforge.compile.models.gpt_oss.tensors import expected_tensors
 
     rng = np.random.default_rng(seed)
-    config = ModelConfig.from_hf(compact.hf_config(SMALL))
+    config = GptOssConfig.from_hf(compact.hf_config(SMALL))
     tensors = {}
     for name, spec in expected_tensors(config).items():
         shape = spec.shape
