@@ -5,6 +5,7 @@ import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.models.gpt_oss.tensors import expected_tensors
+from mxforge.compile.models.tensors import WeightRole
 from mxforge.compile.targets import Precision
 from mxforge.compile.weights import PackedWeight, packed_weights
 from mxforge.errors import NaNScaleError
@@ -42,6 +44,10 @@ def all_packed(config: GptOssConfig, target: Target, precision: Precision) -> li
 
 def named(config: GptOssConfig, target: Target, precision: Precision) -> dict[str, PackedWeight]:
     return {weight.name: weight for weight in all_packed(config, target, precision)}
+
+
+def test_every_role_has_a_packer():
+    assert weights._PACKERS.keys() == set(get_args(WeightRole))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
