@@ -17,7 +17,6 @@ ONNX_DTYPES = {
     "float32": TensorProto.FLOAT,
     "uint8": TensorProto.UINT8,
 }
-_FLOAT4_GROUP = 32  # numbers that share a scale
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Weights:
 
     def float4_blocks(self, name: str, expert: int) -> str:
         """One expert's matrix as FLOAT4E2M1 [out, in]: the low nibble is the even element."""
-        _, out, groups, _ = self._stored[f"{name}_blocks"].shape
-        shape = (out, groups * _FLOAT4_GROUP)
+        _, out, groups, pairs = self._stored[f"{name}_blocks"].shape
+        shape = (out, groups * pairs * 2)
         return self._rows(f"{name}_blocks", expert, 1, TensorProto.FLOAT4E2M1, shape)
 
     def float4_scales(self, name: str, expert: int) -> str:
