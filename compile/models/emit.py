@@ -136,6 +136,7 @@ class Emitter(ABC, Generic[Config]):
     def forward(
         self, tokens: Expr, step: Step, rows: Expr | None, kv: Sequence[Expr], w: Weights
     ) -> Expr:
+        """tokens i32 [n] -> logits f32 [m, vocab] of the tokens `rows` i32 [m]; None: of all."""
         kinds = self.config.kinds
         x = self.embed(tokens, step.count, w)
         for layer in range(self.config.num_hidden_layers):

@@ -62,8 +62,6 @@ class Trace(Protocol):
 class Reference(Protocol):
     """The model in NumPy over a checkpoint: what every compiled tensor is held against."""
 
-    checkpoint: Checkpoint
-
     def embed(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """[n] token ids → [n, H]."""
         ...
