@@ -15,7 +15,7 @@ from mxforge.compile.diff import random_tokens
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.errors import ConfigError, OutputError, UsageError
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_checkpoint"
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "make_checkpoint"
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
