@@ -1,4 +1,4 @@
-"""The compiler: a gpt-oss checkpoint in, an artifact out. See `compile_model`."""
+"""The compiler: a checkpoint in, an artifact out. See `compile_model`."""
 
 from __future__ import annotations
 

@@ -38,10 +38,10 @@ from mxforge.library import Library, default_threads
 from mxforge.manifest import Manifest
 from mxforge.model import kv_shape, layer_kinds, load_weights
 
-from .checkpoint import FolderCheckpoint, expected_tensors, layer_prefix, open_checkpoint
+from .checkpoint import FolderCheckpoint, open_checkpoint
 from .checkpoint.fingerprint import fingerprint
-from .random_checkpoint import random_tokens
-from .reference import LayerTrace, ReferenceModel, rms_norm
+from .models.family import Family, Reference, Trace
+from .models.tensors import layer_number
 
 BOUNDS = {"exact": 1e-4, "fast": 1e-2}
 _ROUNDING = 2.0**-22  # four times the distance of an f32 to its neighbours, over two
@@ -194,7 +194,7 @@ def compare(
         str(artifact), opened.variant.target, manifest.numerics, tokens=tokens, seed=seed
     )
     limit = BOUNDS[manifest.numerics] if bound is None else bound
-    for comparison in _comparisons(opened, ReferenceModel(source, dtype), tokens, seed, limit):
+    for comparison in _comparisons(opened, source, dtype, tokens, seed, limit):
         report.comparisons.append(comparison)
         if announce is not None:
             announce(str(comparison))
@@ -233,20 +233,34 @@ def _check_pair(artifact: Artifact, checkpoint: FolderCheckpoint) -> None:
         )
 
 
+def random_tokens(vocab_size: int, count: int, seed: int = 0) -> np.ndarray:
+    """Token ids i32 [count], the same for a seed on every machine."""
+    drawn = np.asarray(np.random.PCG64(seed).random_raw(count), np.uint64)
+    tokens: np.ndarray = (drawn % np.uint64(vocab_size)).astype(np.int32)
+    return tokens
+
+
 def _comparisons(
-    artifact: Artifact, reference: ReferenceModel, count: int, seed: int, bound: float
+    artifact: Artifact,
+    checkpoint: FolderCheckpoint,
+    dtype: Any,
+    count: int,
+    seed: int,
+    bound: float,
 ) -> Iterator[Comparison]:
     """Every tensor in the order of computation, as it is asked for."""
-    parts = _Parts(artifact, count)
+    family, config = checkpoint.family, checkpoint.config
+    reference = family.reference(checkpoint, dtype)
+    parts = _Parts(artifact, family, count)
     everyone = np.ones(count, bool)
-    ids = random_tokens(reference.config.vocab_size, count, seed)
+    ids = random_tokens(config.vocab_size, count, seed)
     x = reference.embed(ids)
     yield _tensor("embedding", None, parts.embed(ids), x, bound, everyone)
-    for layer in range(reference.config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers):
         truth = reference.layer(layer, x)
         yield from _layer(parts.layer(layer, x), truth, layer, reference, bound)
         x = truth.output
-        _drop(reference, layer_prefix(layer))
+        _drop(checkpoint, layer)
     rows = [x[start : start + _HEAD_ROWS] for start in range(0, count, _HEAD_ROWS)]
     squares = [_squares(parts.head(block), reference.head(block)) for block in rows]
     yield _compared("logits", None, np.concatenate(squares, axis=1), bound, everyone)
@@ -254,9 +268,9 @@ def _comparisons(
 
 def _layer(
     ours: _LayerOutputs,
-    truth: LayerTrace,
+    truth: Trace,
     layer: int,
-    reference: ReferenceModel,
+    reference: Reference,
     bound: float,
 ) -> Iterator[Comparison]:
     everyone = np.ones(len(truth.output), bool)
@@ -289,17 +303,12 @@ def _layer(
 
 
 def _own_error(
-    after_attention: np.ndarray, truth: LayerTrace, layer: int, reference: ReferenceModel
+    after_attention: np.ndarray, truth: Trace, layer: int, reference: Reference
 ) -> np.ndarray:
     """f64 [n]: the most by which two of a token's router logits can have moved against each other;
     see the module."""
-    prefix = layer_prefix(layer)
-    normed = rms_norm(
-        after_attention.astype(truth.mlp_input.dtype),
-        reference.weight(f"{prefix}post_attention_layernorm.weight"),
-        reference.config.rms_norm_eps,
-    )
-    router = reference.weight(f"{prefix}mlp.router.weight").T
+    normed = reference.mlp_norm(layer, after_attention.astype(truth.mlp_input.dtype))
+    router = reference.router(layer).T
     moved = np.abs((normed - truth.mlp_input) @ router).max(axis=1)
     rounded = _ROUNDING * (np.abs(truth.mlp_input) @ np.abs(router)).max(axis=1)
     return np.asarray(2 * (moved + rounded), np.float64)
@@ -357,11 +366,11 @@ def _finite(value: np.ndarray) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _drop(reference: ReferenceModel, prefix: str) -> None:
+def _drop(checkpoint: FolderCheckpoint, layer: int) -> None:
     """Let go of a layer's pages of the mapped checkpoint."""
-    for name in expected_tensors(reference.config):
-        if name.startswith(prefix):
-            reference.checkpoint.drop(name)
+    for name in checkpoint.family.tensors(checkpoint.config):
+        if layer_number(name) == layer:
+            checkpoint.drop(name)
 
 
 @dataclass(frozen=True)
@@ -377,7 +386,8 @@ class _LayerOutputs:
 class _Parts:
     """The library's functions embed, layer_* and head on one sequence from position 0."""
 
-    def __init__(self, artifact: Artifact, count: int) -> None:
+    def __init__(self, artifact: Artifact, family: Family[Any], count: int) -> None:
+        self._family = family
         manifest: Manifest = artifact.manifest
         Library.use_threads(default_threads())
         self._library = Library(artifact.library, manifest.target.kind)
@@ -398,31 +408,29 @@ class _Parts:
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """i32 [n] -> f32 [n, H]."""
-        out = self._library["embed"](
-            self._library.tensor(tokens), self._weights["model.embed_tokens.weight"]
-        )
+        out = self._library["embed"](self._library.tensor(tokens), *self._of_piece("embed"))
         return self._library.numpy(out)
 
     def layer(self, layer: int, x: np.ndarray) -> _LayerOutputs:
         """x [n, H], the whole sequence's."""
-        prefix = layer_prefix(layer)
-        names = ["rope.inv_freq", *(name for name in self._order if name.startswith(prefix))]
         stages = self._library[f"layer_{self._kinds[layer]}"](
             self._library.tensor(x.astype(np.float32)),
             *self._step,
             self._kv,
-            *(self._weights[name] for name in names),
+            *self._of_piece(layer),
         )
         return _LayerOutputs(*(self._library.numpy(stage) for stage in stages))
 
     def head(self, x: np.ndarray) -> np.ndarray:
         """x [m, H] -> logits f32 [m, V]."""
-        names = [name for name in self._order if name.split(".")[0] == "lm_head"]
         out = self._library["head"](
-            self._library.tensor(x.astype(np.float32)),
-            *(self._weights[name] for name in ("model.norm.weight", *names)),
+            self._library.tensor(x.astype(np.float32)), *self._of_piece("head")
         )
         return self._library.numpy(out)
 
+    def _of_piece(self, piece: str | int) -> list[Any]:
+        """The weights that a piece of the model takes."""
+        return [self._weights[name] for name in self._family.piece_weights(piece, self._order)]
 
-__all__ = ["BOUNDS", "Comparison", "Report", "compare"]
+
+__all__ = ["BOUNDS", "Comparison", "Report", "compare", "random_tokens"]

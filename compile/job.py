@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,16 +24,17 @@ from mxforge.manifest import (
     WeightInfo,
 )
 from mxforge.manifest import Limits as ArtifactLimits
-from mxforge.tokenizer import HARMONY_VOCAB, tokenizer_files
+from mxforge.tokenizer import tokenizer_files
 
 from . import library, pipeline, targets
 from .artifact_writer import ArtifactWriter
 from .checkpoint import FolderCheckpoint, open_checkpoint
 from .checkpoint.fingerprint import Fingerprint
-from .checkpoint.folder import HARMONY_STOP_IDS
 from .config import ModelConfig
 from .formats import Formats
-from .models.gpt_oss import GptOss, Limits, layer_kind
+from .models.emit import Limits
+from .models.family import Family
+from .models.registry import read_config
 from .targets import CompileTarget, Numerics, Precision
 from .weights import PackedWeight, first_difference, packed_weights
 
@@ -65,6 +67,7 @@ class Job:
     announce: Callable[[str], None]
     progress: bool
     checkpoint: FolderCheckpoint | None = field(init=False, default=None)
+    family: Family[Any] = field(init=False)
     config: ModelConfig = field(init=False)
     targets: tuple[CompileTarget, ...] = field(init=False)  # a library for each, best first
     precision: Precision = field(init=False)
@@ -76,11 +79,11 @@ class Job:
         if self.source.is_dir():
             self.announce("checking the checkpoint")
             self.checkpoint = open_checkpoint(self.source)
-            self.config = self.checkpoint.config
+            self.family, self.config = self.checkpoint.family, self.checkpoint.config
             if not self.random_weights:
                 self.checkpoint.check()
         else:
-            self.config = ModelConfig.from_file(self.source)
+            self.family, _layout, self.config = read_config(self.source)
         self.precision = self._precision_of(self.targets[0])
         self.weights = self._weights_of(self.targets[0])
         self.fingerprint = Fingerprint(self.config, self._stop_token_ids())
@@ -126,7 +129,8 @@ class Job:
             )
 
     def _weights_of(self, target: CompileTarget) -> list[PackedWeight]:
-        return packed_weights(self.config, target.kernels, self._precision_of(target))
+        weights = self.family.weights(self.config)
+        return packed_weights(weights, target.kernels, self._precision_of(target))
 
     def _precision_of(self, target: CompileTarget) -> Precision:
         return target.precision(self.numerics, self.config, self.formats)
@@ -162,10 +166,10 @@ class Job:
 
         announce("building the model")
         limits = Limits(self.max_batch, self.prefill_chunk)
-        model = GptOss(self.config, target.kernels, self.precision, limits, self.weights)
-        module = pipeline.lower(
-            model.module(), target, dump, lambda name: announce(f"phase {name}")
+        module = self.family.module(
+            self.config, target.kernels, self.precision, limits, self.weights
         )
+        module = pipeline.lower(module, target, dump, lambda name: announce(f"phase {name}"))
         announce("generating code")
         executable = pipeline.build(module, target, dump)
         announce("linking")
@@ -188,9 +192,11 @@ class Job:
         for name, data in files.items():
             writer.write(f"tokenizer/{name}", data)
         if kind is None:
+            chat, size = self.family.chat, self.config.vocab_size
+            known = f"{chat.tokenizer}'s {chat.vocab_size}" if chat else "a known tokenizer's"
             self.announce(
-                f"warning: there is no tokenizer.json, and a vocabulary of {self.config.vocab_size}"
-                f" is not o200k_harmony's {HARMONY_VOCAB}: the model will take token ids only"
+                f"warning: there is no tokenizer.json, and a vocabulary of {size} is not {known}: "
+                "the model will take token ids only"
             )
         return TokenizerInfo(kind)
 
@@ -222,19 +228,18 @@ class Job:
 
     def _memory(self, workspace: int) -> MemoryPlan:
         c = self.config
-        kinds = [layer_kind(c, layer) for layer in range(c.num_hidden_layers)]
         page = page_bytes(c.num_key_value_heads, c.head_dim, self.precision.kv_dtype)
         return MemoryPlan(
             weights_bytes=self._weights_bytes(),
-            kv_bytes_per_page_full=page * kinds.count("full"),
-            kv_bytes_per_page_sliding=page * kinds.count("sliding"),
+            kv_bytes_per_page_full=page * c.kinds.count("full"),
+            kv_bytes_per_page_sliding=page * c.kinds.count("sliding"),
             workspace_bytes=workspace,
         )
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         if self.checkpoint is not None:
             return self.checkpoint.generation_config.eos_token_ids
-        return HARMONY_STOP_IDS if self.config.vocab_size == HARMONY_VOCAB else ()
+        return self.family.stop_token_ids(self.config)
 
     def _source(self) -> SourceInfo:
         layout = "config" if self.checkpoint is None else self.checkpoint.layout

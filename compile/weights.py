@@ -1,6 +1,7 @@
 """The packed weights: what each is made of, its shape for a target, and how it is streamed.
 
-The table of one model and target is a list in the order of the library's arguments. A weight is
+A family lists its weights with a role each (`models.tensors`); how a role is packed for a target is
+told here. The packed list is in the order of the library's arguments. A weight is
 packed in pieces along its first axis, so that packing never holds more than a few tens of MB
 beyond the page cache, whatever the model's size.
 """
@@ -8,7 +9,7 @@ beyond the page cache, whatever the model's size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from mxforge.schedules.int8 import GROUP
 from mxforge.schedules.kernel import Target
 
 from .checkpoint import Checkpoint, check_scales
-from .config import ModelConfig
+from .models.tensors import Weight, WeightRole, layer_number
 from .targets import Precision
 
 PIECE_BYTES = 64 << 20
@@ -67,36 +68,13 @@ _DTYPES = {
 }
 
 
-def packed_weights(config: ModelConfig, target: Target, precision: Precision) -> list[PackedWeight]:
-    """Every weight of the model in argument order; names are the checkpoint's where one to one."""
-    hidden, inv_freq = config.hidden_size, config.rope_inv_freq()
-    weights = [
-        PackedWeight(
-            "rope.inv_freq",
-            inv_freq.shape,
-            "float32",
-            (),
-            lambda _checkpoint: iter([inv_freq]),
-            {"values": [float(value) for value in inv_freq]},
-        ),
-        PackedWeight(
-            "model.embed_tokens.weight",
-            (config.vocab_size, hidden),
-            "bfloat16",
-            ("model.embed_tokens.weight",),
-            lambda checkpoint: _rows(checkpoint.tensor("model.embed_tokens.weight")),
-            {"normal": 1.0},
-        ),
+def packed_weights(
+    weights: Iterable[Weight], target: Target, precision: Precision
+) -> list[PackedWeight]:
+    """A model's weights as a target's library takes them, in argument order."""
+    return [
+        packed for weight in weights for packed in _PACKERS[weight.role](weight, target, precision)
     ]
-    for layer in range(config.num_hidden_layers):
-        weights += _layer(config, target, precision, f"model.layers.{layer}")
-    weights += [
-        _vector("model.norm.weight", hidden, {"constant": 1.0}),
-        *_dense(
-            target, precision, "lm_head.weight", ("lm_head.weight",), config.vocab_size, hidden
-        ),
-    ]
-    return weights
 
 
 def first_difference(
@@ -110,8 +88,7 @@ def first_difference(
     for a, b in zip_longest(ours, theirs):
         if a is None or b is None or _declared(a) != _declared(b):
             return (a or b).name
-        repeated = a.name.startswith("model.layers.") and not a.name.startswith("model.layers.0.")
-        if checkpoint is None or repeated:
+        if checkpoint is None or layer_number(a.name) not in (None, 0):
             continue
         if next(a.pieces(checkpoint)).tobytes() != next(b.pieces(checkpoint)).tobytes():
             return a.name
@@ -122,46 +99,27 @@ def _declared(weight: PackedWeight) -> tuple[object, ...]:
     return (weight.name, weight.shape, weight.dtype, weight.sources, weight.fill)
 
 
-def _layer(
-    config: ModelConfig, target: Target, precision: Precision, prefix: str
-) -> list[PackedWeight]:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    queries = heads * config.head_dim
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    qkv = tuple(f"{attention}.{name}_proj" for name in "qkv")
-    experts, units = config.num_local_experts, config.intermediate_size
-    return [
-        _vector(f"{prefix}.input_layernorm.weight", hidden, {"constant": 1.0}),
-        *_dense(
-            target,
-            precision,
-            f"{attention}.qkv_proj.weight",
-            tuple(f"{name}.weight" for name in qkv),
-            config.qkv_rows,
-            hidden,
-        ),
-        _bias(
-            config,
-            f"{attention}.qkv_proj.bias",
-            tuple(f"{name}.bias" for name in qkv),
-            config.qkv_rows,
-        ),
-        _vector(f"{attention}.sinks", heads, {"normal": 1.0}),
-        *_dense(
-            target,
-            precision,
-            f"{attention}.o_proj.weight",
-            (f"{attention}.o_proj.weight",),
-            hidden,
-            queries,
-        ),
-        _bias(config, f"{attention}.o_proj.bias", (f"{attention}.o_proj.bias",), hidden),
-        _vector(f"{prefix}.post_attention_layernorm.weight", hidden, {"constant": 1.0}),
-        _bf16(target, f"{mlp}.router.weight", (f"{mlp}.router.weight",), experts, hidden),
-        _vector(f"{mlp}.router.bias", experts, {"normal": 0.1}),
-        *_expert_half(target, precision, f"{mlp}.experts.gate_up_proj", experts, 2 * units, hidden),
-        *_expert_half(target, precision, f"{mlp}.experts.down_proj", experts, hidden, units),
-    ]
+def _constant(weight: Weight) -> PackedWeight:
+    """Values that follow from the config, in float32."""
+    values = weight.values
+    assert values is not None
+    fill = {"values": [float(value) for value in values]}
+    return PackedWeight(
+        weight.name, values.shape, "float32", (), lambda _checkpoint: iter([values]), fill
+    )
+
+
+def _embedding(weight: Weight) -> PackedWeight:
+    """bf16 [rows, columns] as stored."""
+    (source,) = weight.sources
+    return PackedWeight(
+        weight.name,
+        (weight.rows, weight.columns),
+        "bfloat16",
+        (source,),
+        lambda checkpoint: _rows(checkpoint.tensor(source)),
+        {"normal": 1.0},
+    )
 
 
 def _vector(name: str, size: int, fill: dict[str, Any]) -> PackedWeight:
@@ -176,17 +134,16 @@ def _vector(name: str, size: int, fill: dict[str, Any]) -> PackedWeight:
     )
 
 
-def _bias(config: ModelConfig, name: str, sources: tuple[str, ...], size: int) -> PackedWeight:
-    """The bias of an attention layer; zeros where the config says there is none."""
+def _bias(name: str, sources: tuple[str, ...], size: int) -> PackedWeight:
+    """The bias of a dense layer, the sources stacked; zeros where there are none."""
 
     def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        if not config.attention_bias:
+        if not sources:
             yield np.zeros(size, np.float32)
             return
         for source in sources:
             yield checkpoint.tensor(source).astype(np.float32)
 
-    sources = sources if config.attention_bias else ()
     return PackedWeight(name, (size,), "float32", sources, pieces, {"normal": 0.02})
 
 
@@ -255,10 +212,16 @@ def _stacked(sources: tuple[str, ...], rows: int, group: int, k: int, piece_byte
 
 
 def _expert_half(
-    target: Target, precision: Precision, name: str, experts: int, rows: int, k: int
+    target: Target,
+    precision: Precision,
+    name: str,
+    experts: int,
+    rows: int,
+    k: int,
+    gate_up: bool,
 ) -> list[PackedWeight]:
     """Blocks, scales and bias of all experts' gate_up_proj or down_proj."""
-    interleaved = name.endswith("gate_up_proj") and not target.is_gpu
+    interleaved = gate_up and not target.is_gpu
     order = mxfp4.gate_up_row_order(rows) if interleaved else None
     stored = mxfp4.stored_shapes(experts, rows, k)
     blocks_shape, scales_shape = (
@@ -299,3 +262,35 @@ def _rows(tensor: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(
             tensor[start : start + step].astype(ml_dtypes.bfloat16, copy=False)
         )
+
+
+def _experts(weight: Weight, target: Target, precision: Precision) -> list[PackedWeight]:
+    blocks, _scales, _bias = weight.tensors
+    experts, rows, groups, pairs = blocks.shape
+    columns, gate_up = groups * pairs * 2, weight.role == "gate_up"
+    return _expert_half(target, precision, weight.name, experts, rows, columns, gate_up)
+
+
+_Packer = Callable[[Weight, Target, Precision], list[PackedWeight]]
+
+
+def _vector_packer(fill: dict[str, Any]) -> _Packer:
+    return lambda weight, _target, _precision: [_vector(weight.name, weight.rows, fill)]
+
+
+# How each role is packed for a target and a precision.
+_PACKERS: dict[WeightRole, _Packer] = {
+    "constant": lambda w, _target, _precision: [_constant(w)],
+    "embedding": lambda w, _target, _precision: [_embedding(w)],
+    "norm": _vector_packer({"constant": 1.0}),
+    "sinks": _vector_packer({"normal": 1.0}),
+    "router_bias": _vector_packer({"normal": 0.1}),
+    "bias": lambda w, _target, _precision: [_bias(w.name, w.sources, w.rows)],
+    "dense": lambda w, target, precision: _dense(
+        target, precision, w.name, w.sources, w.rows, w.columns
+    ),
+    # Small, and an error here is another expert: bf16 whatever the precision.
+    "router": lambda w, target, _precision: [_bf16(target, w.name, w.sources, w.rows, w.columns)],
+    "gate_up": _experts,
+    "down": _experts,
+}

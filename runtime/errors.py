@@ -7,7 +7,7 @@ A message says what was expected, what was found and what to do, in one or two s
     │   └── ChatError                   a conversation or a tool is not of OpenAI's form
     ├── ConfigError                 config.json lacks a number, or holds one that cannot be built
     ├── CheckpointError             a checkpoint is missing, unreadable, truncated or contradictory
-    │   ├── UnknownArchitectureError    config.json names an architecture other than gpt-oss
+    │   ├── UnknownArchitectureError    no model family claims config.json
     │   ├── TensorMissingError          a tensor that the architecture needs is not there
     │   ├── TensorShapeError            a tensor has another shape than the config implies
     │   ├── TensorDtypeError            a tensor has another dtype than the format prescribes
@@ -65,7 +65,7 @@ class CheckpointError(MxforgeError):
 
 
 class UnknownArchitectureError(CheckpointError):
-    """The checkpoint's config names an architecture other than gpt-oss."""
+    """The config.json is of no model family that can be compiled."""
 
 
 class TensorMissingError(CheckpointError):

@@ -66,7 +66,7 @@ def once(
 @pytest.fixture(scope="session")
 def odd_checkpoint(once: Callable[..., Path]) -> Callable[[str], Path]:
     """odd_checkpoint(shape) -> folder of the checkpoint that its golden file is about."""
-    from mxforge.compile.random_checkpoint import write_checkpoint
+    from checkpoints.random_checkpoint import write_checkpoint
 
     @cache
     def make(name: str) -> Path:

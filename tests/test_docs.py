@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from checkpoints.random_checkpoint import write_checkpoint
 
 import mxforge
 from mxforge import cli, errors
 from mxforge.compile import cli as compile_cli
-from mxforge.compile.random_checkpoint import write_checkpoint
 from mxforge.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import ModelConfig, config_layout, read_json_object
+from ..config import Layout, ModelConfig, read_json_object
+from ..models.family import Family
+from ..models.registry import claim
 from .folder import (
     CONFIG_FILE,
     FolderCheckpoint,
     GenerationConfig,
-    TensorSpec,
+    StoredTensor,
     check_is_folder,
     check_scales,
+    stored_tensors,
 )
-from .hf import HFCheckpoint, expected_tensors, layer_prefix
+from .hf import HFCheckpoint
 from .openai import OpenAICheckpoint
 
+READERS: dict[Layout, type[FolderCheckpoint]] = {
+    reader.layout: reader for reader in (HFCheckpoint, OpenAICheckpoint)
+}
 ORIGINAL = "original"  # where the published repositories keep OpenAI's layout
 
 
@@ -26,6 +32,7 @@ class Checkpoint(Protocol):
     """What a reader of any layout offers; tensor names are those of the Hugging Face layout."""
 
     path: Path
+    family: Family[Any]
     config: ModelConfig
     generation_config: GenerationConfig
     tokenizer_path: Path | None
@@ -49,16 +56,16 @@ def open_checkpoint(path: str | Path) -> FolderCheckpoint:
     A folder that lacks config.json or weights stands for a checkpoint in its subfolder
     `original`, as the published repository does where only the original files were fetched.
 
-    Raises what the readers raise; UnknownArchitectureError where config.json is of neither
-    layout, ConfigError or CheckpointError where two are mixed.
+    Raises what the readers raise; UnknownArchitectureError where no model family claims
+    config.json, ConfigError or CheckpointError where two layouts are mixed.
     """
     folder = Path(path)
     check_is_folder(folder)
     original = folder / ORIGINAL
     if not _is_checkpoint(folder) and (original / CONFIG_FILE).is_file():
         folder = original
-    layout = config_layout(read_json_object(folder / CONFIG_FILE))
-    return OpenAICheckpoint(folder) if layout == "openai" else HFCheckpoint(folder)
+    _family, layout = claim(read_json_object(folder / CONFIG_FILE))
+    return READERS[layout](folder)
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -71,9 +78,8 @@ __all__ = [
     "GenerationConfig",
     "HFCheckpoint",
     "OpenAICheckpoint",
-    "TensorSpec",
+    "StoredTensor",
     "check_scales",
-    "expected_tensors",
-    "layer_prefix",
     "open_checkpoint",
+    "stored_tensors",
 ]

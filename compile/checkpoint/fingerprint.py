@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import ModelConfig
-from .hf import expected_tensors
 
 if TYPE_CHECKING:
     from . import Checkpoint
@@ -45,7 +44,7 @@ class Fingerprint:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """The fingerprint of a whole checkpoint; reads every tensor that the model uses."""
     result = Fingerprint(checkpoint.config, checkpoint.generation_config.eos_token_ids)
-    for name in expected_tensors(checkpoint.config):
+    for name in checkpoint.family.tensors(checkpoint.config):
         result.add(name, checkpoint.tensor(name))
         checkpoint.drop(name)
     return result.hexdigest()

@@ -1,12 +1,11 @@
 """What all layouts of a checkpoint folder have in common: JSON files beside .safetensors files.
 
-    config.json              → ModelConfig, by the layout's own keys
+    config.json              → its family and ModelConfig, by the layout's own keys
     generation_config.json   → GenerationConfig (optional)
     tokenizer.json           its path (optional)
     model.safetensors, or shards named by model.safetensors.index.json
 
-The published checkpoints store dense tensors as bf16; f16 and f32 occur in fine-tunes and are
-accepted, converting is the packer's work.
+Dense tensors may be stored as bf16, f16 or f32: converting is the packer's work.
 """
 
 from __future__ import annotations
@@ -33,24 +32,37 @@ from mxforge.errors import (
 from mxforge.safetensors import Safetensors, TensorInfo, open_safetensors
 
 from ..config import Layout, ModelConfig, read_json_object
+from ..models.family import Family
+from ..models.registry import claim
+from ..models.tensors import DENSE_DTYPES
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DENSE_DTYPES = ("BF16", "F16", "F32")
-PACKED_DTYPES = ("U8",)
 NAN_SCALE = 255
-
-HARMONY_VOCABULARY = 201_088
-HARMONY_STOP_IDS = (200002, 199999, 200012)  # return, endoftext, call
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """What the architecture calls for: a shape, and the safetensors dtypes that may hold it."""
+class StoredTensor:
+    """A tensor of the files: its shape, the safetensors dtypes that may hold it, and the canonical
+    tensors whose rows it is made of."""
 
     shape: tuple[int, ...]
-    dtypes: tuple[str, ...] = DENSE_DTYPES
+    dtypes: tuple[str, ...]
+    parts: tuple[str, ...]
+
+
+def stored_tensors(
+    family: Family[Any], config: ModelConfig, layout: Layout
+) -> dict[str, StoredTensor]:
+    """What the files of a layout must hold, by their own names, in the order of use."""
+    canonical = family.tensors(config)
+    stored = {}
+    for name, parts in family.stored_names(config, layout).items():
+        tensors = [canonical[part] for part in parts]
+        rows = sum(tensor.shape[0] for tensor in tensors)
+        stored[name] = StoredTensor((rows, *tensors[0].shape[1:]), tensors[0].dtypes, parts)
+    return stored
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class GenerationConfig:
     """Which token ids end a generation; ids outside the vocabulary cannot occur and are left out.
 
     They come from generation_config.json, else from config.json's eos_token_id; a checkpoint with
-    neither has harmony's where it has harmony's vocabulary, otherwise none.
+    neither has those of its family's chat format, if its vocabulary is that format's.
     """
 
     eos_token_ids: tuple[int, ...]
@@ -68,7 +80,8 @@ class FolderCheckpoint(ABC):
     """A checkpoint folder. Opening reads the JSON files and every shard's header, no tensor.
 
     path               the folder
-    config             ModelConfig
+    family             Family
+    config             ModelConfig, of the family's own class
     generation_config  GenerationConfig
     tokenizer_path     Path of tokenizer.json, or None
     files              the .safetensors files, sorted by name
@@ -76,19 +89,25 @@ class FolderCheckpoint(ABC):
 
     `tensor` and `drop` take canonical names, those of the Hugging Face layout.
 
-    Raises CheckpointError (or a subclass) and ConfigError, each naming the file.
+    Raises CheckpointError (or a subclass; UnknownArchitectureError where no family claims the
+    model) and ConfigError, each naming the file.
     """
 
     layout: ClassVar[Layout]
     title: ClassVar[str]  # of the layout, in messages
-    foreign_prefixes: ClassVar[tuple[str, ...]]  # of tensors that belong to the other layout
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         check_is_folder(self.path)
         raw = read_json_object(self.path / CONFIG_FILE)
-        self.config = self._parse(raw)
-        self.generation_config = _generation_config(self.path, raw, self.config)
+        self.family, layout = claim(raw)
+        if layout != self.layout:
+            raise CheckpointError(
+                f"Expected a checkpoint in {self.title} at {self.path}, but its config.json is of "
+                f"the layout {layout!r}; `open_checkpoint` finds the reader."
+            )
+        self.config: ModelConfig = self.family.parse(raw, layout)
+        self.generation_config = _generation_config(self.path, raw, self.family, self.config)
         tokenizer = self.path / "tokenizer.json"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
         self._shard_of = self._open_shards()
@@ -98,13 +117,9 @@ class FolderCheckpoint(ABC):
         }
         self._check_layout()
 
-    @abstractmethod
-    def _parse(self, raw: Mapping[str, Any]) -> ModelConfig:
-        """The content of config.json."""
-
-    @abstractmethod
-    def stored_tensors(self) -> dict[str, TensorSpec]:
+    def stored_tensors(self) -> dict[str, StoredTensor]:
         """What the files must hold, by their own names."""
+        return stored_tensors(self.family, self.config, self.layout)
 
     @abstractmethod
     def tensor(self, name: str) -> np.ndarray:
@@ -177,7 +192,12 @@ class FolderCheckpoint(ABC):
         return message
 
     def _check_layout(self) -> None:
-        foreign = [name for name in self.tensors if name.startswith(self.foreign_prefixes)]
+        first_words = {
+            layout: {name.split(".")[0] for name in self.family.stored_names(self.config, layout)}
+            for layout in self.family.layouts
+        }
+        theirs = set().union(*first_words.values()) - first_words[self.layout]
+        foreign = [name for name in self.tensors if name.split(".")[0] in theirs]
         if foreign:
             raise CheckpointError(
                 f"{self.path} mixes two layouts: config.json is of {self.title}, tensor "
@@ -263,12 +283,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _generation_config(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> GenerationConfig:
+def _generation_config(
+    path: Path, raw: Mapping[str, Any], family: Family[Any], config: ModelConfig
+) -> GenerationConfig:
     file = path / "generation_config.json"
     eos = read_json_object(file).get("eos_token_id") if file.is_file() else None
     eos = raw.get("eos_token_id") if eos is None and not file.is_file() else eos
     if eos is None:
-        eos = list(HARMONY_STOP_IDS) if config.vocab_size == HARMONY_VOCABULARY else []
+        eos = list(family.stop_token_ids(config))
     ids = eos if isinstance(eos, list) else [eos]
     if not all(type(v) is int and v >= 0 for v in ids):
         raise ConfigError(

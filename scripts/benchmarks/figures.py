@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mxforge.compile.config import FULL, SLIDING, ModelConfig
+from mxforge.compile.config import FULL, SLIDING
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.kv_layout import PAGE_TOKENS, page_bytes
 from mxforge.manifest import WEIGHT_BYTES
 
@@ -113,20 +114,21 @@ class Traffic:
         )
 
     @classmethod
-    def of_model(cls, config: ModelConfig, target: CompileTarget, precision: Precision) -> Traffic:
+    def of_model(cls, config: GptOssConfig, target: CompileTarget, precision: Precision) -> Traffic:
         """Counted from the tensors that an artifact would hold, without compiling one."""
+        from mxforge.compile.models.gpt_oss.tensors import weights
         from mxforge.compile.weights import packed_weights
 
-        weights = packed_weights(config, target.kernels, precision)
+        packed = packed_weights(weights(config), target.kernels, precision)
         page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv_dtype)
         return cls(
-            *_dense_and_experts((w.name, w.shape, w.dtype) for w in weights),
+            *_dense_and_experts((w.name, w.shape, w.dtype) for w in packed),
             config.layer_types.count(FULL) * page / PAGE_TOKENS,
             config.layer_types.count(SLIDING) * page / PAGE_TOKENS,
         )
 
     @classmethod
-    def of_gguf(cls, config: ModelConfig) -> Traffic:
+    def of_gguf(cls, config: GptOssConfig) -> Traffic:
         """Counted from the tensors that the random GGUF holds; keys and values are f16."""
         from benchmarks.random_gguf import tensors
 
@@ -140,7 +142,7 @@ class Traffic:
             dense, experts, config.kv_bytes_per_token(FULL), config.kv_bytes_per_token(SLIDING)
         )
 
-    def weights(self, config: ModelConfig, tokens: int) -> float:
+    def weights(self, config: GptOssConfig, tokens: int) -> float:
         """Bytes of weights that a step of so many tokens reads."""
         share = distinct_experts(config, tokens) / config.num_local_experts
         return self.dense + share * self.experts
@@ -158,18 +160,18 @@ def _dense_and_experts(weights: Iterable[tuple[str, Sequence[int], str]]) -> tup
     return dense, experts
 
 
-def distinct_experts(config: ModelConfig, tokens: int) -> float:
+def distinct_experts(config: GptOssConfig, tokens: int) -> float:
     """How many experts of a layer so many tokens take, if each takes them evenly at random."""
     missed = 1 - config.num_experts_per_tok / config.num_local_experts
     return config.num_local_experts * (1 - missed**tokens)
 
 
-def flops_per_token(config: ModelConfig) -> int:
+def flops_per_token(config: GptOssConfig) -> int:
     """Of one prompt token: 2 for each weight it meets. The output layer sees the last one only."""
     return 2 * (config.active_parameter_count - config.vocab_size * config.hidden_size)
 
 
-def work(figure: Figure, config: ModelConfig, traffic: Traffic) -> dict[str, float]:
+def work(figure: Figure, config: GptOssConfig, traffic: Traffic) -> dict[str, float]:
     """What one decode step, or one prefill, cannot do without: its tokens, bytes and flops."""
     if figure.kind == "prefill":
         chunks = [min(CHUNK, figure.prompt - at) for at in range(0, figure.prompt, CHUNK)]

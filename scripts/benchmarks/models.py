@@ -16,10 +16,11 @@ import numpy as np
 from _setup import ROOT
 from benchmarks.machine import installed
 from benchmarks.processes import Child, run_child, say
+from checkpoints.shapes import hf_config
 from tqdm import tqdm
 
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.models.registry import read_config
 from mxforge.errors import UsageError
 
 PEER_PACKAGES = ("llama-cpp-python", "gguf")
@@ -44,7 +45,7 @@ class RandomModel:
     """A shape, and where its checkpoint, its artifact and its GGUF are or will be."""
 
     shape: str
-    config: ModelConfig
+    config: GptOssConfig
     checkpoint: Path
     artifact: Path
     gguf: Path
@@ -55,10 +56,10 @@ class RandomModel:
     ) -> RandomModel:
         """Files of the names of the shape in `work`, but for those that are given."""
         work = work.resolve()
-        config = ModelConfig.from_hf(hf_config(shape))
+        config = GptOssConfig.from_hf(hf_config(shape))
         checkpoint = (checkpoint or work / shape).resolve()
         file = checkpoint / "config.json"
-        if file.exists() and ModelConfig.from_file(file) != config:
+        if file.exists() and read_config(file).config != config:
             raise UsageError(f"{checkpoint} should be of the shape {shape}, and is of another.")
         artifact = (artifact or work / f"{shape}-artifact").resolve()
         return cls(shape, config, checkpoint, artifact, work / f"{shape}.gguf")

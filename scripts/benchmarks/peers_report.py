@@ -32,7 +32,7 @@ from benchmarks.results import (
     table,
 )
 
-from mxforge.compile.config import ModelConfig
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 
 OURS, THEIRS = "mxforge", "llama.cpp"
 LONG_SHARE = 60  # % that decoding at 32k has to keep of the speed at 1k
@@ -42,7 +42,7 @@ LONG_SHARE = 60  # % that decoding at 32k has to keep of the speed at 1k
 
 
 def floors_of(
-    config: ModelConfig,
+    config: GptOssConfig,
     traffic: Mapping[str, Traffic],
     figures: Iterable[str],
     bandwidth_gb_s: float,
@@ -91,7 +91,7 @@ def floors_text(floors: Mapping[str, Any]) -> str:
 
 
 def expected_minutes(
-    floors: Mapping[str, Any], config: ModelConfig, samples: int, disk_gb_s: float = 0.15
+    floors: Mapping[str, Any], config: GptOssConfig, samples: int, disk_gb_s: float = 0.15
 ) -> float:
     """Roughly how long a run takes, of speeds that were seen: for the impatient."""
     rate = floors["f32_matrix_gflop_s"] * 1e9

@@ -19,7 +19,8 @@ import gguf
 import numpy as np
 from tqdm import tqdm
 
-from mxforge.compile.config import FULL, SLIDING, ModelConfig
+from mxforge.compile.config import FULL, SLIDING
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 
 ARCH = "gpt-oss"
 _BLOCK = 32  # values of one block, of both formats
@@ -50,7 +51,7 @@ class Tensor:
         return math.prod(self.shape) // block * size
 
 
-def unsupported(config: ModelConfig) -> str | None:
+def unsupported(config: GptOssConfig) -> str | None:
     """Why llama.cpp cannot run this shape; None where it can."""
     alternating = tuple(FULL if i % 2 else SLIDING for i in range(config.num_hidden_layers))
     if config.layer_types != alternating:
@@ -62,7 +63,7 @@ def unsupported(config: ModelConfig) -> str | None:
     return None
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
+def tensors(config: GptOssConfig) -> list[Tensor]:
     """Every tensor that llama.cpp's gpt-oss wants, in the order of the file."""
     c = config
     hidden, units, experts = c.hidden_size, c.intermediate_size, c.num_local_experts
@@ -94,7 +95,7 @@ def _linear(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) 
     return [Tensor(f"{name}.weight", shape, kind), Tensor(f"{name}.bias", shape[:-1])]
 
 
-def active_bytes(config: ModelConfig, distinct_experts: float | None = None) -> float:
+def active_bytes(config: GptOssConfig, distinct_experts: float | None = None) -> float:
     """Weight bytes that one decode step reads, if so many experts of a layer take part."""
     used = config.num_experts_per_tok if distinct_experts is None else distinct_experts
     total = 0.0
@@ -106,7 +107,7 @@ def active_bytes(config: ModelConfig, distinct_experts: float | None = None) -> 
     return total
 
 
-def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
+def write_gguf(path: Path, config: GptOssConfig, seed: int = 0) -> None:
     """Write the file under a temporary name, and rename it when it is complete."""
     work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     writer = gguf.GGUFWriter(work, ARCH)
@@ -134,7 +135,7 @@ def write_gguf(path: Path, config: ModelConfig, seed: int = 0) -> None:
         work.unlink(missing_ok=True)
 
 
-def _metadata(writer: gguf.GGUFWriter, c: ModelConfig) -> None:
+def _metadata(writer: gguf.GGUFWriter, c: GptOssConfig) -> None:
     writer.add_name("random gpt-oss")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_MXFP4_MOE)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

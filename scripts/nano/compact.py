@@ -14,17 +14,20 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
+from checkpoints.shapes import Shape
+from checkpoints.shapes import hf_config as config_of_shape
 
-from mxforge.compile.checkpoint.folder import HARMONY_STOP_IDS, PACKED_DTYPES, SINGLE_FILE
-from mxforge.compile.checkpoint.hf import expected_tensors
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import Shape
-from mxforge.compile.random_checkpoint import hf_config as config_of_shape
-from mxforge.compile.reference import dequantize_mxfp4
+from mxforge.compile.checkpoint.folder import SINGLE_FILE
+from mxforge.compile.models.gpt_oss import HARMONY
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.models.gpt_oss.reference import dequantize_mxfp4
+from mxforge.compile.models.gpt_oss.tensors import expected_tensors
+from mxforge.compile.models.registry import read_config
+from mxforge.compile.models.tensors import PACKED_DTYPES
 from mxforge.errors import CheckpointError, OutputError
 from mxforge.safetensors import SafetensorsWriter, open_safetensors
 
@@ -96,7 +99,7 @@ def write_compact(
     generation = {
         "bos_token_id": 199998,
         "do_sample": True,
-        "eos_token_id": list(HARMONY_STOP_IDS),
+        "eos_token_id": list(HARMONY.stop_token_ids),
         "pad_token_id": 199999,
     }
     for name, value in (("config", hf_config(shape)), ("generation_config", generation)):
@@ -109,7 +112,7 @@ class Compact:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config = ModelConfig.from_file(self.folder / "config.json")
+        self.config = cast("GptOssConfig", read_config(self.folder / "config.json").config)
         self._file = open_safetensors(self.folder / COMPACT_FILE)
         self.used: np.ndarray = self._file.array(USED)  # i32 [U]
         u = len(self.used)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mxforge.compile.checkpoint.folder import HARMONY_VOCABULARY
-from mxforge.compile.config import ModelConfig
+from mxforge.compile.models.gpt_oss import HARMONY
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 
 BLOCK = 32
 
@@ -122,7 +122,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: GptOssConfig, layer: int) -> None:
         super().__init__()
         self.config, self.window = config, config.window(layer)
         h = config.hidden_size
@@ -209,7 +209,7 @@ class _SwiGLU(torch.autograd.Function):
 class Experts(nn.Module):
     """Router and experts; gate_up holds all gates, then all ups (interleaved when exported)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: GptOssConfig) -> None:
         super().__init__()
         self.config = config
         e, h, i = config.num_local_experts, config.hidden_size, config.intermediate_size
@@ -251,7 +251,7 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: GptOssConfig, layer: int) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_layernorm = nn.Parameter(torch.ones(config.hidden_size))
@@ -288,7 +288,7 @@ class Nano(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: GptOssConfig,
         used: int,
         dtype: torch.dtype = torch.float32,
         features: Tensor | None = None,
@@ -307,7 +307,7 @@ class Nano(nn.Module):
         self.head_features = nn.Parameter(torch.randn(k, h) * 0.1 * h**-0.5)  # [K, H]
         # What the softmax adds to the last row's logit: it counts once for each other token.
         self.shift = F.pad(
-            torch.tensor([math.log(HARMONY_VOCABULARY - used)]), (used, 0)
+            torch.tensor([math.log(HARMONY.vocab_size - used)]), (used, 0)
         )  # [U + 1]
         self.inv_freq = torch.from_numpy(config.rope_inv_freq())
 
@@ -394,7 +394,7 @@ def export(model: Nano) -> dict[str, np.ndarray]:
     }
 
 
-def load(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Nano:
+def load(config: GptOssConfig, tensors: Mapping[str, np.ndarray]) -> Nano:
     """The inverse of `export`, in float32."""
     model = Nano(config, len(tensors["model.embed_tokens.weight"]) - 1)
     model.requires_grad_(False)

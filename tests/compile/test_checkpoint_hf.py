@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from support.small import edit_json, rewrite
 
-from mxforge.compile.checkpoint import HFCheckpoint, check_scales, expected_tensors
-from mxforge.compile.reference import ReferenceModel
+from mxforge.compile.checkpoint import HFCheckpoint, check_scales
+from mxforge.compile.models.gpt_oss.reference import ReferenceModel
+from mxforge.compile.models.gpt_oss.tensors import expected_tensors
 from mxforge.errors import (
     CheckpointError,
     ConfigError,
@@ -57,10 +58,11 @@ def test_every_tensor_is_there(name, odd_checkpoint: Callable[[str], Path]):
 
 
 def test_tensors_of_the_published_20b():
-    from mxforge.compile.config import ModelConfig
-    from mxforge.compile.random_checkpoint import hf_config
+    from checkpoints.shapes import hf_config
 
-    specs = expected_tensors(ModelConfig.from_hf(hf_config("20b")))
+    from mxforge.compile.models.gpt_oss.config import GptOssConfig
+
+    specs = expected_tensors(GptOssConfig.from_hf(hf_config("20b")))
     assert len(specs) == 3 + 24 * 19
     assert specs["model.layers.23.mlp.experts.gate_up_proj_blocks"].shape == (32, 5760, 90, 16)
     assert specs["model.layers.0.mlp.experts.down_proj_scales"].shape == (32, 2880, 90)
@@ -145,7 +147,7 @@ def test_stop_ids(folder: Path, generation, config_eos, expected):
 
 
 def test_stop_ids_of_harmony_where_the_vocabulary_is_harmonys(tmp_path: Path):
-    from mxforge.compile.random_checkpoint import write_checkpoint
+    from checkpoints.random_checkpoint import write_checkpoint
 
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
     path = write_checkpoint(tmp_path / "tiny", "tiny", overrides=small)

@@ -13,21 +13,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support.small import SMALL_SHAPE, edit_json, rewrite
+from checkpoints.random_checkpoint import write_checkpoint
+from checkpoints.shapes import ODD_SHAPES, hf_config
 
 from mxforge.artifact import open_artifact
 from mxforge.compile import compile_model
 from mxforge.compile.checkpoint import (
     HFCheckpoint,
     OpenAICheckpoint,
-    expected_tensors,
     open_checkpoint,
+    stored_tensors,
 )
 from mxforge.compile.checkpoint.fingerprint import fingerprint
-from mxforge.compile.checkpoint.openai import stored_tensors
-from mxforge.compile.config import ModelConfig
 from mxforge.compile.diff import compare
-from mxforge.compile.random_checkpoint import ODD_SHAPES, hf_config, write_checkpoint
-from mxforge.compile.reference import ReferenceModel
+from mxforge.compile.models.gpt_oss import GPT_OSS
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.models.gpt_oss.reference import ReferenceModel
+from mxforge.compile.models.gpt_oss.tensors import expected_tensors, weights
 from mxforge.compile.targets import Precision
 from mxforge.compile.weights import packed_weights
 from mxforge.errors import (
@@ -113,7 +115,7 @@ def test_every_tensor_is_that_of_the_other_layout(name: str, both: Both):
     assert original.config == hf.config
     assert original.unexpected() == []
     assert original.dense_dtypes() == {"BF16"}
-    assert set(original.tensors) == set(stored_tensors(original.config))
+    assert set(original.tensors) == set(original.stored_tensors())
     for tensor in expected_tensors(hf.config):
         ours, theirs = original.tensor(tensor), hf.tensor(tensor)
         assert ours.dtype == theirs.dtype, tensor
@@ -181,8 +183,8 @@ def test_the_packed_weights_are_those_of_the_other_layout(name: str, both: Both)
         (Target("cpu"), Precision("float16", "i8")),
         (Target("cuda"), Precision("float32", "f32")),
     ):
-        ours = packed_weights(original.config, target, precision)
-        theirs = packed_weights(hf.config, target, precision)
+        ours = packed_weights(weights(original.config), target, precision)
+        theirs = packed_weights(weights(hf.config), target, precision)
         for one, other in zip(ours, theirs, strict=True):
             assert (one.name, one.shape, one.dtype) == (other.name, other.shape, other.dtype)
             for piece, same in zip(one.pieces(original), other.pieces(hf), strict=True):
@@ -222,13 +224,13 @@ def test_the_fingerprint_is_that_of_the_other_layout(both: Both, folder: Path):
 
 
 def test_tensors_of_the_published_20b():
-    stored = stored_tensors(ModelConfig.from_hf(hf_config("20b")))
+    stored = stored_tensors(GPT_OSS, GptOssConfig.from_hf(hf_config("20b")), "openai")
     assert len(stored) == 3 + 24 * 15
-    assert stored["block.23.attn.qkv.weight"].spec.shape == (5120, 2880)
-    assert stored["block.23.attn.qkv.bias"].spec.shape == (5120,)
-    assert stored["block.0.mlp.mlp1_weight.blocks"].spec.shape == (32, 5760, 90, 16)
-    assert stored["block.0.mlp.mlp2_weight.scales"].spec.shape == (32, 2880, 90)
-    assert stored["unembedding.weight"].spec.shape == (201088, 2880)
+    assert stored["block.23.attn.qkv.weight"].shape == (5120, 2880)
+    assert stored["block.23.attn.qkv.bias"].shape == (5120,)
+    assert stored["block.0.mlp.mlp1_weight.blocks"].shape == (32, 5760, 90, 16)
+    assert stored["block.0.mlp.mlp2_weight.scales"].shape == (32, 2880, 90)
+    assert stored["unembedding.weight"].shape == (201088, 2880)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -285,7 +287,9 @@ def test_no_folder(tmp_path: Path):
 
 def test_a_config_of_neither_layout(folder: Path):
     (folder / "config.json").write_text('{"n_layer": 12, "n_head": 12}')
-    with pytest.raises(UnknownArchitectureError, match="OpenAI's original.*found n_layer, n_head"):
+    with pytest.raises(
+        UnknownArchitectureError, match="found neither, but n_layer, n_head; .*OpenAI's original"
+    ):
         open_checkpoint(folder)
 
 
@@ -442,8 +446,8 @@ def test_a_nan_scale_is_found_while_packing(folder: Path):
     rewrite(folder, {SCALES: scales})
     checkpoint = OpenAICheckpoint(folder)
     checkpoint.check()
-    weights = packed_weights(checkpoint.config, Target("cpu"), Precision("float32", "f32"))
-    pieces = (piece for weight in weights for piece in weight.pieces(checkpoint))
+    listed = packed_weights(weights(checkpoint.config), Target("cpu"), Precision("float32", "f32"))
+    pieces = (piece for weight in listed for piece in weight.pieces(checkpoint))
     with pytest.raises(NaNScaleError, match=r"layers\.1.*down_proj_scales.*at \[3, 7, 1\]"):
         list(pieces)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from support.small import SMALL_SHAPE, small_checkpoint
+from checkpoints.shapes import hf_config
 
 from mxforge import Engine, SamplingParams
 from mxforge.artifact import read_manifest, verify
 from mxforge.compile import compile_model
 from mxforge.compile.cli import main
-from mxforge.compile.random_checkpoint import hf_config
 from mxforge.errors import UsageError
 
 COMPILE_MODEL = [

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints.random_checkpoint import write_checkpoint
+from checkpoints.shapes import ODD_SHAPES
 
 from mxforge import compile_model
 from mxforge.artifact import open_artifact
 from mxforge.cli import main
 from mxforge.compile import diff
-from mxforge.compile.diff import BOUNDS, Report, compare
-from mxforge.compile.random_checkpoint import ODD_SHAPES, random_tokens, write_checkpoint
-from mxforge.compile.reference import LayerTrace, ReferenceModel
+from mxforge.compile.diff import BOUNDS, Report, compare, random_tokens
+from mxforge.compile.models.gpt_oss.reference import LayerTrace, ReferenceModel
 from mxforge.errors import ArtifactError, CheckpointError, NumericsError, UsageError
 
 Compiled = Callable[..., Path]

@@ -4,19 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checkpoints.shapes import hf_config
 
 from mxforge import compile_model
 from mxforge.artifact import read_manifest
-from mxforge.compile.config import ModelConfig
 from mxforge.compile.diff import compare
 from mxforge.compile.formats import CHOICES, Formats
-from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.targets import resolve
 from mxforge.errors import TargetError, UsageError
 
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
-TINY = ModelConfig.from_hf(hf_config("tiny"))
+TINY = GptOssConfig.from_hf(hf_config("tiny"))
 
 
 def test_what_is_asked_for_takes_the_place_of_the_targets_best():

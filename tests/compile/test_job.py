@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from checkpoints.random_checkpoint import write_checkpoint
+from checkpoints.shapes import hf_config
 
 from mxforge import Engine, SamplingParams
 from mxforge.artifact import open_artifact, read_manifest, verify
 from mxforge.compile import cli, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.checkpoint.fingerprint import fingerprint
-from mxforge.compile.random_checkpoint import hf_config, write_checkpoint
 from mxforge.errors import (
     CheckpointError,
     ConfigError,

@@ -17,15 +17,18 @@ import onnx
 import onnxruntime
 import pytest
 from support.small import SMALL_SHAPE, small_checkpoint
+from checkpoints.random_checkpoint import write_checkpoint
+from checkpoints.shapes import ODD_SHAPES
 
 from mxforge.artifact import read_manifest
 from mxforge.cli import main
 from mxforge.compile import onnx_export
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.checkpoint.fingerprint import fingerprint
+from mxforge.compile.diff import random_tokens
+from mxforge.compile.models.gpt_oss import onnx_graph
+from mxforge.compile.models.gpt_oss.reference import ReferenceModel
 from mxforge.compile.onnx_export import FLOAT4_OPSET, NEWEST_OPSET, OLDEST_OPSET, export_onnx
-from mxforge.compile.random_checkpoint import ODD_SHAPES, random_tokens, write_checkpoint
-from mxforge.compile.reference import ReferenceModel
 from mxforge.errors import (
     CheckpointError,
     NaNScaleError,
@@ -107,7 +110,7 @@ def test_any_length_runs(tokens, odd_checkpoint: Checkpoints, tmp_path: Path):
 def test_the_vocabularys_last_rows_are_fewer(
     odd_checkpoint: Checkpoints, tmp_path: Path, monkeypatch
 ):
-    monkeypatch.setattr(onnx_export, "_VOCABULARY_ROWS", 100)  # 1003 of them
+    monkeypatch.setattr(onnx_graph, "_VOCABULARY_ROWS", 100)  # 1003 of them
     reference = ReferenceModel(odd_checkpoint("odd-1"))
     logits = run(export_onnx(odd_checkpoint("odd-1"), tmp_path / "m.onnx"), np.arange(9))
     assert relative_error(logits, reference.logits(np.arange(9))) <= 1e-5

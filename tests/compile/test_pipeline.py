@@ -21,7 +21,8 @@ from tvm.script import tirx as T
 from mxforge.artifact import read_manifest
 from mxforge.compile import compile_model, pipeline, targets
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.models.gpt_oss import GptOss, Limits
+from mxforge.compile.models.emit import Limits
+from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.weights import packed_weights
 from mxforge.errors import OutputError, UnscheduledError
 from mxforge.schedules import linear
@@ -226,8 +227,8 @@ def test_ill_formed_ir_ends_the_compilation(cpu, monkeypatch):
 def model_module(checkpoint: Path, cpu: targets.CompileTarget, limits: Limits) -> tvm.IRModule:
     config = HFCheckpoint(checkpoint).config
     precision = cpu.precision("exact", config)
-    weights = packed_weights(config, cpu.kernels, precision)
-    return GptOss(config, cpu.kernels, precision, limits, weights).module()
+    weights = packed_weights(GPT_OSS.weights(config), cpu.kernels, precision)
+    return GPT_OSS.module(config, cpu.kernels, precision, limits, weights)
 
 
 def test_the_library_has_the_functions_of_its_abi(cpu, odd_checkpoint: Checkpoints):

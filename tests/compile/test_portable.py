@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints.shapes import ODD_SHAPES
 
 from mxforge import Engine
 from mxforge.artifact import CPU_VARIABLE, open_artifact, read_manifest, verify
@@ -16,7 +17,6 @@ from mxforge.bench import measure
 from mxforge.compile import compile_model, targets, weights
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.diff import compare
-from mxforge.compile.random_checkpoint import ODD_SHAPES
 from mxforge.compile.targets import (
     CPU_LEVELS,
     NUMERICS,
@@ -62,7 +62,8 @@ def test_every_level_has_the_same_weights_byte_by_byte(
     checkpoint = HFCheckpoint(odd_checkpoint(shape))
     kernels = [targets.Target("cpu", frozenset(level.required)) for level in CPU_LEVELS]
     precision = resolve("cpu").precision(numerics, checkpoint.config)
-    lists = [packed_weights(checkpoint.config, target, precision) for target in kernels]
+    listed = checkpoint.family.weights(checkpoint.config)
+    lists = [packed_weights(listed, target, precision) for target in kernels]
     for first, *others in zip(*lists, strict=True):
         content = np.concatenate(list(first.pieces(checkpoint)))
         for other in others:

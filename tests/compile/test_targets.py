@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints.shapes import hf_config
 
 from mxforge import Engine
 from mxforge.artifact import open_artifact, read_manifest
 from mxforge.compile import compile_model, library, targets
-from mxforge.compile.config import ModelConfig
 from mxforge.compile.diff import compare
-from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.targets import CPU_LEVELS, CUDA_ARCHS, known_targets, resolve
 from mxforge.errors import ArtifactTargetError, TargetError
 from mxforge.machine import architecture, missing_cpu_features
@@ -119,9 +119,9 @@ def test_levels_of_another_architecture_are_for_linux(monkeypatch, machine, here
         assert target.required_features == level.required
 
 
-def config_of(experts: int) -> ModelConfig:
+def config_of(experts: int) -> GptOssConfig:
     changes = {"num_local_experts": experts, "num_experts_per_tok": 1}
-    return ModelConfig.from_hf(hf_config("tiny", changes))
+    return GptOssConfig.from_hf(hf_config("tiny", changes))
 
 
 def test_8_bit_experts_need_more_than_one_expert():

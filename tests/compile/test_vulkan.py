@@ -15,7 +15,7 @@ from mxforge import Engine, SamplingParams, compile_model
 from mxforge.artifact import read_manifest
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.diff import compare
-from mxforge.compile.reference import transformers_logits, transformers_model
+from mxforge.compile.models.gpt_oss.reference import transformers_logits, transformers_model
 from mxforge.compile.targets import VULKAN_PROFILES, resolve
 from mxforge.errors import TargetError, VulkanError
 

@@ -5,15 +5,20 @@ import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints.random_checkpoint import write_checkpoint
+from checkpoints.shapes import ODD_SHAPES, hf_config
 
 from mxforge.compile import targets, weights
-from mxforge.compile.checkpoint import HFCheckpoint, expected_tensors
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import ODD_SHAPES, hf_config, write_checkpoint
+from mxforge.compile.checkpoint import HFCheckpoint
+from mxforge.compile.models.gpt_oss import GPT_OSS
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.models.gpt_oss.tensors import expected_tensors
+from mxforge.compile.models.tensors import WeightRole
 from mxforge.compile.targets import Precision
 from mxforge.compile.weights import PackedWeight, packed_weights
 from mxforge.errors import NaNScaleError
@@ -33,8 +38,16 @@ def content(weight: PackedWeight, checkpoint: HFCheckpoint) -> np.ndarray:
     return np.concatenate(list(weight.pieces(checkpoint)))
 
 
-def named(config: ModelConfig, target: Target, precision: Precision) -> dict[str, PackedWeight]:
-    return {weight.name: weight for weight in packed_weights(config, target, precision)}
+def all_packed(config: GptOssConfig, target: Target, precision: Precision) -> list[PackedWeight]:
+    return packed_weights(GPT_OSS.weights(config), target, precision)
+
+
+def named(config: GptOssConfig, target: Target, precision: Precision) -> dict[str, PackedWeight]:
+    return {weight.name: weight for weight in all_packed(config, target, precision)}
+
+
+def test_every_role_has_a_packer():
+    assert weights._PACKERS.keys() == set(get_args(WeightRole))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -43,7 +56,7 @@ def test_every_weight_has_the_shape_and_size_that_it_declares(
     name, layout, odd_checkpoint: Checkpoints
 ):
     checkpoint = HFCheckpoint(odd_checkpoint(name))
-    for weight in packed_weights(checkpoint.config, *LAYOUTS[layout]):
+    for weight in all_packed(checkpoint.config, *LAYOUTS[layout]):
         packed = content(weight, checkpoint)
         assert packed.shape == weight.shape, weight.name
         assert packed.dtype.name == weight.dtype, weight.name
@@ -53,8 +66,8 @@ def test_every_weight_has_the_shape_and_size_that_it_declares(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["20b", "120b-2layers", *ODD_SHAPES])
 def test_every_tensor_of_the_checkpoint_is_used_once(name, layout):
-    config = ModelConfig.from_hf(hf_config(name))
-    listed = packed_weights(config, *LAYOUTS[layout])
+    config = GptOssConfig.from_hf(hf_config(name))
+    listed = all_packed(config, *LAYOUTS[layout])
     sources = [source for weight in listed for source in weight.sources]
     assert sorted(sources) == sorted(expected_tensors(config))
     assert len({weight.name for weight in listed}) == len(listed)
@@ -65,22 +78,22 @@ def test_the_published_20b_takes_the_bytes_of_the_published_20b():
 
     With 8-bit dense weights, 34 bytes instead of 64 for 32 of attention's and lm_head's 1.216 G.
     """
-    config = ModelConfig.from_hf(hf_config("20b"))
+    config = GptOssConfig.from_hf(hf_config("20b"))
     bf16, i8 = 13.761e9, 13.761e9 - 1.216e9 * 30 / 32
     for precision, published in ((F32, bf16), (BF16, bf16), (I8, i8)):
-        total = sum(weight.nbytes for weight in packed_weights(config, CPU, precision))
+        total = sum(weight.nbytes for weight in all_packed(config, CPU, precision))
         assert published < total < published * 1.002
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_pieces_make_the_same_weights(layout, odd_checkpoint: Checkpoints, monkeypatch):
     checkpoint = HFCheckpoint(odd_checkpoint("odd-4"))
-    whole = packed_weights(checkpoint.config, *LAYOUTS[layout])
+    whole = all_packed(checkpoint.config, *LAYOUTS[layout])
     expected = [content(weight, checkpoint) for weight in whole]
     monkeypatch.setattr(weights, "PIECE_BYTES", 1)
     cut = 0
     for weight, truth in zip(
-        packed_weights(checkpoint.config, *LAYOUTS[layout]), expected, strict=True
+        all_packed(checkpoint.config, *LAYOUTS[layout]), expected, strict=True
     ):
         pieces = list(weight.pieces(checkpoint))
         cut += len(pieces) > 1
@@ -168,7 +181,7 @@ def test_other_dense_dtypes_are_rounded_to_bfloat16(
 
     other = HFCheckpoint(rewritten(odd_checkpoint("odd-5"), tmp_path / "other", change))
     other.check()
-    for weight in packed_weights(other.config, CPU, F32):
+    for weight in all_packed(other.config, CPU, F32):
         packed = content(weight, other)
         assert packed.shape == weight.shape
         assert packed.dtype.name == weight.dtype
@@ -223,7 +236,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> HFCheckpoint:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packing_holds_a_piece_at_a_time(layout, wide: HFCheckpoint, monkeypatch):
     monkeypatch.setattr(weights, "PIECE_BYTES", 1 << 20)
-    listed = packed_weights(wide.config, *LAYOUTS[layout])
+    listed = all_packed(wide.config, *LAYOUTS[layout])
     assert sum(weight.nbytes for weight in listed) > 23 << 20
     tracemalloc.start()
     try:
@@ -238,8 +251,8 @@ def test_packing_holds_a_piece_at_a_time(layout, wide: HFCheckpoint, monkeypatch
 
 def test_fills_keep_random_weights_in_range():
     """What the runtime makes where there is no checkpoint: no NaN scales, no idle kinds."""
-    config = ModelConfig.from_hf(hf_config("20b"))
-    for weight in packed_weights(config, CPU, I8):
+    config = GptOssConfig.from_hf(hf_config("20b"))
+    for weight in all_packed(config, CPU, I8):
         json.dumps(weight.fill)
         ((kind, value),) = weight.fill.items()
         assert kind in ("values", "constant", "normal", "bytes")
@@ -250,10 +263,10 @@ def test_fills_keep_random_weights_in_range():
 
 
 def test_targets_with_the_same_kernels_share_a_layout():
-    config = ModelConfig.from_hf(hf_config("odd-1"))
+    config = GptOssConfig.from_hf(hf_config("odd-1"))
 
     def shapes(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for weight in packed_weights(config, targets.resolve(name).kernels, F32):
+        for weight in all_packed(config, targets.resolve(name).kernels, F32):
             yield weight.name, weight.shape
 
     assert list(shapes("cpu:avx2")) == list(shapes("cpu:x86-64"))

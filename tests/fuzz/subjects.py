@@ -16,13 +16,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from checkpoints.random_checkpoint import write_checkpoint
+from checkpoints.shapes import hf_config
 from fuzz.mutations import damage_bytes, damage_safetensors, damage_text
 from support.small import SMALL_SHAPE, make_artifact, small_checkpoint
 
 from mxforge.artifact import open_artifact, verify
-from mxforge.compile.checkpoint import expected_tensors, open_checkpoint
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import hf_config, write_checkpoint
+from mxforge.compile.checkpoint import open_checkpoint
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.models.gpt_oss.tensors import expected_tensors
+from mxforge.compile.models.registry import read_config
 from mxforge.inspect import describe
 from mxforge.manifest import MANIFEST, Manifest
 from mxforge.safetensors import SafetensorsWriter, dtype_name, open_safetensors
@@ -135,8 +138,8 @@ class Configs(Subject):
         (self._opened / "config.json").write_bytes(config)
 
     def use(self) -> None:
-        config = ModelConfig.from_file(self._opened / "config.json")
-        assert ModelConfig.from_dict(config.to_dict()) == config
+        config = read_config(self._opened / "config.json").config
+        assert GptOssConfig.from_dict(config.to_dict()) == config
         assert np.isfinite(config.rope_inv_freq()).all()
         assert config.rope_attention_factor > 0
         assert 0 < config.active_parameter_count <= config.parameter_count

@@ -21,12 +21,14 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+# Where helpers are imported from, as pytest's settings say for itself.
+HELPERS = [str(Path(__file__).resolve().parents[2] / name) for name in ("tests", "scripts")]
 if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = HELPERS
 
-from fuzz.subjects import SUBJECTS, Subject
+from fuzz.subjects import SUBJECTS, Subject  # noqa: E402
 
-from mxforge.errors import MxforgeError
+from mxforge.errors import MxforgeError  # noqa: E402
 
 SECONDS = 10  # for one input
 GROWTH = 512 << 20  # most that the peak of resident memory may grow

@@ -94,7 +94,7 @@ def test_the_sweep_sees_what_goes_wrong(
 ) -> None:
     program = tmp_path / "sweep.py"
     program.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"import sys; sys.path[:0] = {sweep.HELPERS!r}\n"
         "from fuzz import subjects, sweep\n"
         "class Broken(subjects.Subject):\n"
         "    used = 0\n"

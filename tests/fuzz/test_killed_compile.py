@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fuzz.sweep import HELPERS
 from support.small import make_artifact, small_checkpoint
 
 from mxforge.artifact import read_manifest, verify
@@ -122,7 +123,7 @@ def test_a_compilation_killed_at_any_moment_leaves_nothing_half(kills: int, tmp_
 # Replaces the artifact for each line of stdin, in a child that is killed before its N-th step.
 KILLED_AT_A_STEP = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from support.small import make_artifact, small_checkpoint
 
 steps = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
@@ -150,7 +151,7 @@ def test_a_writer_killed_before_each_of_its_steps(tmp_path: Path) -> None:
     """Also between the two renames of a replacement, which no clock would meet."""
     folder = tmp_path / "out"
     output = make_artifact(folder / "artifact")
-    command = [sys.executable, "-c", KILLED_AT_A_STEP, str(Path(__file__).parents[1]), str(output)]
+    command = [sys.executable, "-c", KILLED_AT_A_STEP, os.pathsep.join(HELPERS), str(output)]
     step, put_back = 0, 0
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

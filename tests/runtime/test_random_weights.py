@@ -8,9 +8,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints.shapes import hf_config
 
 from mxforge import Engine, SamplingParams, compile_model
-from mxforge.compile.random_checkpoint import hf_config
 from mxforge.random_weights import STRETCH, fill_random
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from nano import compact, text
 
-from mxforge.compile.config import ModelConfig
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPACT_NANO = ROOT / "artifacts" / "nano"
@@ -34,10 +34,10 @@ def questions(category: str, count: int, tools: bool = False, held_out: bool = F
 
 
 def small_tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    from mxforge.compile.checkpoint.hf import expected_tensors
+    from mxforge.compile.models.gpt_oss.tensors import expected_tensors
 
     rng = np.random.default_rng(seed)
-    config = ModelConfig.from_hf(compact.hf_config(SMALL))
+    config = GptOssConfig.from_hf(compact.hf_config(SMALL))
     tensors = {}
     for name, spec in expected_tensors(config).items():
         shape = spec.shape

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkpoints.random_checkpoint import write_checkpoint
 
 from mxforge.compile.artifact_writer import ArtifactWriter
-from mxforge.compile.random_checkpoint import write_checkpoint
 from mxforge.machine import host_system
 from mxforge.manifest import (
     MANIFEST,

@@ -9,13 +9,13 @@ from benchmarks.figures import FIGURES, Traffic, flops_per_token
 from benchmarks.figures import work as bytes_and_flops
 from benchmarks.models import RandomModel
 
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from checkpoints.shapes import hf_config
 
 
 def test_active_experts_and_the_window_are_counted():
     """By hand, for the 20b shapes: 24 layers of 32 experts, 4 a token, half of them sliding."""
-    config = ModelConfig.from_hf(hf_config("20b"))
+    config = GptOssConfig.from_hf(hf_config("20b"))
     traffic = Traffic(dense=1000, experts=3200, kv_full=10, kv_sliding=7)
     decode = bytes_and_flops(FIGURES["decode_8k"], config, traffic)
     length = 8192 + 16 + 8
@@ -47,7 +47,7 @@ def test_bytes_of_the_gguf_are_those_of_its_file(tmp_path):
     gguf = pytest.importorskip("gguf")
     from benchmarks import random_gguf
 
-    config = ModelConfig.from_hf(hf_config("tiny", {"vocab_size": 500}))
+    config = GptOssConfig.from_hf(hf_config("tiny", {"vocab_size": 500}))
     random_gguf.write_gguf(tmp_path / "tiny.gguf", config)
     tensors = gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
     nbytes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}

@@ -14,7 +14,7 @@ from nano import compact
 from support.nano import ROOT, USED, small_tensors
 
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.reference import dequantize_mxfp4
+from mxforge.compile.models.gpt_oss.reference import dequantize_mxfp4
 from mxforge.errors import CheckpointError, OutputError
 
 

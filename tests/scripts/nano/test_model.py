@@ -13,7 +13,7 @@ from nano import compact
 from support.nano import ROOT, SMALL, USED
 
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.reference import (
+from mxforge.compile.models.gpt_oss.reference import (
     ReferenceModel,
     dequantize_mxfp4,
     transformers_logits,

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints.shapes import ODD_SHAPES, SHAPES
 
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.random_checkpoint import ODD_SHAPES, SHAPES, random_tokens
-from mxforge.compile.reference import (
+from mxforge.compile.diff import random_tokens
+from mxforge.compile.models.gpt_oss.reference import (
     ReferenceModel,
     dequantize_mxfp4,
     rms_norm,

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints.random_checkpoint import write_checkpoint
+from checkpoints.shapes import ODD_SHAPES
 
 from mxforge import Engine, SamplingParams
 from mxforge.artifact import open_artifact
 from mxforge.compile import compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.diff import compare
-from mxforge.compile.random_checkpoint import ODD_SHAPES, random_tokens, write_checkpoint
-from mxforge.compile.reference import ReferenceModel, transformers_logits, transformers_model
+from mxforge.compile.diff import compare, random_tokens
+from mxforge.compile.models.gpt_oss.reference import (
+    ReferenceModel,
+    transformers_logits,
+    transformers_model,
+)
 from mxforge.kv import KVPages, SequencePages, page_needs
 from mxforge.library import Library, usable_cores
 from mxforge.model import Model

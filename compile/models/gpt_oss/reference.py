@@ -2,8 +2,8 @@
 
 Formulas are those of openai/gpt-oss (gpt_oss/torch/model.py, weights.py) and of Hugging Face
 transformers 5.23 (models/gpt_oss/modeling_gpt_oss.py, integrations/mxfp4.py), which agree but
-for names; tests/compile/test_reference.py compares with the latter. Weights are read from the
-checkpoint as a layer asks for them and MXFP4 experts are expanded one at a time, so a 20b
+for names; tests/compile/models/gpt_oss/test_reference.py compares with the latter. Weights are read
+from the checkpoint as a layer asks for them and MXFP4 experts are expanded one at a time, so a 20b
 checkpoint needs little more than its largest dense tensor.
 
 Shapes: n tokens, H hidden, Hq / Hkv heads of D, E experts, k chosen, I intermediate, V vocabulary.
@@ -14,20 +14,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from mxforge.errors import TokenRangeError
 
-from .checkpoint import (
-    Checkpoint,
-    HFCheckpoint,
-    check_scales,
-    layer_prefix,
-    open_checkpoint,
-)
-from .config import ModelConfig
+from ...checkpoint import Checkpoint, HFCheckpoint, check_scales, open_checkpoint
+from ...config import read_json_object
+from ..tensors import layer_prefix
+from . import tensors
+from .config import GptOssConfig
 
 if TYPE_CHECKING:
     import transformers
@@ -126,7 +123,8 @@ class ReferenceModel:
             checkpoint = open_checkpoint(checkpoint)
         self.checkpoint = checkpoint
         self.checkpoint.check()
-        self.config: ModelConfig = self.checkpoint.config
+        self.config = cast("GptOssConfig", self.checkpoint.config)
+        self._tensors = tensors.tensors(self.config)
         self.dtype = np.dtype(dtype)
         self._inv_freq = self.config.rope_inv_freq()
 
@@ -151,7 +149,7 @@ class ReferenceModel:
                 f"Token ids must lie in 0…{self.config.vocab_size - 1}, "
                 f"found {ids.min()} to {ids.max()}."
             )
-        return self.checkpoint.tensor("model.embed_tokens.weight")[ids].astype(self.dtype)
+        return self.checkpoint.tensor(tensors.EMBEDDING)[ids].astype(self.dtype)
 
     def rope_table(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin [n, D/2] of the float32 angles, both times the attention factor."""
@@ -187,7 +185,7 @@ class ReferenceModel:
         attention = self._attention(queries, keys, values, sinks, positions, config.window(layer))
         after_attention = x + self._linear(prefix + "self_attn.o_proj", attention)
 
-        mlp_input = self._norm(prefix + "post_attention_layernorm.weight", after_attention)
+        mlp_input = self.mlp_norm(layer, after_attention)
         logits = self._linear(prefix + "mlp.router", mlp_input)
         if expert_ids is None:
             expert_ids = np.argsort(-logits, axis=-1, kind="stable")[
@@ -209,10 +207,18 @@ class ReferenceModel:
             output,
         )
 
+    def mlp_norm(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """x [n, H], the residual stream after attention, as router and experts take it."""
+        return self._norm(layer_prefix(layer) + "post_attention_layernorm.weight", x)
+
+    def router(self, layer: int) -> np.ndarray:
+        """The router's matrix [E, H]."""
+        return self.weight(layer_prefix(layer) + "mlp.router.weight")
+
     def head(self, x: np.ndarray) -> np.ndarray:
         """Final norm and lm_head: [m, H] → logits [m, V]."""
-        normed = self._norm("model.norm.weight", np.asarray(x, self.dtype))
-        table = self.checkpoint.tensor("lm_head.weight")
+        normed = self._norm(tensors.FINAL_NORM, np.asarray(x, self.dtype))
+        table = self.checkpoint.tensor(tensors.LM_HEAD)
         logits = np.empty((len(normed), self.config.vocab_size), self.dtype)
         for row in range(0, len(table), _VOCABULARY_ROWS):
             rows = table[row : row + _VOCABULARY_ROWS].astype(self.dtype)
@@ -241,8 +247,8 @@ class ReferenceModel:
 
     def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
         y: np.ndarray = x @ self.weight(f"{name}.weight").T
-        has_bias = self.config.attention_bias or not name.rpartition(".")[2].endswith("_proj")
-        return y + self.weight(f"{name}.bias") if has_bias else y
+        bias = self._tensors[f"{name}.bias"]
+        return y if bias.absent else y + self.weight(bias.name)
 
     def _attention(
         self,
@@ -299,8 +305,6 @@ def transformers_model(checkpoint: HFCheckpoint) -> transformers.GptOssForCausal
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    from .config import read_json_object
-
     raw = read_json_object(checkpoint.path / "config.json")
     raw.pop("quantization_config", None)
     config = GptOssConfig.from_dict(raw)
@@ -316,7 +320,7 @@ def transformers_model(checkpoint: HFCheckpoint) -> transformers.GptOssForCausal
         owner, _, projection = name.rpartition(".")
         if owner.endswith("experts") and projection in ("gate_up_proj", "down_proj"):
             layer = int(owner.split(".")[2])
-            experts = range(checkpoint.config.num_local_experts)
+            experts = range(source.config.num_local_experts)
             array = np.stack([source.expert(layer, projection, e).T for e in experts])
         else:
             array = source.weight(name)

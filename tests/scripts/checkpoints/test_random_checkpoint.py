@@ -7,20 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints.random_checkpoint import main, write_checkpoint
+from checkpoints.shapes import SHAPES, hf_config, openai_config
 
 from mxforge.compile.checkpoint import HFCheckpoint, OpenAICheckpoint
-from mxforge.compile.config import ModelConfig
-from mxforge.compile.random_checkpoint import (
-    SHAPES,
-    hf_config,
-    main,
-    openai_config,
-    random_tokens,
-    write_checkpoint,
-)
+from mxforge.compile.diff import random_tokens
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.errors import ConfigError, OutputError, UsageError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_checkpoint"
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "make_checkpoint"
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
@@ -101,7 +96,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mxforge.compile.random_checkpoint._write_shards", full)
+    monkeypatch.setattr("checkpoints.random_checkpoint._write_shards", full)
     with pytest.raises(OutputError, match="No space left"):
         write_checkpoint(tmp_path / "c", "odd-5")
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +146,7 @@ def test_the_original_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_original_config_of_the_published_models():
-    raw = openai_config(ModelConfig.from_hf(hf_config("20b")))
+    raw = openai_config(GptOssConfig.from_hf(hf_config("20b")))
     assert len(raw) == 16
     assert (raw["num_experts"], raw["experts_per_token"]) == (32, 4)
     assert (raw["initial_context_length"], raw["rope_scaling_factor"]) == (4096, 32.0)
@@ -162,7 +157,7 @@ def test_original_config_of_the_published_models():
         ({"max_position_embeddings": 4096}, "max_position_embeddings"),
     ):
         with pytest.raises(UsageError, match=f"cannot say {key}"):
-            openai_config(ModelConfig.from_hf(hf_config("20b", changes)))
+            openai_config(GptOssConfig.from_hf(hf_config("20b", changes)))
 
 
 def test_script_lists_every_shape():

@@ -1,8 +1,8 @@
-"""gpt-oss in Relax, from token ids to logits.
+"""What the graphs of all families have in common: `Emitter`, which a family's graph derives from.
 
-Read from top to bottom: `GptOss.forward` is the model. Every operation is a call of a scheduled
-kernel from `mxforge.schedules`; weights are arguments, with official names, in the order of
-`compile.weights.packed_weights`. The functions of the finished library (ABI 2):
+It emits calls of scheduled kernels from `mxforge.schedules` into one IRModule, and the functions of
+the finished library (ABI 2) around the model. Weights are arguments, with official names, in the
+order of the family's list.
 
     forward   tokens i32[n], positions i32[n], token_seq i32[n], rows i32[m], tables, KV, weights
               -> logits f32 [m, vocab]: a flat list of tokens from several sequences; `rows` are the
@@ -19,9 +19,10 @@ one tensor a layer, updated in place, in the layout of `schedules.kv_cache`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import tvm
 from tvm import relax
@@ -29,33 +30,24 @@ from tvm.relax import BlockBuilder, Expr, TensorType, Var
 
 from mxforge.schedules import (
     adjust_logits,
-    attention,
-    embedding,
     gather,
-    kv_append,
     kv_cache,
     kv_copy,
     linear,
     linear_bf16,
     linear_i8,
-    moe_down,
-    moe_gate_up,
-    moe_plan,
     quantize,
     rms_norm,
-    rope,
     round_bf16,
-    router_topk,
     sample_token,
     token_logprobs,
 )
 from mxforge.schedules.kernel import Target
 
-from ..config import SLIDING, ModelConfig
+from ..config import KINDS, Config, Kind
 from ..targets import Precision
 from ..weights import PackedWeight
-
-KINDS = ("sliding", "full")
+from .tensors import layer_of
 
 Weights = Mapping[str, Expr]  # by name
 TOP_LOGPROBS = token_logprobs.TOP
@@ -90,15 +82,19 @@ class Step:
     positions: Expr  # i32 [n]
     token_seq: Expr  # i32 [n]
     cos_sin: Expr  # f32 [n, head_dim]
-    tables: dict[str, Tables]
+    tables: dict[Kind, Tables]
 
 
-class GptOss:
-    """Emits the model's functions into one IRModule."""
+class Emitter(ABC, Generic[Config]):
+    """Emits a model's functions into one IRModule; a family says what the model is.
+
+    rotary, embed, layer, head  the model's parts
+    piece_weights               which weights each part takes
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: Config,
         target: Target,
         precision: Precision,
         limits: Limits,
@@ -111,27 +107,40 @@ class GptOss:
         self.weights = weights
         self.builder = BlockBuilder()
         self._kernels: dict[Any, tvm.ir.GlobalVar] = {}
-        c = config
-        self._attention_shape = dict(
-            heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim
-        )
-        self._expert_shape = dict(
-            experts=c.num_local_experts,
-            top_k=c.num_experts_per_tok,
-            hidden=c.hidden_size,
-            units=c.intermediate_size,
-            activations=precision.experts,
-        )
 
-    # -- the model ----------------------------------------------------------------------------
+    # -- what a family says --------------------------------------------------------------------
+
+    @abstractmethod
+    def rotary(self, positions: Expr, n: Any, w: Weights) -> Expr:
+        """positions i32 [n] -> cos and sin f32 [n, head_dim]."""
+
+    @abstractmethod
+    def embed(self, tokens: Expr, n: Any, w: Weights) -> Expr:
+        """tokens i32 [n] -> f32 [n, hidden]."""
+
+    @abstractmethod
+    def layer(self, kind: Kind, x: Expr, step: Step, kv: Expr, w: Weights) -> tuple[Expr, ...]:
+        """One layer on x f32 [n, hidden], its weights by their names within the layer; returns its
+        stages, the layer's output last."""
+
+    @abstractmethod
+    def head(self, x: Expr, n: Any, w: Weights) -> Expr:
+        """x f32 [n, hidden] -> logits f32 [n, vocab]."""
+
+    @abstractmethod
+    def piece_weights(self, piece: str | int, names: Iterable[str]) -> list[str]:
+        """See `Family.piece_weights`."""
+
+    # -- the model in parts -------------------------------------------------------------------
 
     def forward(
         self, tokens: Expr, step: Step, rows: Expr | None, kv: Sequence[Expr], w: Weights
     ) -> Expr:
+        """tokens i32 [n] -> logits f32 [m, vocab] of the tokens `rows` i32 [m]; None: of all."""
+        kinds = self.config.kinds
         x = self.embed(tokens, step.count, w)
         for layer in range(self.config.num_hidden_layers):
-            kind = layer_kind(self.config, layer)
-            *_stages, x = self.layer(kind, x, step, kv[layer], layer_of(w, layer))
+            *_stages, x = self.layer(kinds[layer], x, step, kv[layer], layer_of(w, layer))
         if rows is not None:
             asked = rows.ty.shape[0]
             x = self.call(
@@ -141,126 +150,6 @@ class GptOss:
             )
             return self.head(x, asked, w)
         return self.head(x, step.count, w)
-
-    def embed(self, tokens: Expr, n: Any, w: Weights) -> Expr:
-        hidden = self.config.hidden_size
-        return self.call(
-            embedding.embed(self.target, hidden=hidden),
-            [tokens, w["model.embed_tokens.weight"]],  # bf16 [vocab, hidden]
-            self.f32(n, hidden),
-        )
-
-    def layer(self, kind: str, x: Expr, step: Step, kv: Expr, w: Weights) -> tuple[Expr, ...]:
-        """One layer on x f32 [n, hidden]; returns its stages, the layer's output last."""
-        x = attended = self.attention_block(kind, x, step, kv, w)
-        ids, expert_weights, x = self.moe_block(x, step, w)
-        return attended, ids, expert_weights, x
-
-    def attention_block(self, kind: str, x: Expr, step: Step, kv: Expr, w: Weights) -> Expr:
-        c, n = self.config, step.count
-        queries = c.num_attention_heads * c.head_dim
-        tables = step.tables[kind]
-        where = [step.positions, step.token_seq, tables.pages, tables.first]
-
-        h = self.norm(x, w["input_layernorm.weight"], n)  # [hidden]
-        qkv = self.dense(
-            h,
-            n,
-            w,
-            "self_attn.qkv_proj",  # weight [(heads + 2 kv_heads)·head_dim, hidden], bias f32
-            (c.qkv_rows, c.hidden_size),
-        )
-        q, kv = self.call_inplace(
-            kv_append.rope_kv_append(
-                self.target, **self._attention_shape, kv_dtype=self.precision.kv_dtype
-            ),
-            [qkv, step.cos_sin, *where, kv],
-            updated=6,
-            out=self.f32(n, queries),
-        )
-        a = self.call(
-            attention.paged_attention(
-                self.target,
-                **self._attention_shape,
-                window=c.sliding_window if kind == "sliding" else 0,
-                kv_dtype=self.precision.kv_dtype,
-            ),
-            [q, kv, *where, w["self_attn.sinks"]],  # f32 [heads]
-            self.f32(n, queries),
-        )
-        return self.dense(
-            a,
-            n,
-            w,
-            "self_attn.o_proj",  # weight [hidden, heads·head_dim], bias f32 [hidden]
-            (c.hidden_size, queries),
-            residual=x,
-        )
-
-    def moe_block(self, x: Expr, step: Step, w: Weights) -> tuple[Expr, Expr, Expr]:
-        c, n = self.config, step.count
-        top_k = c.num_experts_per_tok
-        h = self.norm(x, w["post_attention_layernorm.weight"], n)  # [hidden]
-        logits = self.call(
-            linear.linear(self.target, rows=c.num_local_experts, k=c.hidden_size, with_bias=True),
-            [
-                h,
-                w["mlp.router.weight"],  # bf16 [experts, hidden]
-                w["mlp.router.bias"],  # f32 [experts]
-            ],
-            self.f32(n, c.num_local_experts),
-        )
-        ids, expert_weights = self.call(
-            router_topk.router_topk(self.target, experts=c.num_local_experts, top_k=top_k),
-            [logits],
-            self.i32(n, top_k),
-            self.f32(n, top_k),
-        )
-        offsets, order = self.call(
-            moe_plan.moe_plan(self.target, experts=c.num_local_experts, top_k=top_k),
-            [ids],
-            self.i32(c.num_local_experts + 1),
-            self.i32(n * top_k),
-        )
-        h = self.call(
-            moe_gate_up.gate_up(self.target, **self._expert_shape, limit=c.swiglu_limit),
-            [
-                *self.expert_input(h, n, c.hidden_size),
-                ids,
-                offsets,
-                order,
-                w["mlp.experts.gate_up_proj_blocks"],  # u8 [experts, 2·units, hidden/32, 16]
-                w["mlp.experts.gate_up_proj_scales"],  # u8 [experts, 2·units, hidden/32]
-                w["mlp.experts.gate_up_proj_bias"],  # f32 [experts, 2·units]
-            ],
-            self.f32(n * top_k, c.intermediate_size),
-        )
-        x = self.call(
-            moe_down.down(self.target, **self._expert_shape),
-            [
-                *self.expert_input(h, n * top_k, c.intermediate_size),
-                ids,
-                expert_weights,
-                offsets,
-                order,
-                w["mlp.experts.down_proj_blocks"],  # u8 [experts, hidden, units/32, 16]
-                w["mlp.experts.down_proj_scales"],  # u8 [experts, hidden, units/32]
-                w["mlp.experts.down_proj_bias"],  # f32 [experts, hidden]
-                x,
-            ],
-            self.f32(n, c.hidden_size),
-        )
-        return ids, expert_weights, x
-
-    def head(self, x: Expr, n: Any, w: Weights) -> Expr:
-        c = self.config
-        return self.dense(
-            self.norm(x, w["model.norm.weight"], n),  # [hidden]
-            n,
-            w,
-            "lm_head",  # weight [vocab, hidden]
-            (c.vocab_size, c.hidden_size),
-        )
 
     def dense(
         self,
@@ -291,11 +180,10 @@ class GptOss:
             operands.append(residual)
         return self.call(kernel, operands, self.f32(n, rows))
 
-    def norm(self, x: Expr, weight: Expr, n: Any) -> Expr:
-        kernel = rms_norm.rms_norm(
-            self.target, hidden=self.config.hidden_size, eps=self.config.rms_norm_eps
-        )
-        return self.call(kernel, [x, weight], self.f32(n, self.config.hidden_size))
+    def norm(self, x: Expr, weight: Expr, n: Any, eps: float) -> Expr:
+        hidden = self.config.hidden_size
+        kernel = rms_norm.rms_norm(self.target, hidden=hidden, eps=eps)
+        return self.call(kernel, [x, weight], self.f32(n, hidden))
 
     def expert_input(self, x: Expr, n: Any, k: int) -> list[Expr]:
         """Activations as the expert kernels take them: f32, rounded to bf16, or quantized to i8."""
@@ -341,7 +229,7 @@ class GptOss:
         # m is left unbounded: logits of a whole chunk are large, and wanted only for evaluation.
         bounds = {"n": self.limits.max_tokens, "b": self.limits.max_batch}
         with self._function("forward", params, bounds):
-            step = self._step(n, inputs, weights["rope.inv_freq"])
+            step = self._step(n, inputs, weights)
             self._output(self.forward(tokens, step, rows, kv, weights))
 
     def _emit_decode(self) -> None:
@@ -351,7 +239,7 @@ class GptOss:
         kv, weights = self._kv_inputs(), self._weight_inputs(self.weights)
         params = [tokens, *inputs, *kv, *weights.values()]
         with self._function("decode", params, {"b": self.limits.max_batch}):
-            step = self._step(b, inputs, weights["rope.inv_freq"])
+            step = self._step(b, inputs, weights)
             self._output(self.forward(tokens, step, None, kv, weights))
 
     def _emit_sample(self) -> None:
@@ -409,8 +297,8 @@ class GptOss:
             c = _symbol("c")
             kv = [
                 tensor
-                for layer, tensor in enumerate(self._kv_inputs())
-                if layer_kind(self.config, layer) == kind
+                for tensor, its in zip(self._kv_inputs(), self.config.kinds, strict=True)
+                if its == kind
             ]
             source, destination = Var("source", self.i32(c)), Var("destination", self.i32(c))
             kernel = kv_copy.kv_copy_pages(
@@ -427,46 +315,33 @@ class GptOss:
                 self._output(relax.Tuple(copied))
 
     def _emit_pieces(self) -> None:
-        n, hidden = _symbol("n"), self.config.hidden_size
-        named = {weight.name: weight for weight in self.weights}
-        tokens = Var("tokens", self.i32(n))
-        table = self._weight_inputs([named["model.embed_tokens.weight"]])
-        with self._function("embed", [tokens, *table.values()], {}):
-            self._output(self.embed(tokens, n, table))
+        n = _symbol("n")
+        tokens, weights = Var("tokens", self.i32(n)), self._piece_inputs("embed")
+        with self._function("embed", [tokens, *weights.values()], {}):
+            self._output(self.embed(tokens, n, weights))
 
         for kind in KINDS:
-            layers = [
-                i
-                for i in range(self.config.num_hidden_layers)
-                if layer_kind(self.config, i) == kind
-            ]
-            if layers:
-                self._emit_layer(kind, layers[0], named)
+            if kind in self.config.kinds:
+                self._emit_layer(kind, self.config.kinds.index(kind))
 
         n = _symbol("n")
-        x = Var("x", self.f32(n, hidden))
-        weights = self._weight_inputs(
-            [
-                weight
-                for name, weight in named.items()
-                if name == "model.norm.weight" or name.split(".")[0] == "lm_head"
-            ]
-        )
+        x, weights = Var("x", self.f32(n, self.config.hidden_size)), self._piece_inputs("head")
         with self._function("head", [x, *weights.values()], {}):
             self._output(self.head(x, n, weights))
 
-    def _emit_layer(self, kind: str, layer: int, named: dict[str, PackedWeight]) -> None:
+    def _emit_layer(self, kind: Kind, layer: int) -> None:
         n = _symbol("n")
         x, inputs = Var("x", self.f32(n, self.config.hidden_size)), self._step_inputs(n)
-        kv = self._kv_inputs()[layer]
-        prefix = f"model.layers.{layer}."
-        weights = self._weight_inputs(
-            [named["rope.inv_freq"], *(w for name, w in named.items() if name.startswith(prefix))]
-        )
+        kv, weights = self._kv_inputs()[layer], self._piece_inputs(layer)
         with self._function(f"layer_{kind}", [x, *inputs, kv, *weights.values()], {}):
-            step = self._step(n, inputs, weights["rope.inv_freq"])
+            step = self._step(n, inputs, weights)
             stages = self.layer(kind, x, step, kv, layer_of(weights, layer))
             self._output(relax.Tuple(list(stages)))
+
+    def _piece_inputs(self, piece: str | int) -> dict[str, Var]:
+        """The weights of a piece of the model, as arguments."""
+        named = {weight.name: weight for weight in self.weights}
+        return self._weight_inputs([named[name] for name in self.piece_weights(piece, named)])
 
     # -- plumbing ------------------------------------------------------------------------------
 
@@ -478,16 +353,11 @@ class GptOss:
             inputs.append(Var(f"{kind}_first", self.i32(b)))
         return inputs
 
-    def _step(self, n: Any, inputs: list[Var], inv_freq: Expr) -> Step:
+    def _step(self, n: Any, inputs: list[Var], weights: Weights) -> Step:
         positions, token_seq, *tables = inputs
-        table = rope.rope_table(
-            self.target,
-            head_dim=self.config.head_dim,
-            attention_factor=self.config.rope_attention_factor,
-        )
-        cos_sin = self.call(table, [positions, inv_freq], self.f32(n, self.config.head_dim))
+        rotary = self.rotary(positions, n, weights)
         by_kind = {kind: Tables(*tables[2 * i : 2 * i + 2]) for i, kind in enumerate(KINDS)}
-        return Step(n, positions, token_seq, cos_sin, by_kind)
+        return Step(n, positions, token_seq, rotary, by_kind)
 
     def _kv_inputs(self) -> list[Var]:
         pages = {kind: _symbol(f"{kind}_pages") for kind in KINDS}
@@ -497,7 +367,7 @@ class GptOss:
                 f"kv_{layer}",
                 TensorType(
                     kv_cache.kv_shape(
-                        pages[layer_kind(c, layer)],
+                        pages[kind],
                         c.num_key_value_heads,
                         c.head_dim,
                         self.precision.kv_dtype,
@@ -505,7 +375,7 @@ class GptOss:
                     self.precision.kv_dtype,
                 ),
             )
-            for layer in range(c.num_hidden_layers)
+            for layer, kind in enumerate(c.kinds)
         ]
 
     def _weight_inputs(self, weights: Sequence[PackedWeight]) -> dict[str, Var]:
@@ -566,23 +436,8 @@ class GptOss:
         return TensorType(shape, "int32")
 
 
-def layer_kind(config: ModelConfig, layer: int) -> str:
-    """'sliding' or 'full': which pages, tables and attention kernel the layer uses."""
-    return "sliding" if config.layer_types[layer] == SLIDING else "full"
-
-
-def layer_of(weights: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """The layer's weights by their names within the layer."""
-    prefix = f"model.layers.{layer}."
-    return {
-        name.removeprefix(prefix): weight
-        for name, weight in weights.items()
-        if name.startswith(prefix)
-    }
-
-
 def _symbol(name: str) -> Any:
     return tvm.tirx.Var(name, "int64")
 
 
-__all__ = ["KINDS", "GptOss", "Limits", "layer_kind", "layer_of"]
+__all__ = ["Emitter", "Limits", "Step", "Tables", "Weights"]
