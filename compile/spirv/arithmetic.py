@@ -81,9 +81,21 @@ def remainder(b: Builder, x: Value, y: Value) -> Value:
 
 def float_remainder(b: Builder, x: Value, y: Value) -> Value:
     """The formula as it stands, each step rounded; the function fmod is exact."""
-    quotient = b.glsl(Glsl.TRUNC, x.dtype, b.op(Op.F_DIV, x.dtype, x, y))
+    quotient = float_truncate(b, b.op(Op.F_DIV, x.dtype, x, y))
     product = b.op(Op.F_MUL, x.dtype, quotient, y)
     return b.op(Op.F_SUB, x.dtype, x, product)
+
+
+def float_truncate(b: Builder, x: Value) -> Value:
+    """Towards zero, with the sign of x.
+
+    Mesa 22.3 on CPUs without AVX-512 returns float64 from 2^24 on as it is, fraction included, and
+    loses the sign of zero. Its floor and ceil are right.
+    """
+    if x.dtype.bits < 64:
+        return b.glsl(Glsl.TRUNC, x.dtype, x)
+    negative = less(b, x, b.constant(x.dtype, 0))
+    return b.select(negative, b.glsl(Glsl.CEIL, x.dtype, x), b.glsl(Glsl.FLOOR, x.dtype, x))
 
 
 @_in_float32

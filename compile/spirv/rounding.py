@@ -64,12 +64,21 @@ def ceil(x: Term) -> Term:
 
 
 def trunc(x: Term) -> Term:
-    return x.glsl(Glsl.TRUNC)
+    return Term(x.builder, arithmetic.float_truncate(x.builder, x.value))
 
 
 def nearbyint(x: Term) -> Term:
-    """To the nearest integer, ties to even."""
-    return x.glsl(Glsl.ROUND_EVEN)
+    """To the nearest integer, ties to even, with the sign of x.
+
+    Mesa 22.3 on CPUs without AVX-512 rounds float64 halves wrongly (1.5 to 1), so float64 does not
+    use the device's instruction. Each step is exact, whatever the device's rounding mode.
+    """
+    if x.dtype.bits < 64:
+        return x.glsl(Glsl.ROUND_EVEN)
+    whole = trunc(x)
+    rest = fabs(x - whole)
+    odd = (trunc(whole * 0.5) * 2).differs(whole)
+    return where((rest > 0.5) | (rest.equals(0.5) & odd), _next_away(whole, x), whole)
 
 
 def round_away(x: Term) -> Term:
@@ -79,7 +88,12 @@ def round_away(x: Term) -> Term:
     """
     whole = trunc(x)
     # The difference is exact, whatever the rounding.
-    return where(fabs(x - whole) >= 0.5, whole + copysign(x.like(1), x), whole)
+    return where(fabs(x - whole) >= 0.5, _next_away(whole, x), whole)
+
+
+def _next_away(whole: Term, sign: Term) -> Term:
+    """The integer one farther from zero."""
+    return whole + copysign(sign.like(1), sign)
 
 
 def nextafter(x: Term, y: Term) -> Term:
