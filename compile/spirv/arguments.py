@@ -146,6 +146,8 @@ class ArgumentBlock:
             b.constant(I32, 0).id,
         )
         self._storage = StorageClass.PHYSICAL_STORAGE_BUFFER
+        for position in range(len(words)):
+            b.assembler.decorate_member(block, position, Decoration.NON_WRITABLE)
         return b.block_pointer(b.load(word, member), block)
 
     def _struct(self, words: dict[int, DType], name: str) -> int:

@@ -6,7 +6,7 @@ Everything above works on `Value`s and never sees how a vector is cut into parts
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from .assembler import Assembler
@@ -41,8 +41,8 @@ class Builder:
         self.loops: list[Loop] = []
         self._numbers: dict[int, Number] = {}
         self._builtins: dict[BuiltIn, int] = {}
-        # (type, whether coherent) -> struct with nothing else in it
-        self._blocks: dict[tuple[int, bool], int] = {}
+        # (type, parameters, whether coherent) -> struct with nothing else in it
+        self._blocks: dict[tuple[int, frozenset[int], bool], int] = {}
 
     # Types
 
@@ -207,14 +207,16 @@ class Builder:
         operands = (ALIGNED, alignment) if alignment else ()
         self.assembler.emit(Op.STORE, pointer, value, *operands)
 
-    def device_pointer(self, address: int, type_id: int, coherent: bool = False) -> int:
-        """A pointer into global memory from a 64-bit address; coherent, threads may exchange
-        values there.
+    def device_pointer(
+        self, address: int, type_id: int, parameters: frozenset[int], coherent: bool = False
+    ) -> int:
+        """A pointer into the global memory of these parameters of the kernel, from a 64-bit
+        address; coherent, threads may exchange values there.
 
         Through a struct of one member, as compilers of GLSL have it: only a member can be
         coherent, and the validation layers check no address that comes without an OpAccessChain.
         """
-        block = self.block_pointer(address, self._block_of(type_id, coherent))
+        block = self.block_pointer(address, self._block_of(type_id, parameters, coherent))
         pointer_type = self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, type_id)
         first = self.constant(I32, 0).id
         return self.assembler.value(Op.ACCESS_CHAIN, pointer_type, block, first)
@@ -224,9 +226,16 @@ class Builder:
         pointer_type = self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, block)
         return self.assembler.value(Op.CONVERT_U_TO_PTR, pointer_type, address)
 
-    def _block_of(self, type_id: int, coherent: bool) -> int:
-        """A struct with this as its only member."""
-        key = type_id, coherent
+    def promise_read_only(self, written: Set[int]) -> None:
+        """Say of the memory of all parameters but these that nothing writes it while the kernel
+        runs: devices may then move its loads ahead of stores, and share them among threads."""
+        for (_, parameters, _), block in self._blocks.items():
+            if written.isdisjoint(parameters):
+                self.assembler.decorate_member(block, 0, Decoration.NON_WRITABLE)
+
+    def _block_of(self, type_id: int, parameters: frozenset[int], coherent: bool) -> int:
+        """A struct with this as its only member, for the memory of these parameters."""
+        key = type_id, parameters, coherent
         if key not in self._blocks:
             block = self.assembler.type(Op.TYPE_STRUCT, type_id, distinct=True)
             self.assembler.decorate(block, Decoration.BLOCK)

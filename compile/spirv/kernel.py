@@ -124,6 +124,9 @@ def _generate(name: str, function: Any, exchanged: frozenset[int] = frozenset())
     b.leave()
     if memory.exchanged != exchanged:
         return _generate(name, function, memory.exchanged)
+    # As TVM's CUDA code with `__restrict__`: TVM has it that no two parameters share memory.
+    if (function.attrs or {}).get("tirx.noalias", False):
+        b.promise_read_only(memory.written)
     b.requirements.complete()
     check_block(b.requirements, threads.sizes[0])
     local_size = threads.specialize()

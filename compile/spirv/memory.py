@@ -195,7 +195,8 @@ class Memory:
     # Global memory
 
     def _device_pointer(self, root: Pointer, address: int, type_id: int) -> int:
-        return self._b.device_pointer(address, type_id, bool(root.parameters & self._coherent))
+        coherent = bool(root.parameters & self._coherent)
+        return self._b.device_pointer(address, type_id, root.parameters, coherent)
 
     def _require(self, pointer: Pointer, alignment: int) -> None:
         """An access through `pointer`: what was added to the parameter is aligned no less."""

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.spirv_programs import bound, device, generate, lowered, run, unpack
+from support.spirv_programs import (
+    bound,
+    checked,
+    device,
+    disassembled,
+    generate,
+    lowered,
+    run,
+    unpack,
+)
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import stmt
@@ -346,8 +355,11 @@ def test_many_arguments_go_through_a_buffer():
         return tirx.BufferStore(out, total, [i])
 
     function = threads(body, *inputs, out)
-    (kernel,) = unpack(generate(lowered(function)))
+    (kernel,) = checked(generate(lowered(function)))
     assert kernel.reflection["argument_buffer"]
+    text = disassembled(kernel)
+    for member in range(count + 1):  # no kernel writes its arguments
+        assert f"OpMemberDecorate %arguments {member} NonWritable" in text
     data = [np.arange(N, dtype=np.int32) * number for number in range(count)]
     ours = run(function, *data, np.zeros(N, np.int32))[-1]
     np.testing.assert_array_equal(ours, sum(data))

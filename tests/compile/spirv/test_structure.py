@@ -167,6 +167,62 @@ def test_barriers_order_shared_memory_and_global(in_place):
     assert ("Coherent" in text) == in_place
 
 
+def accesses(text: str) -> dict[str, list[bool]]:
+    """Loads and stores of global memory, in order: whether its member is said not to be written."""
+    promised = set(re.findall(r"OpMemberDecorate (%\w+) 0 NonWritable", text))
+    blocks = dict(re.findall(r"(%\w+) = OpTypePointer PhysicalStorageBuffer (%\w+)", text))
+    converted = dict(re.findall(r"(%\w+) = OpConvertUToPtr (%\w+)", text))
+    members = dict(re.findall(r"(%\w+) = OpAccessChain %\w+ (%\w+) ", text))
+    found: dict[str, list[bool]] = {"load": [], "store": [], "atomic": []}
+    for line in text.splitlines():
+        if access := re.search(r"Op(Load|Store|Atomic)\w*(?: %uint| %float)? (%\w+)", line):
+            kind, pointer = access.groups()
+            if members.get(pointer) in converted:  # and not a thread's index
+                found[kind.lower()].append(blocks[converted[members[pointer]]] in promised)
+    return found
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_memory_is_said_not_to_be_written_where_nothing_writes_it(in_place):
+    _, text = only(barrier(in_place))
+    assert accesses(text) == {"load": [not in_place], "store": [False], "atomic": []}
+
+
+def test_memory_of_one_type_is_told_apart_by_parameter():
+    """out = x + y + out: of the three loads of one type only those of x and y cannot change."""
+    i = tirx.Var("i", "int32")
+    x, y, out = (tirx.decl_buffer((64,), "float32", name) for name in ("x", "y", "out"))
+    total = tirx.BufferLoad(x, [i]) + tirx.BufferLoad(y, [i]) + tirx.BufferLoad(out, [i])
+    body = bound(i, "threadIdx.x", 64, tirx.BufferStore(out, total, [i]))
+    _, text = only(tirx.PrimFunc([x, y, out], body).with_attr("s_tir", True))
+    assert accesses(text) == {"load": [True, True, False], "store": [False], "atomic": []}
+
+
+def test_memory_is_not_said_to_be_unwritten_where_parameters_may_share_it():
+    """Without `tirx.noalias` the store through one parameter may be what another then reads."""
+    module = lowered(barrier(False))
+    for promised in (True, False):
+        functions = {
+            name: function.with_attr("tirx.noalias", promised)
+            for name, function in module.functions.items()
+        }
+        (kernel,) = checked(generate(tvm.IRModule(functions)))
+        assert accesses(disassembled(kernel))["load"] == [promised]
+
+
+def test_memory_that_atomic_operations_write_is_not_said_to_be_unwritten():
+    i = tirx.Var("i", "int32")
+    x, out = tirx.decl_buffer((64,), "int32", "x"), tirx.decl_buffer((64,), "int32", "out")
+    address = T.address_of(tirx.BufferLoad(x, [i]))
+    added = T.call_extern("int32", "atomicAdd", address, tirx.const(1, "int32"))
+    body = stmt.stmt_seq(
+        stmt.Evaluate(added), tirx.BufferStore(out, tirx.BufferLoad(x, [63 - i]), [i])
+    )
+    function = tirx.PrimFunc([x, out], bound(i, "threadIdx.x", 64, body)).with_attr("s_tir", True)
+    _, text = only(function)
+    assert accesses(text) == {"load": [False], "store": [False], "atomic": [False]}
+
+
 def test_capabilities_and_features_only_when_used():
     kernel, text = only(elementwise([lambda x: x + x], ["float32"], "float32", 32))
     assert re.findall(r"OpCapability (\w+)", text) == [
