@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mxforge.cli import run_command
 
 from . import MAX_BATCH, MAX_PREFILL_CHUNK, compile_model
-from .formats import CHOICES
 
 _DESCRIPTION = """\
 Compile a gpt-oss checkpoint ahead of time: read its folder, generate machine code for TARGET,
@@ -24,6 +23,21 @@ targets:
   cuda[:sm_XX]     NVIDIA GPUs; building needs nvcc
   vulkan           GPUs with Vulkan 1.2, of any maker; vulkan:desktop, vulkan:mobile, vulkan:minimum
   metal            Apple GPUs"""
+
+
+class _FormatOptions:
+    """The formats of one option, read when they are needed: loading their tables takes a second."""
+
+    def __init__(self, option: str) -> None:
+        self.option = option
+
+    def __iter__(self) -> Iterator[str]:
+        from .formats import TABLES
+
+        return iter(TABLES[self.option].options())
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
         ("activations", "what the experts' weights are multiplied with; int8 has a scale for 32"),
         ("dense", "weights of attention and of the output layer"),
     ):
-        formats.add_argument(f"--{option}", choices=tuple(CHOICES[option]), help=what)
+        formats.add_argument(
+            f"--{option}",
+            choices=_FormatOptions(option),
+            metavar="FORMAT",
+            help=f"{what}: %(choices)s (default: as the target does best)",
+        )
     parser.add_argument(
         "--max-batch",
         type=int,

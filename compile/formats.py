@@ -51,6 +51,10 @@ class Precision:
     activations: str = "f32"  # the inputs of the experts
     dense: str = "bf16"  # attention's projections and the output layer
 
+    def options(self) -> dict[str, str | None]:
+        """The formats in the command line's names, by its options."""
+        return {option: table[getattr(self, option)].option for option, table in TABLES.items()}
+
     def with_asked(self, asked: Formats) -> Precision:
         """This, where nothing else is asked for."""
         kv = KV.asked(asked.kv)[0].name if asked.kv else self.kv

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -61,9 +61,14 @@ class Tensor:
     dtype: str
 
     @property
+    def static_shape(self) -> tuple[int, ...]:
+        """The shape where it has no symbolic sizes, such as a weight's."""
+        return self.sizes({})
+
+    @property
     def nbytes(self) -> int:
         """Of a shape without symbolic sizes."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.static_shape) * np.dtype(self.dtype).itemsize
 
     def sizes(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """The shape where symbolic sizes have these values: integers, or expressions."""
@@ -311,6 +316,12 @@ class Kernel:
         schedule = schedule or self.choose(target, **static)
         return _built(self, schedule, tuple(sorted(static.items())))
 
+    def packed_signature(self, schedule: Schedule, **static: Any) -> Signature:
+        """The signature, with weights in the layout of a schedule."""
+        signature = self.signature(**static)
+        inputs = tuple(schedule.layout(t.name).packed(t) for t in signature.inputs)
+        return replace(signature, inputs=inputs)
+
     def pack(
         self,
         target: Target,
@@ -342,10 +353,7 @@ def _built(
 ) -> tvm.tirx.PrimFunc:
     """Cached, as a model calls a kernel once a layer, and parsing TVMScript takes seconds."""
     values = dict(static)
-    arguments = tuple(
-        schedule.layout(tensor.name).packed(tensor)
-        for tensor in kernel.signature(**values).arguments
-    )
+    arguments = kernel.packed_signature(schedule, **values).arguments
     tile = {} if schedule.tile is None else {"tile": schedule.tile}
     function = schedule.build(arguments, **values, **tile)
     # The pipeline refuses functions without these attributes.

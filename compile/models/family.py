@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from ..onnx_builder import Graph
-    from ..targets import Precision
+    from ..formats import Precision
     from ..weights import PackedWeight
     from .emit import Limits
 

@@ -120,7 +120,7 @@ class Traffic:
         from mxforge.compile.weights import packed_weights
 
         packed = packed_weights(weights(config), target.kernels, precision)
-        page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv_dtype)
+        page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv)
         return cls(
             *_dense_and_experts((w.name, w.shape, w.dtype) for w in packed),
             config.layer_types.count(FULL) * page / PAGE_TOKENS,

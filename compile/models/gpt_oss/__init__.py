@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ...checkpoint import Checkpoint
     from ...onnx_builder import Graph
-    from ...targets import Precision
+    from ...formats import Precision
     from ...weights import PackedWeight
     from ..emit import Limits
     from .reference import ReferenceModel
