@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from mxforge.errors import UsageError
 from mxforge.schedules.formats import ACTIVATIONS, DENSE, KV, DenseFormat, FormatTable
@@ -11,7 +12,7 @@ from mxforge.schedules.kernel import Target
 from mxforge.schedules.moe import DOWN, GATE_UP
 
 # By the options of the command line that choose from them.
-TABLES: Mapping[str, FormatTable] = {"kv": KV, "activations": ACTIVATIONS, "dense": DENSE}
+TABLES: Mapping[str, FormatTable[Any]] = {"kv": KV, "activations": ACTIVATIONS, "dense": DENSE}
 
 
 @dataclass(frozen=True)

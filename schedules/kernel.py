@@ -147,7 +147,7 @@ def _declare(arguments: Sequence[Tensor], body: Callable[..., Any]) -> None:
     for tensor in arguments:
         known[tensor.name] = T.arg(tensor.name, T.Buffer(tensor.sizes(sizes), tensor.dtype))
     # T.inline hides the function that it wraps.
-    (inline,) = (cell.cell_contents for cell in body.__closure__)
+    (inline,) = (cell.cell_contents for cell in body.__closure__ or ())
     wanted = inspect.signature(inline.func).parameters
     body(**{name: known.get(name, wanted[name].default) for name in wanted})
 
@@ -269,20 +269,19 @@ class Kernel:
                     f"The table of {self.name} has two schedules called {name!r}; each needs a "
                     "name of its own, by which manifests and figures tell them apart."
                 )
-        known = {
-            tensor.name for case in self.cases for tensor in self.signature(**case.static).inputs
-        }
+        inputs = {t.name for case in self.cases for t in self.signature(**case.static).inputs}
         for schedule in self.schedules:
             for argument, layout in schedule.layouts.items():
-                if argument not in known:
+                where = f"the schedule {schedule.name!r} of {self.name}"
+                if argument not in inputs:
                     raise ScheduleTableError(
-                        f"The schedule {schedule.name!r} of {self.name} lays out {argument!r}, which "
-                        f"is no input; the inputs are {', '.join(sorted(known))}."
+                        f"A layout in {where} is of {argument!r}, which is no input; the inputs "
+                        f"are {', '.join(sorted(inputs))}."
                     )
-                if not callable(layout.pack) or not callable(layout.shape):
+                if not (callable(layout.pack) and callable(layout.shape)):
                     raise ScheduleTableError(
-                        f"The layout of {argument!r} in the schedule {schedule.name!r} of "
-                        f"{self.name} lacks a packer; a Layout has both `shape` and `pack`."
+                        f"The layout of {argument!r} in {where} lacks a packer; give it both "
+                        "`shape` and `pack`."
                     )
 
     def runs_on(self, target: Target) -> bool:

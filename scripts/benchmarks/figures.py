@@ -13,7 +13,8 @@ from mxforge.kv_layout import PAGE_TOKENS, page_bytes
 from mxforge.manifest import WEIGHT_BYTES
 
 if TYPE_CHECKING:
-    from mxforge.compile.targets import CompileTarget, Precision
+    from mxforge.compile.formats import Precision
+    from mxforge.compile.targets import CompileTarget
 
 CONTEXT = 8192
 CHUNK = 512  # prompt tokens in one step, of both engines
