@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from support.targets import PLAIN_CPU
 
 from mxforge.compile.library import export
 from mxforge.compile.targets import resolve
-from mxforge.schedules.kernel import Case, Kernel, Target
+from mxforge.schedules.kernel import Case, Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ROOT / "build" / "aarch64"
@@ -170,7 +171,7 @@ class KernelCalls:
         inputs: Mapping[str, np.ndarray],
         fresh: Sequence[np.ndarray],
     ) -> None:
-        packed = kernel.pack(Target("cpu"), dict(inputs), **case.static)  # alike on all levels
+        packed = kernel.pack(PLAIN_CPU, dict(inputs), **case.static)  # alike on all levels
         arrays = {f"{len(self._calls)}-{i}": array for i, array in enumerate([*packed, *fresh])}
         self._arrays.update(arrays)
         keys = list(arrays)
@@ -183,7 +184,7 @@ class KernelCalls:
                 "arguments": [(key, a.shape, a.dtype.name) for key, a in arrays.items()],
                 "results": [
                     *keys[len(packed) :],
-                    *(keys[list(inputs).index(name)] for name in kernel.inplace),
+                    *(keys[list(inputs).index(name)] for name in kernel.updated),
                 ],
             }
         )
