@@ -12,9 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support.small import SMALL_SHAPE, edit_json, rewrite
 from checkpoints.random_checkpoint import write_checkpoint
 from checkpoints.shapes import ODD_SHAPES, hf_config
+from support.small import SMALL_SHAPE, edit_json, rewrite
 
 from mxforge.artifact import open_artifact
 from mxforge.compile import compile_model

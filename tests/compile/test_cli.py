@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support.small import SMALL_SHAPE, small_checkpoint
 from checkpoints.shapes import hf_config
+from support.small import SMALL_SHAPE, small_checkpoint
 
 from mxforge import Engine, SamplingParams
 from mxforge.artifact import read_manifest, verify

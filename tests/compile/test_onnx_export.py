@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from support.small import SMALL_SHAPE, small_checkpoint
 from checkpoints.random_checkpoint import write_checkpoint
 from checkpoints.shapes import ODD_SHAPES
+from support.small import SMALL_SHAPE, small_checkpoint
 
 from mxforge.artifact import read_manifest
 from mxforge.cli import main

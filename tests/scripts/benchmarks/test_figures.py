@@ -8,9 +8,9 @@ import pytest
 from benchmarks.figures import FIGURES, Traffic, flops_per_token
 from benchmarks.figures import work as bytes_and_flops
 from benchmarks.models import RandomModel
+from checkpoints.shapes import hf_config
 
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
-from checkpoints.shapes import hf_config
 
 
 def test_active_experts_and_the_window_are_counted():

@@ -15,7 +15,11 @@ from nano import compact, dialogue, text
 from support.nano import COMPACT_NANO, ROOT
 
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.models.gpt_oss.reference import ReferenceModel, transformers_logits, transformers_model
+from mxforge.compile.models.gpt_oss.reference import (
+    ReferenceModel,
+    transformers_logits,
+    transformers_model,
+)
 
 
 def test_the_tracked_files_are_small():
