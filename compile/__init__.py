@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, cast
 from mxforge.errors import CheckpointError, UsageError, needs_compiler
 from mxforge.manifest import MOST
 
-from .formats import Formats
-
 if TYPE_CHECKING:
     from .targets import Numerics
 
@@ -62,12 +60,13 @@ def compile_model(
     """
     source = Path(checkpoint)
     _check_arguments(source, numerics, max_batch, prefill_chunk, random_weights)
-    formats = Formats.of(numerics, kv=kv, activations=activations, dense=dense)
 
-    # Imported here so that usage errors come at once: TVM takes a second.
+    # Imported here so that most usage errors come at once: TVM takes a second.
     with needs_compiler("Compiling a model"):
+        from .formats import Formats
         from .job import Job
 
+    formats = Formats.of(numerics, kv=kv, activations=activations, dense=dense)
     name = _name(source)
     folder = Path(output) if output is not None else DEFAULT_OUTPUT / f"{name}-{_slug(target)}"
     job = Job(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mxforge.cli import run_command
+from mxforge.errors import needs_compiler
 
 from . import MAX_BATCH, MAX_PREFILL_CHUNK, compile_model
-from .formats import TABLES
 
 PROG = "compile-model"
 
@@ -28,6 +28,22 @@ targets:
   cuda[:sm_XX]     NVIDIA GPUs (default: sm_80); compiling needs nvcc
   vulkan[:PROFILE] GPUs with Vulkan 1.2: desktop (default), mobile, minimum
   metal            Apple GPUs"""
+
+
+class _FormatOptions:
+    """The formats of one option, read when they are needed: loading their tables takes a second."""
+
+    def __init__(self, option: str) -> None:
+        self.option = option
+
+    def __iter__(self) -> Iterator[str]:
+        with needs_compiler("The list of number formats"):
+            from .formats import TABLES
+
+        return iter(TABLES[self.option].options())
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -62,11 +78,16 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "number formats", "Each replaces the one that fast numerics use on the target."
     )
     for option, what in (
-        ("kv", "of the cache of keys and values"),
-        ("activations", "of the vectors that the experts' weights are multiplied with (CPUs only)"),
-        ("dense", "of the weights of attention and of the output layer (CPUs only)"),
+        ("kv", "the cache of keys and values"),
+        ("activations", "vectors that the experts' weights are multiplied with, CPUs only"),
+        ("dense", "weights of attention and of the output layer, CPUs only"),
     ):
-        formats.add_argument(f"--{option}", choices=tuple(TABLES[option].options()), help=what)
+        formats.add_argument(
+            f"--{option}",
+            choices=_FormatOptions(option),
+            metavar="FORMAT",
+            help=f"{what}: %(choices)s (default: that of --numerics)",
+        )
     parser.add_argument(
         "--max-batch",
         type=int,
@@ -97,9 +118,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
-    args = parser(prog).parse_args(argv)
-
     def run() -> None:
+        args = parser(prog).parse_args(argv)
         folder = compile_model(
             args.checkpoint,
             target=args.target,

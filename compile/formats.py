@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from mxforge.errors import UsageError
 from mxforge.schedules.formats import ACTIVATIONS, DENSE, KV, DenseFormat, FormatTable
@@ -11,7 +12,7 @@ from mxforge.schedules.kernel import Target
 from mxforge.schedules.moe import DOWN, GATE_UP
 
 # By the options of the command line that choose from them.
-TABLES: Mapping[str, FormatTable] = {"kv": KV, "activations": ACTIVATIONS, "dense": DENSE}
+TABLES: Mapping[str, FormatTable[Any]] = {"kv": KV, "activations": ACTIVATIONS, "dense": DENSE}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Precision:
     kv: str = "float32"
     activations: str = "f32"  # the inputs of the experts
     dense: str = "bf16"  # attention's projections and the output layer
+
+    def options(self) -> dict[str, str | None]:
+        """The formats in the command line's names, by its options."""
+        return {option: table[getattr(self, option)].option for option, table in TABLES.items()}
 
     def with_asked(self, asked: Formats) -> Precision:
         """This, where nothing else is asked for."""

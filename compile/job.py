@@ -31,11 +31,11 @@ from .artifact_writer import ArtifactWriter
 from .checkpoint import FolderCheckpoint, open_checkpoint
 from .checkpoint.fingerprint import Fingerprint
 from .config import ModelConfig
-from .formats import Formats
+from .formats import Formats, Precision
 from .models.emit import Limits
 from .models.family import Family
 from .models.registry import read_config
-from .targets import CompileTarget, Numerics, Precision
+from .targets import CompileTarget, Numerics
 from .weights import PackedWeight, first_difference, packed_weights
 
 WEIGHT_FILE = "weights-00001.safetensors"
@@ -109,8 +109,8 @@ class Job:
                     numerics=self.numerics,
                     precision=PrecisionInfo(
                         "f32",
-                        self.precision.kv_dtype,
-                        self.precision.experts,
+                        self.precision.kv,
+                        self.precision.activations,
                         self.precision.dense,
                     ),
                     limits=ArtifactLimits(
@@ -218,9 +218,9 @@ class Job:
                 writer.weights(file, tensors) as out,
             ):
                 for weight in self.weights:
-                    for piece in weight.pieces(self.checkpoint):
-                        out.write(weight.name, piece)
-                        bar.update(piece.nbytes)
+                    for chunk in weight.chunks(self.checkpoint):
+                        out.write(weight.name, chunk)
+                        bar.update(chunk.nbytes)
                     for source in weight.sources:
                         self.fingerprint.add(source, self.checkpoint.tensor(source))
                         self.checkpoint.drop(source)
@@ -228,7 +228,7 @@ class Job:
 
     def _memory(self, workspace: int) -> MemoryPlan:
         c = self.config
-        page = page_bytes(c.num_key_value_heads, c.head_dim, self.precision.kv_dtype)
+        page = page_bytes(c.num_key_value_heads, c.head_dim, self.precision.kv)
         return MemoryPlan(
             weights_bytes=self._weights_bytes(),
             kv_bytes_per_page_full=page * c.kinds.count("full"),

@@ -1,40 +1,44 @@
 """The packed weights: what each is made of, its shape for a target, and how it is streamed.
 
-A family lists its weights with a role each (`models.tensors`); how a role is packed for a target is
-told here. The packed list is in the order of the library's arguments. A weight is
-packed in pieces along its first axis, so that packing never holds more than a few tens of MB
-beyond the page cache, whatever the model's size.
+A family lists its weights with a role each (`models.tensors`); how a role is packed is told here. A
+weight that a kernel reads is laid out as the kernel's schedule for the target says. The packed list
+is in the order of the library's arguments. A weight is packed in chunks along its first axis, so
+that packing never holds more than a few tens of MB beyond the page cache, whatever the model's
+size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mxforge.schedules import linear, linear_bf16, linear_i8, mxfp4
-from mxforge.schedules.int8 import GROUP
-from mxforge.schedules.kernel import Target
+from mxforge.safetensors import dtype_name
+from mxforge.schedules.formats import DENSE, DenseFormat
+from mxforge.schedules.kernel import Kernel, Layout, Target
+from mxforge.schedules.moe import DOWN, GATE_UP
 
 from .checkpoint import Checkpoint, check_scales
+from .formats import Precision
 from .models.tensors import Weight, WeightRole, layer_number
-from .targets import Precision
 
-PIECE_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
+# What is rounded passes through several float32 copies.
+ROUNDED_CHUNK_BYTES = CHUNK_BYTES // 8
 
-Pieces = Callable[[Checkpoint], Iterator[np.ndarray]]
+Chunks = Callable[[Checkpoint], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """One argument of the library.
 
-    `sources` are the checkpoint's tensors that it is made of; `pieces(checkpoint)` yields arrays
+    `sources` are the checkpoint's tensors that it is made of; `chunks(checkpoint)` yields arrays
     whose concatenation along axis 0 has `shape`. `fill` tells the runtime what random content
     keeps activations near 1 (see `mxforge.random_weights`).
     """
@@ -43,29 +47,16 @@ class PackedWeight:
     shape: tuple[int, ...]
     dtype: str
     sources: tuple[str, ...]
-    pieces: Pieces
+    chunks: Chunks
     fill: dict[str, Any]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].bytes
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def safetensors_dtype(self) -> str:
-        return _DTYPES[self.dtype].safetensors
-
-
-class _Dtype(NamedTuple):
-    safetensors: str
-    bytes: int
-
-
-_DTYPES = {
-    "bfloat16": _Dtype("BF16", 2),
-    "float16": _Dtype("F16", 2),
-    "float32": _Dtype("F32", 4),
-    "uint8": _Dtype("U8", 1),
-}
+        return dtype_name(self.dtype)
 
 
 def packed_weights(
@@ -82,7 +73,7 @@ def first_difference(
 ) -> str | None:
     """The first weight that two lists of one model's weights pack differently, if there is one.
 
-    All are compared by what they declare. Bytes are compared of the first piece, and not of layers
+    All are compared by what they declare. Bytes are compared of the first chunk, and not of layers
     after the first, which are packed by the same functions as that; none without a checkpoint.
     """
     for a, b in zip_longest(ours, theirs):
@@ -90,7 +81,7 @@ def first_difference(
             return (a or b).name
         if checkpoint is None or layer_number(a.name) not in (None, 0):
             continue
-        if next(a.pieces(checkpoint)).tobytes() != next(b.pieces(checkpoint)).tobytes():
+        if next(a.chunks(checkpoint)).tobytes() != next(b.chunks(checkpoint)).tobytes():
             return a.name
     return None
 
@@ -137,138 +128,100 @@ def _vector(name: str, size: int, fill: dict[str, Any]) -> PackedWeight:
 def _bias(name: str, sources: tuple[str, ...], size: int) -> PackedWeight:
     """The bias of a dense layer, the sources stacked; zeros where there are none."""
 
-    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    def chunks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         if not sources:
             yield np.zeros(size, np.float32)
             return
         for source in sources:
             yield checkpoint.tensor(source).astype(np.float32)
 
-    return PackedWeight(name, (size,), "float32", sources, pieces, {"normal": 0.02})
+    return PackedWeight(name, (size,), "float32", sources, chunks, {"normal": 0.02})
 
 
-def _dense(
-    target: Target, precision: Precision, name: str, sources: tuple[str, ...], rows: int, k: int
-) -> list[PackedWeight]:
-    """A large dense weight [rows, k], the sources stacked, as `precision` wants it."""
-    dense = precision.dense_of(k)
-    if dense == "bf16":
-        return [_bf16(target, name, sources, rows, k)]
-    if dense == "bf16xbf16":
-        return [_bf16_pairs(name, sources, rows, k)]
-    # An eighth of a piece: what is rounded passes through several float32 copies.
-    stacked = _stacked(sources, rows, GROUP, k, PIECE_BYTES // 8)
-
-    def weight(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        return map(linear_i8.pack_weight, stacked(checkpoint))
-
-    def scales(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        return map(linear_i8.pack_scales, stacked(checkpoint))
-
-    shape, scales_shape = linear_i8.packed_shapes(rows, k)
-    # A random byte has a root mean square of 74.
-    scale = {"constant": k**-0.5 / 74}
-    return [  # sources are let go of with the last weight made of them
-        PackedWeight(f"{name}_scale", scales_shape, "float16", (), scales, scale),
-        PackedWeight(name, shape, "uint8", sources, weight, {"bytes": [0, 255]}),
-    ]
-
-
-def _bf16(target: Target, name: str, sources: tuple[str, ...], rows: int, k: int) -> PackedWeight:
-    """bf16 [rows, k], the sources stacked, in linear.py's layout."""
-    stacked = _stacked(sources, rows, linear.CPU_TILE.rows, k, PIECE_BYTES)
-
-    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        for piece in stacked(checkpoint):
-            yield linear.pack_weight(target, piece.astype(ml_dtypes.bfloat16, copy=False))
-
-    shape = linear.packed_shape(target, rows, k)
-    return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
+def _dense(weight: Weight, target: Target, format_: DenseFormat) -> list[PackedWeight]:
+    """A dense weight [rows, k], its tensors stacked, in the parts of a format."""
+    rows, k = weight.rows, weight.columns
+    schedule = format_.kernel.choose(target, **weight.static)
+    packed = []
+    # Sources are let go of with the last weight made of them, the first part.
+    for index, (part, tensor) in reversed(
+        [
+            *enumerate(
+                zip(format_.weight.parts, format_.weight.tensors("weight", rows, k), strict=True)
+            )
+        ]
+    ):
+        layout = schedule.layout(tensor.name)
+        packed.append(
+            PackedWeight(
+                weight.name + part.suffix,
+                layout.packed(tensor).static_shape,
+                layout.packed(tensor).dtype,
+                weight.sources if index == 0 else (),
+                _rounded(weight, format_, index, layout),
+                part.fill(k),
+            )
+        )
+    return packed
 
 
-def _bf16_pairs(name: str, sources: tuple[str, ...], rows: int, k: int) -> PackedWeight:
-    """bf16 [rows, k], the sources stacked, in linear_bf16.py's layout."""
-    stacked = _stacked(sources, rows, linear_bf16.GROUP, k, PIECE_BYTES)
-
-    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        for piece in stacked(checkpoint):
-            yield linear_bf16.pack_weight(piece.astype(ml_dtypes.bfloat16, copy=False))
-
-    shape = linear_bf16.packed_shape(rows, k)
-    return PackedWeight(name, shape, "bfloat16", sources, pieces, {"normal": k**-0.5})
-
-
-def _stacked(sources: tuple[str, ...], rows: int, group: int, k: int, piece_bytes: int) -> Pieces:
-    """[rows, k] of the sources one below the other, in pieces of whole groups of rows."""
-
-    def pieces(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        tensors = [checkpoint.tensor(source) for source in sources]
+def _rounded(weight: Weight, format_: DenseFormat, part: int, layout: Layout) -> Chunks:
+    def chunks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        tensors = [checkpoint.tensor(source) for source in weight.sources]
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        step = group * max(1, piece_bytes // (2 * k * group))
-        for start in range(0, rows, step):
-            yield stacked[start : start + step]
+        step = layout.rows * max(1, ROUNDED_CHUNK_BYTES // (2 * weight.columns * layout.rows))
+        for start in range(0, weight.rows, step):
+            yield layout.pack(format_.weight.quantize(stacked[start : start + step])[part])
 
-    return pieces
+    return chunks
 
 
-def _expert_half(
-    target: Target,
-    precision: Precision,
-    name: str,
-    experts: int,
-    rows: int,
-    k: int,
-    gate_up: bool,
+def _experts(
+    weight: Weight, target: Target, precision: Precision, kernels: Mapping[str, Kernel]
 ) -> list[PackedWeight]:
-    """Blocks, scales and bias of all experts' gate_up_proj or down_proj."""
-    interleaved = gate_up and not target.is_gpu
-    order = mxfp4.gate_up_row_order(rows) if interleaved else None
-    stored = mxfp4.stored_shapes(experts, rows, k)
-    blocks_shape, scales_shape = (
-        stored if target.is_gpu else mxfp4.packed_shapes(experts, rows, k, precision.experts)
-    )
-
-    def blocks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        tensor = checkpoint.tensor(f"{name}_blocks")
-        for expert in range(experts):
-            piece = tensor[expert : expert + 1]
-            yield piece if target.is_gpu else mxfp4.pack_blocks(piece, precision.experts, order)
-
-    def scales(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        tensor = checkpoint.tensor(f"{name}_scales")
-        check_scales(f"{name}_scales", tensor)
-        yield tensor if target.is_gpu else mxfp4.pack_scales(tensor, order)
-
-    def bias(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        tensor = checkpoint.tensor(f"{name}_bias").astype(np.float32)
-        yield tensor if order is None else tensor[:, order]
-
+    """Blocks, scales and biases of one half of all experts."""
+    kernel = kernels[precision.activations]
+    schedule = kernel.choose(target, **weight.static)
+    arguments = {tensor.name: tensor for tensor in kernel.signature(**weight.static).inputs}
+    blocks, scales, bias = weight.tensors
     # A random e2m1 nibble has a root mean square of 2.6.
-    scale = 127 - round(float(np.log2(2.6 * np.sqrt(k))))
-    parts: list[tuple[str, tuple[int, ...], str, Pieces, dict[str, Any]]] = [
-        (f"{name}_blocks", blocks_shape, "uint8", blocks, {"bytes": [0, 255]}),
-        (f"{name}_scales", scales_shape, "uint8", scales, {"bytes": [scale, scale]}),
-        (f"{name}_bias", (experts, rows), "float32", bias, {"normal": 0.02}),
-    ]
+    inputs = blocks.shape[2] * blocks.shape[3] * 2
+    scale = 127 - round(float(np.log2(2.6 * np.sqrt(inputs))))
+
+    def one_by_one(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        tensor = checkpoint.tensor(blocks.name)
+        return (tensor[expert : expert + 1] for expert in range(len(tensor)))
+
+    def checked(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        tensor = checkpoint.tensor(scales.name)
+        check_scales(scales.name, tensor)
+        yield tensor
+
+    def widened(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+        yield checkpoint.tensor(bias.name).astype(np.float32)
+
+    def packed(argument: str, name: str, stored: Chunks, fill: dict[str, Any]) -> PackedWeight:
+        layout = schedule.layout(argument)
+        tensor = layout.packed(arguments[argument])
+
+        def chunks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+            return map(layout.pack, stored(checkpoint))
+
+        return PackedWeight(name, tensor.static_shape, tensor.dtype, (name,), chunks, fill)
+
     return [
-        PackedWeight(part, shape, dtype, (part,), pieces, fill)
-        for part, shape, dtype, pieces, fill in parts
+        packed("blocks", blocks.name, one_by_one, {"bytes": [0, 255]}),
+        packed("scales", scales.name, checked, {"bytes": [scale, scale]}),
+        packed("bias", bias.name, widened, {"normal": 0.02}),
     ]
 
 
 def _rows(tensor: np.ndarray) -> Iterator[np.ndarray]:
-    step = max(1, PIECE_BYTES // (2 * tensor.shape[1]))
+    step = max(1, CHUNK_BYTES // (2 * tensor.shape[1]))
     for start in range(0, len(tensor), step):
         yield np.ascontiguousarray(
             tensor[start : start + step].astype(ml_dtypes.bfloat16, copy=False)
         )
-
-
-def _experts(weight: Weight, target: Target, precision: Precision) -> list[PackedWeight]:
-    blocks, _scales, _bias = weight.tensors
-    experts, rows, groups, pairs = blocks.shape
-    columns, gate_up = groups * pairs * 2, weight.role == "gate_up"
-    return _expert_half(target, precision, weight.name, experts, rows, columns, gate_up)
 
 
 _Packer = Callable[[Weight, Target, Precision], list[PackedWeight]]
@@ -286,11 +239,9 @@ _PACKERS: dict[WeightRole, _Packer] = {
     "sinks": _vector_packer({"normal": 1.0}),
     "router_bias": _vector_packer({"normal": 0.1}),
     "bias": lambda w, _target, _precision: [_bias(w.name, w.sources, w.rows)],
-    "dense": lambda w, target, precision: _dense(
-        target, precision, w.name, w.sources, w.rows, w.columns
-    ),
+    "dense": lambda w, target, precision: _dense(w, target, precision.dense_of(w.columns)),
     # Small, and an error here is another expert: bf16 whatever the precision.
-    "router": lambda w, target, _precision: [_bf16(target, w.name, w.sources, w.rows, w.columns)],
-    "gate_up": _experts,
-    "down": _experts,
+    "router": lambda w, target, _precision: _dense(w, target, DENSE["bf16"]),
+    "gate_up": lambda w, target, precision: _experts(w, target, precision, GATE_UP),
+    "down": lambda w, target, precision: _experts(w, target, precision, DOWN),
 }

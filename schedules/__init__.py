@@ -1,8 +1,8 @@
 """The kernels that the compiler calls; `KERNELS` holds all of them by name.
 
-A kernel with several schedules is a file in the folder of its subject (`attention`, `linear`, `moe`,
-`sample`), with a file beside it for each target family; a small one is one file here. `cpu` and
-`gpu` have what schedules of one family share, `formats` the number formats.
+A kernel with several schedules is a file in the folder of its subject (`attention`, `linear`,
+`moe`, `sample`), with a file beside it for each target family; a small one is one file here. `cpu`
+and `gpu` have what schedules of one family share, `formats` the number formats.
 """
 
 from __future__ import annotations

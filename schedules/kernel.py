@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -61,9 +61,14 @@ class Tensor:
     dtype: str
 
     @property
+    def static_shape(self) -> tuple[int, ...]:
+        """The shape where it has no symbolic sizes, such as a weight's."""
+        return self.sizes({})
+
+    @property
     def nbytes(self) -> int:
         """Of a shape without symbolic sizes."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.static_shape) * np.dtype(self.dtype).itemsize
 
     def sizes(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """The shape where symbolic sizes have these values: integers, or expressions."""
@@ -142,7 +147,7 @@ def _declare(arguments: Sequence[Tensor], body: Callable[..., Any]) -> None:
     for tensor in arguments:
         known[tensor.name] = T.arg(tensor.name, T.Buffer(tensor.sizes(sizes), tensor.dtype))
     # T.inline hides the function that it wraps.
-    (inline,) = (cell.cell_contents for cell in body.__closure__)
+    (inline,) = (cell.cell_contents for cell in body.__closure__ or ())
     wanted = inspect.signature(inline.func).parameters
     body(**{name: known.get(name, wanted[name].default) for name in wanted})
 
@@ -264,20 +269,19 @@ class Kernel:
                     f"The table of {self.name} has two schedules called {name!r}; each needs a "
                     "name of its own, by which manifests and figures tell them apart."
                 )
-        known = {
-            tensor.name for case in self.cases for tensor in self.signature(**case.static).inputs
-        }
+        inputs = {t.name for case in self.cases for t in self.signature(**case.static).inputs}
         for schedule in self.schedules:
             for argument, layout in schedule.layouts.items():
-                if argument not in known:
+                where = f"the schedule {schedule.name!r} of {self.name}"
+                if argument not in inputs:
                     raise ScheduleTableError(
-                        f"The schedule {schedule.name!r} of {self.name} lays out {argument!r}, which "
-                        f"is no input; the inputs are {', '.join(sorted(known))}."
+                        f"A layout in {where} is of {argument!r}, which is no input; the inputs "
+                        f"are {', '.join(sorted(inputs))}."
                     )
-                if not callable(layout.pack) or not callable(layout.shape):
+                if not (callable(layout.pack) and callable(layout.shape)):
                     raise ScheduleTableError(
-                        f"The layout of {argument!r} in the schedule {schedule.name!r} of "
-                        f"{self.name} lacks a packer; a Layout has both `shape` and `pack`."
+                        f"The layout of {argument!r} in {where} lacks a packer; give it both "
+                        "`shape` and `pack`."
                     )
 
     def runs_on(self, target: Target) -> bool:
@@ -311,6 +315,12 @@ class Kernel:
         schedule = schedule or self.choose(target, **static)
         return _built(self, schedule, tuple(sorted(static.items())))
 
+    def packed_signature(self, schedule: Schedule, **static: Any) -> Signature:
+        """The signature, with weights in the layout of a schedule."""
+        signature = self.signature(**static)
+        inputs = tuple(schedule.layout(t.name).packed(t) for t in signature.inputs)
+        return replace(signature, inputs=inputs)
+
     def pack(
         self,
         target: Target,
@@ -342,10 +352,7 @@ def _built(
 ) -> tvm.tirx.PrimFunc:
     """Cached, as a model calls a kernel once a layer, and parsing TVMScript takes seconds."""
     values = dict(static)
-    arguments = tuple(
-        schedule.layout(tensor.name).packed(tensor)
-        for tensor in kernel.signature(**values).arguments
-    )
+    arguments = kernel.packed_signature(schedule, **values).arguments
     tile = {} if schedule.tile is None else {"tile": schedule.tile}
     function = schedule.build(arguments, **values, **tile)
     # The pipeline refuses functions without these attributes.

@@ -4,9 +4,9 @@ It emits calls of scheduled kernels from `mxforge.schedules` into one IRModule, 
 the finished library (ABI 2) around the model. Weights are arguments, with official names, in the
 order of the family's list.
 
-    forward   tokens i32[n], positions i32[n], token_seq i32[n], rows i32[m], tables, KV, weights
-              -> logits f32 [m, vocab]: a flat list of tokens from several sequences; `rows` are the
-              tokens whose logits are asked for
+    forward   tokens i32[n], positions i32[n], token_seq i32[n], logit_indices i32[m], tables, KV,
+              weights -> logits f32 [m, vocab]: a flat list of tokens from several sequences;
+              `logit_indices` are the tokens whose logits are asked for
     decode    tokens i32[b], positions i32[b], token_seq i32[b], tables, KV, weights
               -> logits f32 [b, vocab]: one token a sequence
     sample, logprobs, kv_copy_pages_{sliding,full}
@@ -14,7 +14,7 @@ order of the family's list.
 
 tables = sliding_table i32[b, ps], sliding_first i32[b], full_table i32[b, pf], full_first i32[b]:
 the physical page of every logical page of each sequence, and the logical page of column 0. KV is
-one tensor a layer, updated in place, in the layout of `schedules.kv_cache`.
+one tensor a layer, updated in place, in the layout of `schedules.formats.kv`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,19 @@ import tvm
 from tvm import relax
 from tvm.relax import BlockBuilder, Expr, TensorType, Var
 
-from mxforge.schedules import (
-    adjust_logits,
-    gather,
-    kv_cache,
-    kv_copy,
-    linear,
-    linear_bf16,
-    linear_i8,
-    quantize,
-    rms_norm,
-    round_bf16,
-    sample_token,
-    token_logprobs,
-)
-from mxforge.schedules.kernel import Target
+from mxforge.schedules.attention import KV_COPY_PAGES
+from mxforge.schedules.formats import KV, ActivationFormat, DenseFormat
+from mxforge.schedules.gather import GATHER_ROWS
+from mxforge.schedules.kernel import Kernel, Size, Target
+from mxforge.schedules.rms_norm import RMS_NORM
+from mxforge.schedules.sample import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
 
 from ..config import KINDS, Config, Kind
-from ..targets import Precision
+from ..formats import Precision
 from ..weights import PackedWeight
 from .tensors import layer_of
 
 Weights = Mapping[str, Expr]  # by name
-TOP_LOGPROBS = token_logprobs.TOP
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,6 @@ class Tables:
 class Step:
     """What every layer needs to know about the tokens of one call."""
 
-    count: Any  # n
     positions: Expr  # i32 [n]
     token_seq: Expr  # i32 [n]
     cos_sin: Expr  # f32 [n, head_dim]
@@ -111,11 +100,11 @@ class Emitter(ABC, Generic[Config]):
     # -- what a family says --------------------------------------------------------------------
 
     @abstractmethod
-    def rotary(self, positions: Expr, n: Any, w: Weights) -> Expr:
+    def rotary(self, positions: Expr, w: Weights) -> Expr:
         """positions i32 [n] -> cos and sin f32 [n, head_dim]."""
 
     @abstractmethod
-    def embed(self, tokens: Expr, n: Any, w: Weights) -> Expr:
+    def embed(self, tokens: Expr, w: Weights) -> Expr:
         """tokens i32 [n] -> f32 [n, hidden]."""
 
     @abstractmethod
@@ -124,7 +113,7 @@ class Emitter(ABC, Generic[Config]):
         stages, the layer's output last."""
 
     @abstractmethod
-    def head(self, x: Expr, n: Any, w: Weights) -> Expr:
+    def head(self, x: Expr, w: Weights) -> Expr:
         """x f32 [n, hidden] -> logits f32 [n, vocab]."""
 
     @abstractmethod
@@ -134,79 +123,49 @@ class Emitter(ABC, Generic[Config]):
     # -- the model in parts -------------------------------------------------------------------
 
     def forward(
-        self, tokens: Expr, step: Step, rows: Expr | None, kv: Sequence[Expr], w: Weights
+        self, tokens: Expr, step: Step, logit_indices: Expr | None, kv: Sequence[Expr], w: Weights
     ) -> Expr:
-        """tokens i32 [n] -> logits f32 [m, vocab] of the tokens `rows` i32 [m]; None: of all."""
+        """tokens i32 [n] -> logits f32 [m, vocab] of the tokens `logit_indices` i32 [m], or of all
+        where it is None."""
         kinds = self.config.kinds
-        x = self.embed(tokens, step.count, w)
+        x = self.embed(tokens, w)
         for layer in range(self.config.num_hidden_layers):
             *_stages, x = self.layer(kinds[layer], x, step, kv[layer], layer_of(w, layer))
-        if rows is not None:
-            asked = rows.ty.shape[0]
-            x = self.call(
-                gather.gather_rows(self.target, hidden=self.config.hidden_size),
-                [x, rows],
-                self.f32(asked, self.config.hidden_size),
-            )
-            return self.head(x, asked, w)
-        return self.head(x, step.count, w)
+        if logit_indices is not None:
+            taken = {"x": x, "rows": logit_indices}
+            x = self.call(GATHER_ROWS, taken, hidden=self.config.hidden_size)
+        return self.head(x, w)
 
     def dense(
         self,
         x: Expr,
-        n: Any,
         w: Weights,
         name: str,
-        shape: tuple[int, int],
+        format_: DenseFormat,
         residual: Expr | None = None,
+        **static: Any,
     ) -> Expr:
-        """A large dense layer f32 [n, k] -> f32 [n, rows], computed as `precision` says."""
-        rows, k = shape
-        weight, bias = f"{name}.weight", f"{name}.bias"
-        static = dict(rows=rows, k=k, with_bias=bias in w, with_residual=residual is not None)
-        dense = self.precision.dense_of(k)
-        if dense == "i8":
-            kernel = linear_i8.linear_i8(self.target, **static)
-            operands = [*self.quantized(x, n, k, linear_i8.PLANES), w[weight], w[f"{weight}_scale"]]
-        elif dense == "bf16xbf16":
-            kernel = linear_bf16.linear_bf16(self.target, **static)
-            operands = [self.rounded(x, n, k), w[weight]]
-        else:
-            kernel = linear.linear(self.target, **static)
-            operands = [x, w[weight]]
-        if bias in w:
-            operands.append(w[bias])
+        """A dense layer f32 [n, k] -> f32 [n, rows] in one format; see `linear` for static."""
+        parts = {f"weight{p.suffix}": w[f"{name}.weight{p.suffix}"] for p in format_.weight.parts}
+        inputs = {**self.activations("x", x, static["k"], format_.inputs), **parts}
+        if static["with_bias"]:
+            inputs["bias"] = w[f"{name}.bias"]
         if residual is not None:
-            operands.append(residual)
-        return self.call(kernel, operands, self.f32(n, rows))
+            inputs["residual"] = residual
+        return self.call(format_.kernel, inputs, **static)
 
-    def norm(self, x: Expr, weight: Expr, n: Any, eps: float) -> Expr:
-        hidden = self.config.hidden_size
-        kernel = rms_norm.rms_norm(self.target, hidden=hidden, eps=eps)
-        return self.call(kernel, [x, weight], self.f32(n, hidden))
-
-    def expert_input(self, x: Expr, n: Any, k: int) -> list[Expr]:
-        """Activations as the expert kernels take them: f32, rounded to bf16, or quantized to i8."""
-        if self.precision.experts == "i8":
-            return self.quantized(x, n, k)
-        return [self.rounded(x, n, k) if self.precision.experts == "bf16" else x]
-
-    def rounded(self, x: Expr, n: Any, k: int) -> Expr:
-        """f32 [n, k] rounded to bf16, as bits u16; an odd k grows by a zero."""
-        kernel = round_bf16.round_bf16(self.target, k=k)
-        return self.call(kernel, [x], TensorType((n, round_bf16.width(k)), "uint16"))
-
-    def quantized(self, x: Expr, n: Any, k: int, planes: int = 1) -> list[Expr]:
-        """f32 [n, k] as planes of 8-bit digits, their steps and totals."""
-        return list(
-            self.call(
-                quantize.quantize(self.target, k=k, planes=planes),
-                [x],
-                TensorType((n, planes * k), "int8"),
-                self.f32(n, k // 32),
-                self.i32(n, k // 32),
-            )
+    def norm(self, x: Expr, weight: Expr, eps: float) -> Expr:
+        return self.call(
+            RMS_NORM, {"x": x, "weight": weight}, hidden=self.config.hidden_size, eps=eps
         )
+
+    def activations(self, name: str, x: Expr, k: int, format_: ActivationFormat) -> dict[str, Expr]:
+        """f32 [n, k] as the arguments that an input called `name` becomes in a format."""
+        if format_.kernel is None:
+            return {name: x}
+        made = self.call(format_.kernel, {"x": x}, k=k)
+        parts = made if isinstance(made, tuple) else (made,)
+        return {t.name: part for t, part in zip(format_.tensors(name, 0, k), parts, strict=True)}
 
     # -- the library's functions ---------------------------------------------------------------
 
@@ -223,14 +182,14 @@ class Emitter(ABC, Generic[Config]):
     def _emit_forward(self) -> None:
         n, m = _symbol("n"), _symbol("m")
         tokens = Var("tokens", self.i32(n))
-        inputs, rows = self._step_inputs(n), Var("rows", self.i32(m))
+        inputs, indices = self._step_inputs(n), Var("logit_indices", self.i32(m))
         kv, weights = self._kv_inputs(), self._weight_inputs(self.weights)
-        params = [tokens, *inputs[:2], rows, *inputs[2:], *kv, *weights.values()]
+        params = [tokens, *inputs[:2], indices, *inputs[2:], *kv, *weights.values()]
         # m is left unbounded: logits of a whole chunk are large, and wanted only for evaluation.
         bounds = {"n": self.limits.max_tokens, "b": self.limits.max_batch}
         with self._function("forward", params, bounds):
-            step = self._step(n, inputs, weights)
-            self._output(self.forward(tokens, step, rows, kv, weights))
+            step = self._step(inputs, weights)
+            self._output(self.forward(tokens, step, indices, kv, weights))
 
     def _emit_decode(self) -> None:
         b = _symbol("b")
@@ -239,57 +198,25 @@ class Emitter(ABC, Generic[Config]):
         kv, weights = self._kv_inputs(), self._weight_inputs(self.weights)
         params = [tokens, *inputs, *kv, *weights.values()]
         with self._function("decode", params, {"b": self.limits.max_batch}):
-            step = self._step(b, inputs, weights)
+            step = self._step(inputs, weights)
             self._output(self.forward(tokens, step, None, kv, weights))
 
     def _emit_sample(self) -> None:
-        m, e, g = _symbol("m"), _symbol("e"), _symbol("g")
-        vocab = self.config.vocab_size
-        words = -(-vocab // 32)
-        logits = Var("logits", self.f32(m, vocab))
-        draw = [
-            Var("temperature", self.f32(m)),
-            Var("top_k", self.i32(m)),
-            Var("top_p", self.f32(m)),
-            Var("min_p", self.f32(m)),
-            Var("seed", self.i32(m, 2)),
-            Var("step", self.i32(m)),
-        ]
-        edits = [
-            Var("edit_row", self.i32(e)),
-            Var("edit_token", self.i32(e)),
-            Var("edit_seen", self.i32(e)),
-            Var("edit_count", self.i32(e)),
-            Var("edit_bias", self.f32(e)),
-            Var("penalties", self.f32(m, 3)),
-            Var("mask_row", self.i32(m)),
-            Var("bitmask", self.i32(g, words)),
-        ]
-        with self._function("sample", [logits, *draw, *edits], {"m": self.limits.max_batch}):
-            adjusted = self.call(
-                adjust_logits.adjust_logits(self.target, vocab=vocab),
-                [logits, *edits],
-                self.f32(m, vocab),
-            )
-            ids, _scratch = self.call(
-                sample_token.sample_token(self.target, vocab=vocab),
-                [adjusted, *draw],
-                self.i32(m),
-                self.f32(m, vocab),
-            )
+        vocab, m = self.config.vocab_size, _symbol("m")
+        # The logits are an input of both kernels; their other inputs have names of their own.
+        edits = self._inputs_of(ADJUST_LOGITS, {"m": m}, vocab=vocab)
+        draw = self._inputs_of(SAMPLE_TOKEN, {"m": m}, vocab=vocab) | {"logits": edits["logits"]}
+        inputs = list((draw | edits).values())
+        with self._function("sample", inputs, {"m": self.limits.max_batch}):
+            adjusted = self.call(ADJUST_LOGITS, edits, vocab=vocab)
+            ids, _weights = self.call(SAMPLE_TOKEN, draw | {"logits": adjusted}, vocab=vocab)
             self._output(ids)
 
     def _emit_logprobs(self) -> None:
-        m, vocab = _symbol("m"), self.config.vocab_size
-        logits, ids = Var("logits", self.f32(m, vocab)), Var("ids", self.i32(m))
-        with self._function("logprobs", [logits, ids], {"m": self.limits.max_batch}):
-            results = self.call(
-                token_logprobs.token_logprobs(self.target, vocab=vocab),
-                [logits, ids],
-                self.f32(m),
-                self.i32(m, TOP_LOGPROBS),
-                self.f32(m, TOP_LOGPROBS),
-            )
+        vocab = self.config.vocab_size
+        inputs = self._inputs_of(TOKEN_LOGPROBS, {"m": _symbol("m")}, vocab=vocab)
+        with self._function("logprobs", list(inputs.values()), {"m": self.limits.max_batch}):
+            results = self.call(TOKEN_LOGPROBS, inputs, vocab=vocab)
             self._output(relax.Tuple(list(results)))
 
     def _emit_copy_pages(self) -> None:
@@ -301,15 +228,15 @@ class Emitter(ABC, Generic[Config]):
                 if its == kind
             ]
             source, destination = Var("source", self.i32(c)), Var("destination", self.i32(c))
-            kernel = kv_copy.kv_copy_pages(
-                self.target,
-                kv_heads=self.config.num_key_value_heads,
-                head_dim=self.config.head_dim,
-                kv_dtype=self.precision.kv_dtype,
-            )
             with self._function(f"kv_copy_pages_{kind}", [source, destination, *kv], {}):
                 copied = [
-                    self.call_inplace(kernel, [tensor, source, destination], updated=0)
+                    self.call(
+                        KV_COPY_PAGES,
+                        {"kv": tensor, "source": source, "destination": destination},
+                        kv_heads=self.config.num_key_value_heads,
+                        head_dim=self.config.head_dim,
+                        kv_dtype=self.precision.kv,
+                    )
                     for tensor in kv
                 ]
                 self._output(relax.Tuple(copied))
@@ -318,7 +245,7 @@ class Emitter(ABC, Generic[Config]):
         n = _symbol("n")
         tokens, weights = Var("tokens", self.i32(n)), self._piece_inputs("embed")
         with self._function("embed", [tokens, *weights.values()], {}):
-            self._output(self.embed(tokens, n, weights))
+            self._output(self.embed(tokens, weights))
 
         for kind in KINDS:
             if kind in self.config.kinds:
@@ -327,14 +254,14 @@ class Emitter(ABC, Generic[Config]):
         n = _symbol("n")
         x, weights = Var("x", self.f32(n, self.config.hidden_size)), self._piece_inputs("head")
         with self._function("head", [x, *weights.values()], {}):
-            self._output(self.head(x, n, weights))
+            self._output(self.head(x, weights))
 
     def _emit_layer(self, kind: Kind, layer: int) -> None:
         n = _symbol("n")
         x, inputs = Var("x", self.f32(n, self.config.hidden_size)), self._step_inputs(n)
         kv, weights = self._kv_inputs()[layer], self._piece_inputs(layer)
         with self._function(f"layer_{kind}", [x, *inputs, kv, *weights.values()], {}):
-            step = self._step(n, inputs, weights)
+            step = self._step(inputs, weights)
             stages = self.layer(kind, x, step, kv, layer_of(weights, layer))
             self._output(relax.Tuple(list(stages)))
 
@@ -353,30 +280,36 @@ class Emitter(ABC, Generic[Config]):
             inputs.append(Var(f"{kind}_first", self.i32(b)))
         return inputs
 
-    def _step(self, n: Any, inputs: list[Var], weights: Weights) -> Step:
+    def _step(self, inputs: list[Var], weights: Weights) -> Step:
         positions, token_seq, *tables = inputs
-        rotary = self.rotary(positions, n, weights)
+        rotary = self.rotary(positions, weights)
         by_kind = {kind: Tables(*tables[2 * i : 2 * i + 2]) for i, kind in enumerate(KINDS)}
-        return Step(n, positions, token_seq, rotary, by_kind)
+        return Step(positions, token_seq, rotary, by_kind)
 
     def _kv_inputs(self) -> list[Var]:
         pages = {kind: _symbol(f"{kind}_pages") for kind in KINDS}
-        c = self.config
+        c, kv = self.config, KV[self.precision.kv]
         return [
             Var(
                 f"kv_{layer}",
-                TensorType(
-                    kv_cache.kv_shape(
-                        pages[kind],
-                        c.num_key_value_heads,
-                        c.head_dim,
-                        self.precision.kv_dtype,
-                    ),
-                    self.precision.kv_dtype,
-                ),
+                TensorType(kv.shape(pages[kind], c.num_key_value_heads, c.head_dim), kv.name),
             )
             for layer, kind in enumerate(c.kinds)
         ]
+
+    def _inputs_of(self, kernel: Kernel, sizes: Mapping[str, Any], **static: Any) -> dict[str, Var]:
+        """A kernel's inputs as arguments of a function; sizes that are not given are its own."""
+        names = {
+            size.name
+            for tensor in kernel.signature(**static).inputs
+            for size in tensor.shape
+            if isinstance(size, Size)
+        }
+        known = {name: sizes[name] if name in sizes else _symbol(name) for name in sorted(names)}
+        return {
+            tensor.name: Var(tensor.name, TensorType(tensor.sizes(known), tensor.dtype))
+            for tensor in kernel.signature(**static).inputs
+        }
 
     def _weight_inputs(self, weights: Sequence[PackedWeight]) -> dict[str, Var]:
         return {
@@ -391,34 +324,34 @@ class Emitter(ABC, Generic[Config]):
     def _output(self, value: Expr) -> None:
         self.builder.emit_func_output(value)
 
-    def call(self, kernel: tvm.tirx.PrimFunc, args: Sequence[Expr], *out: TensorType) -> Any:
-        """Emit one kernel; a tuple of outputs where there are several."""
-        emitted = self.builder.emit(relax.call_tir(self._add(kernel), args, list(out)))
-        if len(out) == 1:
-            return emitted
-        return tuple(self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(len(out)))
+    def call(self, kernel: Kernel, inputs: Mapping[str, Expr], **static: Any) -> Any:
+        """Emit the target's schedule of a kernel on inputs by name.
 
-    def call_inplace(
-        self,
-        kernel: tvm.tirx.PrimFunc,
-        args: Sequence[Expr],
-        updated: int,
-        out: TensorType | None = None,
-    ) -> Any:
-        """Emit a kernel that updates argument `updated`; returns that, or (fresh output, that).
-
-        The updated tensor must be used afterwards, or the call is dropped as dead code.
+        Returns its outputs, and then the new values of the inputs that it updates: one value, or a
+        tuple. An updated input must be used by its new value, or the call is dropped as dead code.
         """
-        fresh = [] if out is None else [out]
-        indices = [-1] * len(fresh) + [updated]
-        types = [*fresh, args[updated].ty]
-        call = relax.op.call_tir_inplace(
-            self._add(kernel), relax.Tuple(args), indices, types if out is not None else types[0]
-        )
-        emitted = self.builder.emit(call)
-        if out is None:
+        schedule = kernel.choose(self.target, **static)
+        function = kernel.build(self.target, schedule, **static)
+        signature = kernel.packed_signature(schedule, **static)
+        arguments = [inputs[tensor.name] for tensor in signature.inputs]
+        sizes = signature.solve([argument.ty.shape for argument in arguments])
+        fresh = [TensorType(out.sizes(sizes), out.dtype) for out in signature.outputs]
+        names = [tensor.name for tensor in signature.inputs]
+        updated = [names.index(name) for name in signature.updated]
+        if updated:
+            called = relax.op.call_tir_inplace(
+                self._add(function),
+                relax.Tuple(arguments),
+                [*(-1 for _ in fresh), *updated],
+                _one_or_all([*fresh, *(arguments[index].ty for index in updated)]),
+            )
+        else:
+            called = relax.call_tir(self._add(function), arguments, fresh)
+        emitted = self.builder.emit(called)
+        count = len(fresh) + len(updated)
+        if count == 1:
             return emitted
-        return tuple(self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(2))
+        return tuple(self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(count))
 
     def _add(self, kernel: tvm.tirx.PrimFunc) -> tvm.ir.GlobalVar:
         # Kernel factories are cached, so that one object stands for one kernel.
@@ -434,6 +367,10 @@ class Emitter(ABC, Generic[Config]):
     @staticmethod
     def i32(*shape: Any) -> TensorType:
         return TensorType(shape, "int32")
+
+
+def _one_or_all(types: list[Any]) -> Any:
+    return types[0] if len(types) == 1 else types
 
 
 def _symbol(name: str) -> Any:

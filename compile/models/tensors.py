@@ -8,8 +8,8 @@ Face layout, called canonical.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -69,12 +69,14 @@ class Weight:
     tensors  what it is made of, their rows one below the other; an expert matrix's blocks, scales
              and biases
     values   f32, of a constant, which is made of no tensors
+    static   the static arguments of the kernel that reads it, of a dense layer's or of experts'
     """
 
     name: str
     role: WeightRole
     tensors: tuple[Tensor, ...] = ()
     values: np.ndarray | None = None
+    static: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[str, ...]:

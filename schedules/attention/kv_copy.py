@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import tvm
 
-from mxforge.kv_layout import page_bytes
+from mxforge.kv_layout import page_bytes, row_elements
 
 from ..cpu.vectors import LANES
 from ..formats.kv import KV
@@ -45,10 +45,10 @@ def signature(*, kv_heads: int, head_dim: int, kv_dtype: str) -> Signature:
 
 
 def _elements(
-    arguments: tuple[Tensor, ...], *, kv_heads: int, **_format: int | str
+    arguments: tuple[Tensor, ...], *, kv_heads: int, head_dim: int, kv_dtype: str
 ) -> tvm.tirx.PrimFunc:
     """One item is one element."""
-    width = arguments[0].shape[3]
+    width = row_elements(head_dim, kv_dtype)
 
     @T.inline
     def body(c, kv, source, destination):
@@ -66,9 +66,9 @@ def _elements(
 
 
 def _cpu(
-    arguments: tuple[Tensor, ...], *, kv_heads: int, **_format: int | str
+    arguments: tuple[Tensor, ...], *, kv_heads: int, head_dim: int, kv_dtype: str
 ) -> tvm.tirx.PrimFunc:
-    vectors = arguments[0].shape[3] // LANES
+    vectors = row_elements(head_dim, kv_dtype) // LANES
 
     @T.inline
     def body(c, kv, source, destination):

@@ -10,9 +10,8 @@
 The cache's layout is in formats/kv.py. Page slots without a visible key may hold anything, NaN
 included: their scores are replaced, their values never read.
 
-The softmax is computed online, some keys at a time, in constant memory: on the CPU nine pages, on GPUs
-128 keys. A sliding layer begins at the first key in
-the window, on the CPU at its page.
+The softmax is computed online, some keys at a time, in constant memory: on the CPU nine pages, on
+GPUs 128 keys. A sliding layer begins at the first key in the window, on the CPU at its page.
 
 Roofline of decoding: 2·Hkv·keys rows of D elements of cache a token. Prefill is bound by the
 arithmetic, 4·Hq·D operations for each pair of a token and a key that it sees.

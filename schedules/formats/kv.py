@@ -77,12 +77,12 @@ class KVFormat:
         return Tensor(name, self.shape(Size("pages"), kv_heads, head_dim), self.name)
 
     def key_at(self, d: Any, slot: Any) -> Any:
-        """Where element d of the key of `slot` is, within its row; integers, arrays, expressions."""
+        """Where element d of the key of `slot` is in its row; integers, arrays, expressions."""
         p = self.word
         return d // p * (PAGE_TOKENS * p) + slot * p + d % p
 
     def value_at(self, head_dim: int, d: Any, slot: Any) -> Any:
-        """Where element d of the value of `slot` is, within its row."""
+        """Where element d of the value of `slot` is in its row."""
         p = self.word
         return slot // p * (head_dim * p) + d * p + slot % p
 

@@ -63,6 +63,6 @@ class FormatTable(Generic[F]):
         """What may be asked for on the command line."""
         return tuple(dict.fromkeys(f.option for f in self.formats() if f.option is not None))
 
-    def asked(self, option: str) -> tuple[F, ...]:
+    def asked(self, option: str | None) -> tuple[F, ...]:
         """The formats that an option stands for, the plainest first."""
         return tuple(f for f in self.formats() if f.option == option)

@@ -4,7 +4,8 @@
 
 h f32 [n·top_k, intermediate] in slot order (gate_up.py)  ids i32, weights f32 [n, top_k]
 offsets i32 [experts+1], order i32 [n·top_k]: moe_plan's
-blocks, scales: MXFP4 [experts, hidden, intermediate] (see formats/mxfp4.py)  bias f32 [experts, hidden]
+blocks, scales: MXFP4 [experts, hidden, intermediate] (see formats/mxfp4.py)
+bias f32 [experts, hidden]
 residual, y f32 [n, hidden]
 
 There is a kernel for each activation format; h is passed as the format says. The bias is added

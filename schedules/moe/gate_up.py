@@ -4,7 +4,8 @@
     h = gate · σ(alpha·gate) · (up + 1)                               (gpt-oss, alpha = 1.702)
 
 x f32 [n, hidden]  ids i32 [n, top_k]  offsets i32 [experts+1], order i32 [n·top_k]: moe_plan's
-blocks, scales: MXFP4 [experts, 2·intermediate, hidden] (see formats/mxfp4.py)  bias f32 [experts, 2·intermediate]
+blocks, scales: MXFP4 [experts, 2·intermediate, hidden] (see formats/mxfp4.py)
+bias f32 [experts, 2·intermediate]
 h f32 [n·top_k, intermediate], in slot order: row t·top_k + j is token t's j-th expert.
 
 There is a kernel for each activation format; x is passed as the format says.

@@ -103,8 +103,8 @@ def _items(lanes: int, arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx
 
     @T.inline
     def body(
-        m, e, g, logits, edit_row, edit_token, edit_seen, edit_count, edit_bias, penalties, mask_row,
-        bitmask, adjusted,
+        m, e, g, logits, edit_row, edit_token, edit_seen, edit_count, edit_bias, penalties,
+        mask_row, bitmask, adjusted,
     ):  # fmt: skip
 
         for r, w in T.grid(m, words):

@@ -1,6 +1,6 @@
-"""`sample_token` on CPUs: a row is one work item, so results do not depend on the number of threads.
+"""`sample_token` on CPUs: a row is one work item, a step of a search halves the range.
 
-A step of a search halves the range of thresholds.
+So results do not depend on the number of threads.
 """
 
 # ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)

@@ -13,7 +13,8 @@ from mxforge.kv_layout import PAGE_TOKENS, page_bytes
 from mxforge.manifest import WEIGHT_BYTES
 
 if TYPE_CHECKING:
-    from mxforge.compile.targets import CompileTarget, Precision
+    from mxforge.compile.formats import Precision
+    from mxforge.compile.targets import CompileTarget
 
 CONTEXT = 8192
 CHUNK = 512  # prompt tokens in one step, of both engines
@@ -120,7 +121,7 @@ class Traffic:
         from mxforge.compile.weights import packed_weights
 
         packed = packed_weights(weights(config), target.kernels, precision)
-        page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv_dtype)
+        page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv)
         return cls(
             *_dense_and_experts((w.name, w.shape, w.dtype) for w in packed),
             config.layer_types.count(FULL) * page / PAGE_TOKENS,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mxforge.schedules.kernel import Target
 
     from ...checkpoint import Checkpoint
+    from ...formats import Precision
     from ...onnx_builder import Graph
-    from ...targets import Precision
     from ...weights import PackedWeight
     from ..emit import Limits
     from .reference import ReferenceModel

@@ -7,25 +7,18 @@ of q, k and v as one. See `..emit` for the functions of the library around it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from tvm.relax import Expr
 
-from mxforge.schedules import (
-    attention,
-    embedding,
-    kv_append,
-    linear,
-    moe_down,
-    moe_gate_up,
-    moe_plan,
-    rope,
-    router_topk,
-)
+from mxforge.schedules.attention import PAGED_ATTENTION, ROPE_KV_INSERT
+from mxforge.schedules.embedding import EMBED
+from mxforge.schedules.formats import ACTIVATIONS, DENSE
 from mxforge.schedules.kernel import Target
+from mxforge.schedules.moe import DOWN, GATE_UP, MOE_PLAN, ROUTER_TOPK
+from mxforge.schedules.rope import ROPE_TABLE
 
 from ...config import Kind
-from ...targets import Precision
+from ...formats import Precision
 from ...weights import PackedWeight
 from ..emit import Emitter, Limits, Step, Weights
 from . import tensors
@@ -45,146 +38,106 @@ class GptOss(Emitter[GptOssConfig]):
     ) -> None:
         super().__init__(config, target, precision, limits, weights)
         c = config
+        self._static = tensors.kernel_arguments(config)
         self._attention_shape = dict(
-            heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim
-        )
-        self._expert_shape = dict(
-            experts=c.num_local_experts,
-            top_k=c.num_experts_per_tok,
-            hidden=c.hidden_size,
-            units=c.intermediate_size,
-            activations=precision.experts,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            kv_dtype=precision.kv,
         )
 
-    def rotary(self, positions: Expr, n: Any, w: Weights) -> Expr:
-        c = self.config
-        table = rope.rope_table(
-            self.target, head_dim=c.head_dim, attention_factor=c.rope_attention_factor
-        )
-        return self.call(table, [positions, w[tensors.INV_FREQ]], self.f32(n, c.head_dim))
-
-    def embed(self, tokens: Expr, n: Any, w: Weights) -> Expr:
-        hidden = self.config.hidden_size
+    def rotary(self, positions: Expr, w: Weights) -> Expr:
         return self.call(
-            embedding.embed(self.target, hidden=hidden),
-            [tokens, w[tensors.EMBEDDING]],  # bf16 [vocab, hidden]
-            self.f32(n, hidden),
+            ROPE_TABLE,
+            {"positions": positions, "inv_freq": w[tensors.INV_FREQ]},
+            head_dim=self.config.head_dim,
+            attention_factor=self.config.rope_attention_factor,
         )
+
+    def embed(self, tokens: Expr, w: Weights) -> Expr:
+        inputs = {"tokens": tokens, "table": w[tensors.EMBEDDING]}  # bf16 [vocab, hidden]
+        return self.call(EMBED, inputs, hidden=self.config.hidden_size)
 
     def layer(self, kind: Kind, x: Expr, step: Step, kv: Expr, w: Weights) -> tuple[Expr, ...]:
         """One layer on x f32 [n, hidden]; returns its stages, the layer's output last."""
         x = attended = self.attention_block(kind, x, step, kv, w)
-        ids, expert_weights, x = self.moe_block(x, step, w)
+        ids, expert_weights, x = self.moe_block(x, w)
         return attended, ids, expert_weights, x
 
     def attention_block(self, kind: Kind, x: Expr, step: Step, kv: Expr, w: Weights) -> Expr:
-        c, n = self.config, step.count
-        queries = c.num_attention_heads * c.head_dim
-        tables = step.tables[kind]
-        where = [step.positions, step.token_seq, tables.pages, tables.first]
-
-        h = self.norm(x, w["input_layernorm.weight"], n, c.rms_norm_eps)  # [hidden]
-        qkv = self.dense(
-            h,
-            n,
-            w,
-            "self_attn.qkv_proj",  # weight [(heads + 2 kv_heads)·head_dim, hidden], bias f32
-            (c.qkv_rows, c.hidden_size),
-        )
-        q, kv = self.call_inplace(
-            kv_append.rope_kv_append(
-                self.target, **self._attention_shape, kv_dtype=self.precision.kv_dtype
-            ),
-            [qkv, step.cos_sin, *where, kv],
-            updated=6,
-            out=self.f32(n, queries),
+        tables = {
+            "positions": step.positions,
+            "token_seq": step.token_seq,
+            "page_table": step.tables[kind].pages,
+            "first_page": step.tables[kind].first,
+        }
+        h = self.norm(x, w["input_layernorm.weight"], self.config.rms_norm_eps)  # [hidden]
+        # weight [(heads + 2 kv_heads)·head_dim, hidden], bias f32
+        qkv = self.layer_dense("self_attn.qkv_proj", h, w)
+        q, kv = self.call(
+            ROPE_KV_INSERT,
+            {"qkv": qkv, "cos_sin": step.cos_sin, **tables, "kv": kv},
+            **self._attention_shape,
         )
         a = self.call(
-            attention.paged_attention(
-                self.target,
-                **self._attention_shape,
-                window=c.sliding_window if kind == "sliding" else 0,
-                kv_dtype=self.precision.kv_dtype,
-            ),
-            [q, kv, *where, w["self_attn.sinks"]],  # f32 [heads]
-            self.f32(n, queries),
+            PAGED_ATTENTION,
+            {"q": q, "kv": kv, **tables, "sinks": w["self_attn.sinks"]},  # f32 [heads]
+            **self._attention_shape,
+            window=self.config.sliding_window if kind == "sliding" else 0,
         )
-        return self.dense(
-            a,
-            n,
-            w,
-            "self_attn.o_proj",  # weight [hidden, heads·head_dim], bias f32 [hidden]
-            (c.hidden_size, queries),
-            residual=x,
-        )
+        # weight [hidden, heads·head_dim], bias f32 [hidden]
+        return self.layer_dense("self_attn.o_proj", a, w, residual=x)
 
-    def moe_block(self, x: Expr, step: Step, w: Weights) -> tuple[Expr, Expr, Expr]:
-        c, n = self.config, step.count
-        top_k = c.num_experts_per_tok
-        h = self.norm(x, w["post_attention_layernorm.weight"], n, c.rms_norm_eps)  # [hidden]
-        logits = self.call(
-            linear.linear(self.target, rows=c.num_local_experts, k=c.hidden_size, with_bias=True),
-            [
-                h,
-                w["mlp.router.weight"],  # bf16 [experts, hidden]
-                w["mlp.router.bias"],  # f32 [experts]
-            ],
-            self.f32(n, c.num_local_experts),
-        )
-        ids, expert_weights = self.call(
-            router_topk.router_topk(self.target, experts=c.num_local_experts, top_k=top_k),
-            [logits],
-            self.i32(n, top_k),
-            self.f32(n, top_k),
-        )
-        offsets, order = self.call(
-            moe_plan.moe_plan(self.target, experts=c.num_local_experts, top_k=top_k),
-            [ids],
-            self.i32(c.num_local_experts + 1),
-            self.i32(n * top_k),
-        )
+    def moe_block(self, x: Expr, w: Weights) -> tuple[Expr, Expr, Expr]:
+        c, precision = self.config, self.precision
+        routing = dict(experts=c.num_local_experts, top_k=c.num_experts_per_tok)
+        gate_up, down = GATE_UP[precision.activations], DOWN[precision.activations]
+        format_ = ACTIVATIONS[precision.activations]
+
+        h = self.norm(x, w["post_attention_layernorm.weight"], c.rms_norm_eps)  # [hidden]
+        # weight bf16 [experts, hidden], bias f32 [experts]
+        logits = self.dense(h, w, "mlp.router", DENSE["bf16"], **self._static["mlp.router.weight"])
+        ids, expert_weights = self.call(ROUTER_TOPK, {"logits": logits}, **routing)
+        offsets, order = self.call(MOE_PLAN, {"ids": ids}, **routing)
+        plan = {"ids": ids, "offsets": offsets, "order": order}
         h = self.call(
-            moe_gate_up.gate_up(self.target, **self._expert_shape, limit=c.swiglu_limit),
-            [
-                *self.expert_input(h, n, c.hidden_size),
-                ids,
-                offsets,
-                order,
-                w["mlp.experts.gate_up_proj_blocks"],  # u8 [experts, 2·units, hidden/32, 16]
-                w["mlp.experts.gate_up_proj_scales"],  # u8 [experts, 2·units, hidden/32]
-                w["mlp.experts.gate_up_proj_bias"],  # f32 [experts, 2·units]
-            ],
-            self.f32(n * top_k, c.intermediate_size),
+            gate_up,
+            {
+                **self.activations("x", h, c.hidden_size, format_),
+                **plan,
+                **_mxfp4(w, "mlp.experts.gate_up_proj"),  # [experts, 2·intermediate, hidden]
+            },
+            **self._static["mlp.experts.gate_up_proj"],
         )
         x = self.call(
-            moe_down.down(self.target, **self._expert_shape),
-            [
-                *self.expert_input(h, n * top_k, c.intermediate_size),
-                ids,
-                expert_weights,
-                offsets,
-                order,
-                w["mlp.experts.down_proj_blocks"],  # u8 [experts, hidden, units/32, 16]
-                w["mlp.experts.down_proj_scales"],  # u8 [experts, hidden, units/32]
-                w["mlp.experts.down_proj_bias"],  # f32 [experts, hidden]
-                x,
-            ],
-            self.f32(n, c.hidden_size),
+            down,
+            {
+                **self.activations("h", h, c.intermediate_size, format_),
+                **plan,
+                "weights": expert_weights,
+                **_mxfp4(w, "mlp.experts.down_proj"),  # [experts, hidden, intermediate]
+                "residual": x,
+            },
+            **self._static["mlp.experts.down_proj"],
         )
         return ids, expert_weights, x
 
-    def head(self, x: Expr, n: Any, w: Weights) -> Expr:
-        c = self.config
-        return self.dense(
-            self.norm(x, w[tensors.FINAL_NORM], n, c.rms_norm_eps),  # [hidden]
-            n,
-            w,
-            "lm_head",  # weight [vocab, hidden]
-            (c.vocab_size, c.hidden_size),
-        )
+    def head(self, x: Expr, w: Weights) -> Expr:
+        h = self.norm(x, w[tensors.FINAL_NORM], self.config.rms_norm_eps)  # [hidden]
+        return self.layer_dense("lm_head", h, w)  # weight [vocab, hidden]
+
+    def layer_dense(self, name: str, x: Expr, w: Weights, residual: Expr | None = None) -> Expr:
+        """A dense layer in the precision's format."""
+        static = self._static[f"{name}.weight"]
+        return self.dense(x, w, name, self.precision.dense_of(static["k"]), residual, **static)
 
     def piece_weights(self, piece: str | int, names: Iterable[str]) -> list[str]:
         return tensors.piece_weights(piece, names)
+
+
+def _mxfp4(w: Weights, name: str) -> dict[str, Expr]:
+    """The arguments of experts' kernels that a matrix becomes."""
+    return {part: w[f"{name}_{part}"] for part in ("blocks", "scales", "bias")}
 
 
 __all__ = ["GptOss"]

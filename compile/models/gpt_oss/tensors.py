@@ -9,6 +9,7 @@ Shapes: H hidden, Hq / Hkv heads of D, E experts, I intermediate, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ...config import Layout
 from ..tensors import Tensor, TensorRole, Weight, WeightRole, layer_prefix
@@ -99,12 +100,36 @@ _LAYER_WEIGHTS: tuple[tuple[str, WeightRole, tuple[str, ...]], ...] = (
 )
 
 
+def kernel_arguments(config: GptOssConfig) -> dict[str, dict[str, Any]]:
+    """Static arguments of the kernels that read weights, by the weight's name within the layer."""
+    hidden, queries = config.hidden_size, config.q_size
+    experts = {
+        "experts": config.num_local_experts,
+        "top_k": config.num_experts_per_tok,
+        "hidden": hidden,
+        "intermediate": config.intermediate_size,
+    }
+
+    def dense(rows: int, k: int, bias: bool = False, residual: bool = False) -> dict[str, Any]:
+        return {"rows": rows, "k": k, "with_bias": bias, "with_residual": residual}
+
+    return {
+        "self_attn.qkv_proj.weight": dense(config.qkv_rows, hidden, bias=True),
+        "self_attn.o_proj.weight": dense(hidden, queries, bias=True, residual=True),
+        "mlp.router.weight": dense(config.num_local_experts, hidden, bias=True),
+        "mlp.experts.gate_up_proj": {**experts, "limit": config.swiglu_limit},
+        "mlp.experts.down_proj": experts,
+        LM_HEAD: dense(config.vocab_size, hidden),
+    }
+
+
 def weights(config: GptOssConfig) -> list[Weight]:
     """Every weight in the order of the library's arguments; see `compile.weights` for packing."""
-    known = tensors(config)
+    known, static = tensors(config), kernel_arguments(config)
 
-    def weight(name: str, role: WeightRole, *parts: str) -> Weight:
-        return Weight(name, role, tuple(known[part] for part in parts or (name,)))
+    def weight(name: str, role: WeightRole, *parts: str, within: str = "") -> Weight:
+        made_of = tuple(known[part] for part in parts or (name,))
+        return Weight(name, role, made_of, static=static.get(within or name, {}))
 
     listed = [
         Weight(INV_FREQ, "constant", values=config.rope_inv_freq()),
@@ -113,7 +138,7 @@ def weights(config: GptOssConfig) -> list[Weight]:
     for layer in range(config.num_hidden_layers):
         prefix = layer_prefix(layer)
         listed += [
-            weight(prefix + name, role, *(prefix + part for part in parts))
+            weight(prefix + name, role, *(prefix + part for part in parts), within=name)
             for name, role, parts in _LAYER_WEIGHTS
         ]
     return [*listed, weight(FINAL_NORM, "norm"), weight(LM_HEAD, "dense")]

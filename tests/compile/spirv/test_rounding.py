@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from spirv_programs import results
+from support.spirv_programs import results
 from tvm import tirx
 from tvm.script import tirx as T
 
