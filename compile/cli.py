@@ -1,4 +1,4 @@
-"""compile-model: a checkpoint in, an artifact out."""
+"""compile-model, and the same command as `mxforge compile`: a checkpoint in, an artifact out."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from mxforge.cli import run_command
+from mxforge.errors import needs_compiler
 
 from . import MAX_BATCH, MAX_PREFILL_CHUNK, compile_model
 
+PROG = "compile-model"
+
 _DESCRIPTION = """\
-Compile a gpt-oss checkpoint ahead of time: read its folder, generate machine code for TARGET,
-pack the weights, and write it all as one artifact folder that `mxforge generate` runs."""
+Compile a gpt-oss checkpoint ahead of time. This reads its folder, generates machine code for
+TARGET, packs the weights, and writes all of it into one folder, the artifact, which `mxforge
+generate` and `mxforge chat` run."""
 
 _TARGETS = """\
 targets:
-  cpu              this machine's CPU, with the best instructions it has (default)
-  cpu:LEVEL        x86-64: avx512bf16, avx512vnni, avx512, avx2, x86-64-v2, x86-64
-                   aarch64: neon-i8mm, neon-dotprod, neon; on any machine, for Linux
+  cpu              the CPU of this machine, with the best instructions it has
+  cpu:LEVEL        CPUs with at least these instructions, on Linux
+                   x86-64: avx512bf16, avx512vnni, avx512, avx2, x86-64-v2, x86-64
+                   aarch64: neon-i8mm, neon-dotprod, neon
   cpu:portable     every CPU of this architecture: a library for each level, chosen at load
-  cuda[:sm_XX]     NVIDIA GPUs; building needs nvcc
-  vulkan           GPUs with Vulkan 1.2, of any maker; vulkan:desktop, vulkan:mobile, vulkan:minimum
+  cuda[:sm_XX]     NVIDIA GPUs (default: sm_80); compiling needs nvcc
+  vulkan[:PROFILE] GPUs with Vulkan 1.2: desktop (default), mobile, minimum
   metal            Apple GPUs"""
 
 
@@ -32,7 +37,8 @@ class _FormatOptions:
         self.option = option
 
     def __iter__(self) -> Iterator[str]:
-        from .formats import TABLES
+        with needs_compiler("The list of number formats"):
+            from .formats import TABLES
 
         return iter(TABLES[self.option].options())
 
@@ -40,9 +46,9 @@ class _FormatOptions:
         return name in tuple(self)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="compile-model",
+        prog=prog,
         description=_DESCRIPTION,
         epilog=_TARGETS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,60 +56,70 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder with config.json and the .safetensors weights; or a bare config.json",
+        help="folder with config.json and the .safetensors weights; "
+        "with --random-weights a config.json alone is enough",
     )
-    parser.add_argument("--target", default="cpu", help="what to compile for; see below")
     parser.add_argument(
-        "--output", metavar="DIR", help="artifact folder (default: artifacts/<name>-<target>)"
+        "--target", default="cpu", help="what to compile for, see below (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder to write (default: artifacts/<name of the checkpoint>-<target>)",
     )
     parser.add_argument(
         "--numerics",
         choices=("exact", "fast"),
         default="fast",
-        help="fast: what the target does best (default); exact: float32 throughout",
+        help="exact: float32 throughout; fast: the number formats chosen for speed on the target "
+        "(default: %(default)s)",
     )
-    formats = parser.add_argument_group("number formats in place of what fast numerics take")
+    formats = parser.add_argument_group(
+        "number formats", "Each replaces the one that fast numerics use on the target."
+    )
     for option, what in (
         ("kv", "the cache of keys and values"),
-        ("activations", "what the experts' weights are multiplied with; int8 has a scale for 32"),
-        ("dense", "weights of attention and of the output layer"),
+        ("activations", "vectors that the experts' weights are multiplied with, CPUs only"),
+        ("dense", "weights of attention and of the output layer, CPUs only"),
     ):
         formats.add_argument(
             f"--{option}",
             choices=_FormatOptions(option),
             metavar="FORMAT",
-            help=f"{what}: %(choices)s (default: as the target does best)",
+            help=f"{what}: %(choices)s (default: that of --numerics)",
         )
     parser.add_argument(
         "--max-batch",
         type=int,
         default=16,
         metavar="N",
-        help=f"most sequences answered at once, up to {MAX_BATCH} (default: 16)",
+        help=f"most sequences answered at once, 1 to {MAX_BATCH} (default: %(default)s)",
     )
     parser.add_argument(
         "--prefill-chunk",
         type=int,
         default=512,
         metavar="N",
-        help=f"most prompt tokens in one step, up to {MAX_PREFILL_CHUNK} (default: 512)",
+        help=f"most prompt tokens computed in one step, 1 to {MAX_PREFILL_CHUNK} "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--random-weights",
         action="store_true",
-        help="leave the weights out; the runtime makes random ones, to measure speed",
+        help="leave the weights out; random ones are made at load, to measure speed",
     )
     parser.add_argument(
-        "--debug-dump", metavar="DIR", help="write the IR after every phase, and the code, here"
+        "--debug-dump",
+        metavar="DIR",
+        help="also write the program after every phase of the compiler, and the generated code",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     def run() -> None:
+        args = parser(prog).parse_args(argv)
         folder = compile_model(
             args.checkpoint,
             target=args.target,
@@ -117,12 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             random_weights=args.random_weights,
             debug_dump=args.debug_dump,
             force=args.force,
-            announce=lambda text: print(f"compile-model: {text}", file=sys.stderr, flush=True),
+            announce=lambda text: print(f"{prog}: {text}", file=sys.stderr, flush=True),
             progress=sys.stderr.isatty(),
         )
         print(folder)
 
-    return run_command("compile-model", run)
+    return run_command(prog, run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `mxforge`: run, measure, look at and check a compiled model."""
+"""The command `mxforge`: compile, run, measure, look at and check a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .sampling import SamplingParams
 
 _DESCRIPTION = """\
-Run gpt-oss models that compile-model has compiled. An ARTIFACT is the folder it wrote."""
+Compile gpt-oss models for one kind of machine, and run them there. `mxforge compile` turns a
+CHECKPOINT, the folder of a published model, into an ARTIFACT, the folder of a compiled one."""
 
 
 def run_command(name: str, run: Callable[[], None]) -> int:
@@ -79,85 +80,193 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"mxforge {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    generate = commands.add_parser("generate", help="answer one prompt")
-    generate.add_argument("artifact", metavar="ARTIFACT")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer")
-    generate.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
+    # Here for the list of commands: `main` hands its arguments to the compiler's own parser.
+    commands.add_parser("compile", help="compile a checkpoint into an artifact", add_help=False)
+
+    generate = _command(commands, "generate", _generate, "answer one prompt")
+    _artifact(generate)
     generate.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token"
+        "--prompt", required=True, metavar="TEXT", help="what to answer; a user's message"
     )
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K")
-    generate.add_argument("--seed", type=int, metavar="S", help="the same seed, the same answer")
+    generate.add_argument(
+        "--raw", action="store_true", help="continue TEXT as it is, instead of answering it"
+    )
+    _sampling_options(generate)
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="choose among the likeliest tokens that together have this probability, "
+        "0 to 1 (default: %(default)s, all tokens)",
+    )
+    generate.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="choose among the K likeliest tokens (default: %(default)s, all tokens)",
+    )
     _reasoning_option(generate)
-    generate.add_argument(
-        "--raw", action="store_true", help="continue TEXT as it stands, instead of answering it"
-    )
     _engine_options(generate)
     _json_option(generate)
-    generate.set_defaults(run=_generate)
 
-    chat = commands.add_parser("chat", help="talk with the model in this terminal")
-    chat.add_argument("artifact", metavar="ARTIFACT")
+    chat = _command(commands, "chat", _chat, "talk with the model in this terminal")
+    _artifact(chat)
+    _sampling_options(chat)
     _reasoning_option(chat)
-    chat.add_argument("--hide-thinking", action="store_true", help="show answers only")
-    chat.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer")
-    chat.add_argument("--temperature", type=float, default=1.0, metavar="T")
-    chat.add_argument("--seed", type=int, metavar="S", help="the same seed, the same answers")
-    chat.add_argument("--date", metavar="YYYY-MM-DD", help="the day that the model is told")
+    chat.add_argument("--hide-thinking", action="store_true", help="show only the answers")
+    chat.add_argument(
+        "--date", metavar="YYYY-MM-DD", help="current date to tell the model (default: none)"
+    )
     _engine_options(chat)
-    chat.set_defaults(run=_chat)
 
-    bench = commands.add_parser("bench", help="measure speed, memory and start-up")
-    bench.add_argument("artifact", metavar="ARTIFACT")
-    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
-    bench.add_argument("--new-tokens", type=int, default=32, metavar="N")
-    bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once")
+    bench = _command(commands, "bench", _bench, "measure speed, memory and start-up")
+    _artifact(bench)
     bench.add_argument(
-        "--depth", type=int, default=0, metavar="N",
-        help="tokens in the context before each prompt, made up rather than computed",
-    )  # fmt: skip
+        "--prompt-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="length of each prompt, random tokens (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="tokens to generate after each prompt (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sequences at once (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--depth",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens already in the context before each prompt; their keys and values are random "
+        "(default: %(default)s)",
+    )
     _engine_options(bench)
     _json_option(bench)
-    bench.set_defaults(run=_bench)
 
-    inspect = commands.add_parser("inspect", help="show what an artifact or checkpoint is")
-    inspect.add_argument("path", metavar="PATH")
+    inspect = _command(commands, "inspect", _inspect, "describe an artifact or a checkpoint")
+    inspect.add_argument("path", metavar="PATH", help="folder of an artifact or of a checkpoint")
     _json_option(inspect)
-    inspect.set_defaults(run=_inspect)
 
-    verify = commands.add_parser("verify", help="hash every file of an artifact")
-    verify.add_argument("artifact", metavar="ARTIFACT")
-    verify.set_defaults(run=_verify)
+    verify = _command(
+        commands, "verify", _verify, "compare every file of an artifact with its hash"
+    )
+    _artifact(verify)
 
-    devices = commands.add_parser("devices", help="list what this machine can run models on")
+    devices = _command(commands, "devices", _devices, "list what this machine can run models on")
     _json_option(devices)
-    devices.set_defaults(run=_devices)
 
-    diff = commands.add_parser(
-        "diff", help="compare an artifact with its checkpoint, layer by layer"
+    diff = _command(
+        commands, "diff", _diff, "compare an artifact with its checkpoint, layer by layer"
     )
-    diff.add_argument("artifact", metavar="ARTIFACT")
-    diff.add_argument("checkpoint", metavar="CHECKPOINT")
-    diff.add_argument("--tokens", type=int, default=64, metavar="N", help="length of the input")
-    diff.add_argument("--seed", type=int, default=0, metavar="S", help="of the input's token ids")
+    _artifact(diff)
+    diff.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="folder that the artifact was compiled from"
+    )
+    diff.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="length of the input (default: %(default)s)",
+    )
+    diff.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of the random token ids of the input (default: %(default)s)",
+    )
     _json_option(diff)
-    diff.set_defaults(run=_diff)
 
-    export = commands.add_parser(
-        "export-onnx", help="write a checkpoint as an ONNX graph, for other runtimes"
+    export = _command(
+        commands,
+        "export-onnx",
+        _export_onnx,
+        "write a checkpoint as an ONNX graph, for other runtimes",
     )
-    export.add_argument("checkpoint", metavar="CHECKPOINT")
-    export.add_argument("out", metavar="OUT", help="the graph; the weights go to OUT.data")
-    export.add_argument("--opset", type=int, default=18, metavar="N", help="18 to 24 (default: 18)")
-    export.add_argument("--force", action="store_true", help="replace what is there")
-    export.set_defaults(run=_export_onnx)
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of the published model")
+    export.add_argument("out", metavar="OUT", help="file of the graph; the weights go to OUT.data")
+    export.add_argument(
+        "--opset",
+        type=int,
+        default=18,
+        metavar="N",
+        help="version of ONNX's operators, 18 to 24 (default: %(default)s)",
+    )
+    export.add_argument("--force", action="store_true", help="replace files that exist")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compile"]:
+        return _compile(argv[1:])
     args = parser().parse_args(argv)
     return run_command(f"mxforge {args.command}", lambda: args.run(args))
+
+
+def _compile(argv: Sequence[str]) -> int:
+    """`mxforge compile`: the compiler's own command line, imported only here."""
+    code = 0
+
+    def run() -> None:
+        nonlocal code
+        with needs_compiler("mxforge compile"):
+            from .compile.cli import main as compile_main
+        code = compile_main(argv, "mxforge compile")
+
+    return run_command("mxforge compile", run) or code
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], about: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=f"{about[0].upper()}{about[1:]}."
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _artifact(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "artifact", metavar="ARTIFACT", help="folder that `mxforge compile` has written"
+    )
+
+
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of an answer (default: as many as fit into the context)",
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="randomness of the choice of tokens; 0 always takes the likeliest "
+        "(default: %(default)s)",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="seed of that choice; the same seed gives the same answer (default: a random one)",
+    )
 
 
 def _engine_options(command: argparse.ArgumentParser) -> None:
@@ -166,9 +275,11 @@ def _engine_options(command: argparse.ArgumentParser) -> None:
         type=int,
         default=8192,
         metavar="N",
-        help="most tokens of prompt and answer together (default: 8192)",
+        help="most tokens of prompt and answer together (default: %(default)s)",
     )
-    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    command.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one for each core)"
+    )
 
 
 def _reasoning_option(command: argparse.ArgumentParser) -> None:
@@ -176,7 +287,7 @@ def _reasoning_option(command: argparse.ArgumentParser) -> None:
         "--reasoning",
         choices=("low", "medium", "high"),
         default="medium",
-        help="how long the model thinks before it answers (default: medium)",
+        help="how long the model thinks before it answers (default: %(default)s)",
     )
 
 

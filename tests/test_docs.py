@@ -9,7 +9,6 @@ checkpoint twice, as `gpt-oss-20b` and as `artifacts/tiny`, and what scripts/dem
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import os
@@ -18,16 +17,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from checkpoints.random_checkpoint import write_checkpoint
+from support.parsers import commands, options
 
 import mxforge
-from mxforge import cli, errors
-from mxforge.compile import cli as compile_cli
+from mxforge import errors
 from mxforge.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,21 +112,6 @@ def test_named_files_exist(page):
     folders = "runtime|compile|schedules|scripts|tests|docs"
     for path in re.findall(rf"`(?:\./)?((?:{folders})/[\w/.-]+)`", page.read_text()):
         assert (ROOT / path).exists(), path
-
-
-@cache
-def commands() -> dict[str, argparse.ArgumentParser]:
-    """`compile-model` and every `mxforge COMMAND`, by how they are called."""
-    top = cli.parser()
-    (sub,) = [a for a in top._actions if isinstance(a, argparse._SubParsersAction)]
-    parsers = {f"mxforge {name}": parser for name, parser in sub.choices.items()}
-    return {"compile-model": compile_cli.parser(), **parsers}
-
-
-def options(parser: argparse.ArgumentParser) -> set[str]:
-    return {
-        name for action in parser._actions for name in action.option_strings if name != "--help"
-    } - {"-h"}
 
 
 def command_lines(page: Path) -> Iterator[str]:

@@ -63,6 +63,7 @@ def test_runtime_never_imports_the_compiler(tmp_path):
         ("tvm", "import mxforge; mxforge.compile_model('.')"),
         ("ml_dtypes", "import mxforge; mxforge.compile_model('.')"),
         ("tvm", "from mxforge.compile.cli import main; sys.exit(main(['.']))"),
+        ("tvm", "from mxforge.cli import main; sys.exit(main(['compile', '.']))"),
         ("ml_dtypes", "from mxforge.cli import main; sys.exit(main(['diff', '.', '.']))"),
         ("onnx", "from mxforge.cli import main; sys.exit(main(['export-onnx', '.', 'out']))"),
         ("ml_dtypes", "from mxforge.cli import main; sys.exit(main(['export-onnx', '.', 'out']))"),

@@ -37,7 +37,12 @@ def add_work_option(parser: argparse.ArgumentParser, kept: str = " and kept") ->
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that say where models are."""
     add_work_option(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="use this one of that shape")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint of that shape to use (default: a random one)",
+    )
 
 
 @dataclass(frozen=True)

@@ -281,15 +281,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument("--shape", default="tiny", choices=SHAPES, metavar="NAME")
+    parser.add_argument(
+        "--shape", default="tiny", choices=SHAPES, metavar="NAME",
+        help="sizes of the model, one of those below (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--layout",
         default="huggingface",
         choices=get_args(Layout),
         help="names of files, tensors and config keys (default: huggingface)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, help="short for --set num_hidden_layers=N")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of the weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="short for --set num_hidden_layers=N"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -297,7 +308,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="KEY=JSON",
         help="replace a key of Hugging Face's config.json, as in --set vocab_size=1000",
     )
-    parser.add_argument("--shard-bytes", type=int, help="begin a new file past this size")
+    parser.add_argument(
+        "--shard-bytes",
+        type=int,
+        metavar="N",
+        help="begin a new file past this size (default: one file)",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     options = parser.parse_args(arguments)
     try:
