@@ -380,6 +380,8 @@ def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                 keys = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
                 columns = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
                 parts = T.sblock_alloc_buffer((THREADS, WAYS - 1), "float32", scope="shared")
+                totals = T.sblock_alloc_buffer((WAYS - 1,), "float32", scope="shared")
+                before = T.sblock_alloc_buffer((THREADS,), "float32", scope="shared")
                 for tx in T.thread_binding(THREADS, thread="threadIdx.x"):
                     with T.sblock("thread"):
                         T.reads(logits[row, 0:vocab], parts[0:THREADS, 0:7])
@@ -453,12 +455,17 @@ def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                             every(add, tx)
                             for j in T.unroll(WAYS - 1):
                                 parts[tx, j] = sums[j]
-                                sums[j] = T.float32(0)
                             barrier()
-                            for t in T.serial(THREADS):
-                                for j in T.unroll(WAYS - 1):
-                                    sums[j] = sums[j] + parts[t, j]
+                            # Thread j adds up the sums of bound j. All threads adding up all of
+                            # them take seven times the reads and seven times the code.
+                            if tx < WAYS - 1:
+                                total[0] = T.float32(0)
+                                for t in T.serial(THREADS):
+                                    total[0] = total[0] + parts[t, tx]
+                                totals[tx] = total[0]
                             barrier()
+                            for j in T.unroll(WAYS - 1):
+                                sums[j] = totals[j]
 
                         @T.inline
                         def search(add):  # the largest bound in [low, high] with sums enough
@@ -534,8 +541,11 @@ def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                             parts[tx, 0] = total[0]
                             barrier()
                             total[0] = T.float32(0)
+                            running[0] = T.float32(0)
                             for t in T.serial(THREADS):
+                                running[0] = T.Select(t == tx, total[0], running[0])
                                 total[0] = total[0] + parts[t, 0]
+                            before[tx] = running[0]
                             cipher_key[0] = T.Cast("uint32", seed[row, 0])
                             cipher_key[1] = T.Cast("uint32", seed[row, 1])
                             word[0] = T.Cast("uint32", step[row])
@@ -546,15 +556,16 @@ def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                                 * T.float32(2.0**-24)
                                 * total[0]
                             )
-                            running[0] = T.float32(0)
-                            total[0] = T.float32(0)
+                            # Each thread judges its own segment: where all judge all of them,
+                            # an unrolled loop keeps 128 sums in registers, and spills.
+                            keys[tx] = T.Select(
+                                T.And(parts[tx, 0] > T.float32(0), running[0] <= bound[0]), tx, 0
+                            )
+                            barrier()
                             chosen[0] = 0
                             for t in T.serial(THREADS):
-                                sums[0] = parts[t, 0]
-                                if sums[0] > T.float32(0) and total[0] <= bound[0]:
-                                    chosen[0] = t
-                                    running[0] = total[0]
-                                total[0] = total[0] + sums[0]
+                                chosen[0] = T.max(chosen[0], keys[t])
+                            running[0] = before[chosen[0]]
                             for i in T.serial(segment):
                                 if chosen[0] * segment + i < vocab:
                                     if (
