@@ -84,8 +84,24 @@ def largest_finder(vocab: int, lanes: int) -> Any:
 
 @T.inline
 def barrier():
-    """All threads of the block have come here, and see what the others wrote."""
+    """All threads of the block have come here, and see what the others wrote to shared memory."""
     T.evaluate(T.tvm_storage_sync("shared"))
+
+
+@T.inline
+def _metal_barrier():
+    # mem_flags::mem_device | mem_flags::mem_threadgroup
+    T.evaluate(
+        T.call_extern("int32", "threadgroup_barrier", T.call_extern("int32", "mem_flags", 3))
+    )
+
+
+def device_barrier(target: Target) -> Any:
+    """The T.inline barrier() that is also one for what the others wrote to device memory.
+
+    On CUDA and Vulkan every barrier is; Metal orders the memories that the barrier names.
+    """
+    return _metal_barrier if target.kind == "metal" else barrier
 
 
 def thread_columns(vocab: int) -> Any:

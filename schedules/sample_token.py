@@ -50,6 +50,7 @@ from .rows import (
     Columns,
     barrier,
     block_largest_finder,
+    device_barrier,
     largest_finder,
     random_logits,
     row_lanes,
@@ -345,11 +346,12 @@ STEPS = 11  # 8**11 > 2**32: as many leave one key
 
 
 @cache
-def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
+def sample_token_blocks(target: Target, *, vocab: int) -> tvm.tirx.PrimFunc:
     """For GPUs: one block of threads is one row.
 
     What is written as if by all threads is the same for all of them.
     """
+    weights_barrier = device_barrier(target)
     every = thread_columns(vocab)
     find_largest = block_largest_finder(vocab)
     segment = -(-vocab // THREADS)  # columns in a row, for the draw
@@ -428,8 +430,8 @@ def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                                 )  # fmt: skip
 
                         @T.inline
-                        def clear(c):
-                            weights[row, c] = T.float32(0)
+                        def choose(c):
+                            weights[row, c] = T.Select(c == drawn[0], T.float32(1), T.float32(0))
 
                         @T.inline
                         def weigh(c):  # what has a key of at least `low`
@@ -500,12 +502,9 @@ def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                             smallest[0] = T.min(smallest[0], keys[t])
                         drawn[0] = -1
                         if not usable(key[0], smallest[0]) or temperature[row] == T.float32(0):
-                            every(clear, tx)
-                            barrier()
                             if usable(key[0], smallest[0]):
                                 drawn[0] = column[0]
-                                if tx == 0:
-                                    weights[row, column[0]] = T.float32(1)
+                            every(choose, tx)
                         else:
                             # top_k: the largest key that at least k logits reach. Counts below
                             # 2^24 are exact in float32.
@@ -530,7 +529,7 @@ def sample_token_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                                     low[0], T.min(T.reinterpret("int32", min_p[row]), ONE_BITS)
                                 )
                             every(cut, tx)
-                            barrier()
+                            weights_barrier()
                             # The draw: the last segment of columns, and in it the last token, that
                             # has weight and before which the running sum does not exceed u·total.
                             # Rounding cannot make it miss: there is always one.
@@ -585,7 +584,7 @@ def sample_token(target: Target, *, vocab: int) -> tvm.tirx.PrimFunc:
     """(logits, temperature, top_k, top_p, min_p, seed, step, ids, weights) -> None, scheduled for
     `target`."""
     if target.is_gpu:
-        return scheduled(sample_token_blocks(vocab=vocab), NAME, "one block a row", BLOCK)
+        return scheduled(sample_token_blocks(target, vocab=vocab), NAME, "one block a row", BLOCK)
     return parallel_items(sample_token_items(vocab=vocab, lanes=row_lanes(target)), NAME)
 
 

@@ -238,7 +238,6 @@ def token_logprobs_blocks(*, vocab: int) -> tvm.tirx.PrimFunc:
                         barrier()
                         for t in T.serial(THREADS):
                             smallest[0] = T.min(smallest[0], keys[t])
-                        barrier()
                         if tx == 0:
                             chosen[row] = T.float32("-inf")
                             for j in T.serial(TOP):
