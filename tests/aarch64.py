@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from support.kernels import call_of, made_inputs
 
 from mxforge.compile.library import export
 from mxforge.compile.targets import resolve
@@ -163,15 +164,9 @@ class KernelCalls:
         self._calls: list[dict[str, Any]] = []
         self._functions: dict[str, tuple[str, Kernel, Mapping[str, Any]]] = {}
 
-    def add(
-        self,
-        kernel: Kernel,
-        case: Case,
-        inputs: Mapping[str, np.ndarray],
-        fresh: Sequence[np.ndarray],
-    ) -> None:
-        packed = kernel.pack(Target("cpu"), dict(inputs), **case.static)  # alike on all levels
-        arrays = {f"{len(self._calls)}-{i}": array for i, array in enumerate([*packed, *fresh])}
+    def add(self, kernel: Kernel, case: Case) -> None:
+        call = call_of(kernel, Target("cpu"), made_inputs(case), case.static)  # on every level
+        arrays = {f"{len(self._calls)}-{i}": array for i, array in enumerate(call.arrays)}
         self._arrays.update(arrays)
         keys = list(arrays)
         function = (f"f{len(self._functions)}", kernel, case.static)
@@ -181,10 +176,7 @@ class KernelCalls:
                 "what": f"{kernel.name}: {case.name}",
                 "function": name,
                 "arguments": [(key, a.shape, a.dtype.name) for key, a in arrays.items()],
-                "results": [
-                    *keys[len(packed) :],
-                    *(keys[list(inputs).index(name)] for name in kernel.inplace),
-                ],
+                "results": call.results(keys),
             }
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import shutil
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tvm
 from aarch64 import CPUS, KernelCalls, Machine
+from support.kernels import compare, made_inputs
 
 import mxforge.schedules
 from mxforge.compile.targets import CPU_LEVELS, resolve
@@ -30,38 +30,8 @@ CASES = [
     for case in kernel.cases
 ]
 EVERY = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
-GPUS = [kind for kind in TARGET_KINDS if Target(kind).is_gpu]
 AARCH64_LEVELS = [level.name for level in CPU_LEVELS if level.machine == "aarch64"]
 CUDA = {"kind": "cuda", "arch": "sm_90a"}
-
-
-def made_inputs(case: Case) -> dict[str, np.ndarray]:
-    """The same inputs whichever test asks, and in whatever order."""
-    return case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
-
-
-def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """‖ours - reference‖ / ‖reference‖ over what is finite in the reference; NaN and infinity
-    must stand in the same places."""
-    ours, reference = ours.astype(np.float64), reference.astype(np.float64)
-    finite = np.isfinite(reference)
-    np.testing.assert_array_equal(ours[~finite], reference[~finite])
-    error = np.linalg.norm(ours[finite] - reference[finite])
-    norm = np.linalg.norm(reference[finite])
-    return float(error / norm) if norm else float(error)
-
-
-def compare(kernel: Kernel, case: Case, inputs, results: list[np.ndarray]) -> None:
-    expected = kernel.reference(
-        **{name: value.copy() for name, value in inputs.items()}, **case.static
-    )
-    assert len(results) == len(expected)
-    for index, (ours, reference) in enumerate(zip(results, expected, strict=True)):
-        assert ours.shape == reference.shape, f"output {index}"
-        if np.issubdtype(reference.dtype, np.integer):  # not of rounded numbers kept as integers
-            np.testing.assert_array_equal(ours, reference, err_msg=f"output {index}")
-        else:
-            assert relative_error(ours, reference) <= case.tolerance, f"output {index}"
 
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
@@ -108,14 +78,13 @@ def test_schedules_of_every_cpu_level_agree_with_reference(harness, level, kerne
 
 @pytest.fixture(scope="session")
 def aarch64_results(
-    aarch64: Machine, harness, tmp_path_factory: pytest.TempPathFactory
+    aarch64: Machine, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, list[np.ndarray]]]:
     """aarch64_results(level) -> the results of every case, by kernel and case."""
     calls = KernelCalls(tmp_path_factory.mktemp("aarch64"))
     for kernel in KERNELS.values():
         for case in kernel.cases:
-            inputs = made_inputs(case)
-            calls.add(kernel, case, inputs, harness.fresh(kernel, inputs, case.static))
+            calls.add(kernel, case)
     calls.write()
     with ThreadPoolExecutor(1) as pool:  # one level runs while the next is compiled
         running = {
@@ -133,14 +102,6 @@ def test_schedules_of_every_aarch64_level_agree_with_reference(
 ):
     results = aarch64_results(level)[f"{kernel.name}: {case.name}"]
     compare(kernel, case, made_inputs(case), results)
-
-
-@pytest.mark.parametrize(("kernel", "case"), CASES)
-def test_items_of_simple_gpu_schedule_agree_with_reference(harness, kernel, case):
-    if not set(GPUS) & set(kernel.targets):
-        pytest.skip("has no GPU schedule")
-    inputs = made_inputs(case)
-    compare(kernel, case, inputs, harness.run_items(kernel, inputs, case.static))
 
 
 @pytest.mark.parametrize("kernel", EVERY)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-import zlib
 
-import numpy as np
 import pytest
 from spirv_programs import checked, generate, kernels, lowered, run
+from support.kernels import call_of, compare, made_inputs
 
 from mxforge.compile.targets import VULKAN_PROFILES
 from mxforge.schedules import KERNELS
@@ -33,21 +32,10 @@ def test_code_is_valid(kernel, case):
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
 def test_agrees_with_reference(kernel, case):
-    inputs = case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
-    packed = kernel.pack(VULKAN, {name: a.copy() for name, a in inputs.items()}, **case.static)
-    fresh = [np.zeros(shape, dtype) for shape, dtype in kernel.outputs(inputs, **case.static)]
-    arrays = run(kernel.build(VULKAN, **case.static), *packed, *fresh)
-    names = list(inputs)
-    ours = arrays[len(packed) :] + [arrays[names.index(name)] for name in kernel.inplace]
-    expected = kernel.reference(**{name: a.copy() for name, a in inputs.items()}, **case.static)
-    for found, reference in zip(ours, expected, strict=True):
-        if np.issubdtype(reference.dtype, np.integer):
-            np.testing.assert_array_equal(found, reference)
-            continue
-        finite = np.isfinite(reference)
-        np.testing.assert_array_equal(found[~finite], reference[~finite].astype(found.dtype))
-        error = np.linalg.norm(found[finite].astype(np.float64) - reference[finite])
-        assert error <= case.tolerance * max(np.linalg.norm(reference[finite]), 1e-30)
+    inputs = made_inputs(case)
+    call = call_of(kernel, VULKAN, inputs, case.static)
+    arrays = run(kernel.build(VULKAN, **case.static), *call.arrays)
+    compare(kernel, case, inputs, call.results(arrays))
 
 
 @pytest.mark.parametrize("head_dim", [2, 64, 250, 1024])
