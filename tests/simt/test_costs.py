@@ -1,4 +1,4 @@
-"""Sectors of global memory and passes over the banks of shared memory, by patterns known by heart."""
+"""Sectors of global memory and passes over shared memory's banks, of patterns known by heart."""
 
 from __future__ import annotations
 

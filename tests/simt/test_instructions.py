@@ -23,6 +23,7 @@ def product_16x8(dtype, k, keep_last=True):
     Without `keep_last` as one would write it first: TVM makes shared memory as large as the
     indices that it sees, and the address of an element is one element to it.
     """
+    mma = f"mma.sync.aligned.m16n8k{k}.row.col.f32.{SHORT[dtype]}.{SHORT[dtype]}.f32"
 
     @T.prim_func(s_tir=True, private=True)
     def main(
@@ -67,7 +68,7 @@ def product_16x8(dtype, k, keep_last=True):
                         T.ptx["ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16"](
                             rb[0], rb[1], T.address_of(right[t % 16 * 8])
                         )
-                        T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{SHORT[dtype]}.{SHORT[dtype]}.f32"](
+                        T.ptx[mma](
                             acc[0], acc[1], acc[2], acc[3], ra[0], ra[1], ra[2], ra[3],
                             rb[0], rb[1], acc[0], acc[1], acc[2], acc[3],
                         )  # fmt: skip
@@ -78,7 +79,7 @@ def product_16x8(dtype, k, keep_last=True):
                         T.ptx["ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16"](
                             rb[0], T.address_of(right[t % 8 * 8])
                         )
-                        T.ptx[f"mma.sync.aligned.m16n8k8.row.col.f32.{SHORT[dtype]}.{SHORT[dtype]}.f32"](
+                        T.ptx[mma](
                             acc[0], acc[1], acc[2], acc[3], ra[0], ra[1], rb[0],
                             acc[0], acc[1], acc[2], acc[3],
                         )  # fmt: skip
