@@ -184,8 +184,9 @@ BODIES = (
     ),
     Body(
         "copied over what others read",
-        f"{SHARED}  a_ptr[tx ^ 1] = 0;\n" + COPY.removeprefix(SHARED),
-        r"race: .* writes a\[|writes a\[\d+\] before the cp.async",
+        f"{SHARED}  a_ptr[tx] = 0;\n  __syncthreads();\n  y[tx] = a_ptr[63 - tx];\n"
+        + COPY.removeprefix(SHARED),
+        r"race: .* writes a\[|reads a\[\d+\] before the cp.async",
     ),
     # ---- Metal: a barrier orders the memories that it names
     Body("Metal, shared", METAL.format("threadgroup", "a[tx]", "a[63 - tx]"), kind="metal"),

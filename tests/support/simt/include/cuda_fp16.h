@@ -2,7 +2,7 @@
 #pragma once
 #include "cuda.h"
 
-using half = _Float16;
+using half = simt::Half;
 using __half = half;
 struct half2 : simt::Vector<half, 2> {
   using simt::Vector<half, 2>::Vector;

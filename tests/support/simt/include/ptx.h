@@ -94,8 +94,8 @@ LDMATRIX(trans_shared_b16, true)
 // register j column g from the same k, and C's and D's i has row g + i / 2 · 8, column 2t + i % 2.
 // Products are summed in double and rounded once; tensor cores round more, and differently.
 template <int P, int K, class Number, class Sum, class Element>
-SIMT_INLINE void mma(Number* (&d)[4], const uint32_t (&a)[K / (2 * P)], const uint32_t (&b)[K / (4 * P)],
-                     const Number (&c)[4], Element element) {
+SIMT_INLINE void mma(Number* (&d)[4], const uint32_t (&a)[K / (2 * P)],
+                     const uint32_t (&b)[K / (4 * P)], const Number (&c)[4], Element element) {
   constexpr int NA = K / (2 * P), NB = K / (4 * P);
   struct Fragment {
     uint32_t a[NA], b[NB];
@@ -120,31 +120,33 @@ SIMT_INLINE void mma(Number* (&d)[4], const uint32_t (&a)[K / (2 * P)], const ui
 }
 SIMT_INLINE float bf16_element(uint32_t word, int i) { return simt::from_bf16(word >> 16 * i); }
 SIMT_INLINE float f16_element(uint32_t word, int i) {
-  return simt::bits<_Float16>(uint16_t(word >> 16 * i));
+  return simt::bits<simt::Half>(uint16_t(word >> 16 * i));
 }
 SIMT_INLINE int s8_element(uint32_t word, int i) { return int8_t(word >> 8 * i); }
 
-#define MMA_K_LONG(name, P, K, Number, Sum, element)                                            \
-  SIMT_INLINE void mma_sync_aligned_##name(                                                     \
-      Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t a2,    \
-      uint32_t a3, uint32_t b0, uint32_t b1, Number c0, Number c1, Number c2, Number c3) {      \
-    Number* d[] = {&d0, &d1, &d2, &d3};                                                         \
-    mma<P, K, Number, Sum>(d, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}, element);           \
+#define MMA_LONG(name, P, K, Sum, element)                                                       \
+  template <class Number>                                                                        \
+  SIMT_INLINE void mma_sync_aligned_##name(                                                      \
+      Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t a2,     \
+      uint32_t a3, uint32_t b0, uint32_t b1, Number c0, Number c1, Number c2, Number c3) {       \
+    Number* d[] = {&d0, &d1, &d2, &d3};                                                          \
+    mma<P, K, Number, Sum>(d, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}, element);            \
   }
-#define MMA_K_SHORT(name, P, K, Number, Sum, element)                                           \
-  SIMT_INLINE void mma_sync_aligned_##name(                                                     \
-      Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t b0,    \
-      Number c0, Number c1, Number c2, Number c3) {                                             \
-    Number* d[] = {&d0, &d1, &d2, &d3};                                                         \
-    mma<P, K, Number, Sum>(d, {a0, a1}, {b0}, {c0, c1, c2, c3}, element);                       \
+#define MMA_SHORT(name, P, K, Sum, element)                                                      \
+  template <class Number>                                                                        \
+  SIMT_INLINE void mma_sync_aligned_##name(                                                      \
+      Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t b0,     \
+      Number c0, Number c1, Number c2, Number c3) {                                              \
+    Number* d[] = {&d0, &d1, &d2, &d3};                                                          \
+    mma<P, K, Number, Sum>(d, {a0, a1}, {b0}, {c0, c1, c2, c3}, element);                        \
   }
-MMA_K_LONG(m16n8k16_row_col_f32_bf16_bf16_f32, 2, 16, float, double, bf16_element)
-MMA_K_LONG(m16n8k16_row_col_f32_f16_f16_f32, 2, 16, float, double, f16_element)
-MMA_K_LONG(m16n8k32_row_col_s32_s8_s8_s32, 4, 32, int, int64_t, s8_element)
-MMA_K_SHORT(m16n8k8_row_col_f32_bf16_bf16_f32, 2, 8, float, double, bf16_element)
-MMA_K_SHORT(m16n8k8_row_col_f32_f16_f16_f32, 2, 8, float, double, f16_element)
-MMA_K_SHORT(m16n8k16_row_col_s32_s8_s8_s32, 4, 16, int, int64_t, s8_element)
-#undef MMA_K_LONG
-#undef MMA_K_SHORT
+MMA_LONG(m16n8k16_row_col_f32_bf16_bf16_f32, 2, 16, double, bf16_element)
+MMA_LONG(m16n8k16_row_col_f32_f16_f16_f32, 2, 16, double, f16_element)
+MMA_LONG(m16n8k32_row_col_s32_s8_s8_s32, 4, 32, int64_t, s8_element)
+MMA_SHORT(m16n8k8_row_col_f32_bf16_bf16_f32, 2, 8, double, bf16_element)
+MMA_SHORT(m16n8k8_row_col_f32_f16_f16_f32, 2, 8, double, f16_element)
+MMA_SHORT(m16n8k16_row_col_s32_s8_s8_s32, 4, 16, int64_t, s8_element)
+#undef MMA_LONG
+#undef MMA_SHORT
 
 }  // namespace simt_ptx

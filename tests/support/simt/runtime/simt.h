@@ -72,6 +72,12 @@ To bits(const From& from) {
   return to;
 }
 
+#ifdef __aarch64__
+using Half = __fp16;  // GCC before 13 has no _Float16 there
+#else
+using Half = _Float16;
+#endif
+
 inline float from_bf16(uint16_t v) { return bits<float>(uint32_t(v) << 16); }
 inline uint16_t to_bf16(float f) {  // to nearest, ties to even
   auto u = bits<uint32_t>(f);
@@ -122,7 +128,7 @@ template <class T, int N>
 struct alignas(sizeof(T) * (N == 3 ? 4 : N)) Vector : Fields<T, N> {
   typedef uint8_t Whole __attribute__((vector_size(sizeof(T) * (N == 3 ? 4 : N)), may_alias));
   Vector() = default;
-  explicit Vector(T a) {
+  Vector(T a) {
     for (int i = 0; i < N; i++) (*this)[i] = a;
   }
   template <class... Ts, class = decltype(Fields<T, N>{T(Ts())...})>
