@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (bf16 tensors need it: where it is missing, that is said first)
 import numpy as np
 import onnx
 from onnx import TensorProto, helper

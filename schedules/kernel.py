@@ -354,15 +354,25 @@ def _built(
     values = dict(static)
     arguments = kernel.packed_signature(schedule, **values).arguments
     tile = {} if schedule.tile is None else {"tile": schedule.tile}
-    function = schedule.build(arguments, **values, **tile)
-    # The pipeline refuses functions without these attributes.
-    return function.with_attrs(
+    return scheduled(
+        schedule.build(arguments, **values, **tile),
+        kernel.name,
+        schedule.name,
+        schedule.tile.describe() if schedule.tile else "",
+    )
+
+
+def scheduled(
+    func: tvm.tirx.PrimFunc, kernel: str, schedule: str, tile: str = ""
+) -> tvm.tirx.PrimFunc:
+    """Mark a function as scheduled and say how; the pipeline refuses functions without the mark."""
+    return func.with_attrs(
         {
             "tirx.noalias": True,
             "tirx.is_scheduled": True,
-            "mxforge.kernel": kernel.name,
-            "mxforge.schedule": schedule.name,
-            "mxforge.tile": schedule.tile.describe() if schedule.tile else "",
+            "mxforge.kernel": kernel,
+            "mxforge.schedule": schedule,
+            "mxforge.tile": tile,
         }
     )
 
@@ -384,4 +394,5 @@ __all__ = [
     "gpu",
     "i32",
     "prim_func",
+    "scheduled",
 ]

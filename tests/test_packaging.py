@@ -66,6 +66,7 @@ def test_runtime_never_imports_the_compiler(tmp_path):
         ("tvm", "from mxforge.cli import main; sys.exit(main(['compile', '.']))"),
         ("ml_dtypes", "from mxforge.cli import main; sys.exit(main(['diff', '.', '.']))"),
         ("onnx", "from mxforge.cli import main; sys.exit(main(['export-onnx', '.', 'out']))"),
+        ("ml_dtypes", "from mxforge.cli import main; sys.exit(main(['export-onnx', '.', 'out']))"),
     ],
 )
 def test_without_the_compilers_packages_the_extra_is_named(missing, statement, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from checkpoints.random_checkpoint import write_checkpoint
 from checkpoints.shapes import ODD_SHAPES, hf_config
 from support.small import SMALL_SHAPE, edit_json, rewrite
+from support.targets import CUDA, PLAIN_CPU
 
 from mxforge.artifact import open_artifact
 from mxforge.compile import compile_model
@@ -26,11 +27,11 @@ from mxforge.compile.checkpoint import (
 )
 from mxforge.compile.checkpoint.fingerprint import fingerprint
 from mxforge.compile.diff import compare
+from mxforge.compile.formats import Precision
 from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.models.gpt_oss.reference import ReferenceModel
 from mxforge.compile.models.gpt_oss.tensors import expected_tensors, weights
-from mxforge.compile.targets import Precision
 from mxforge.compile.weights import packed_weights
 from mxforge.errors import (
     CheckpointError,
@@ -43,7 +44,6 @@ from mxforge.errors import (
 )
 from mxforge.inspect import describe
 from mxforge.safetensors import dtype_name
-from mxforge.schedules.kernel import Target
 
 Both = Callable[[str], tuple[Path, Path]]
 
@@ -179,15 +179,15 @@ def test_rows_of_q_k_and_v_follow_each_other_in_the_file(both: Both):
 def test_the_packed_weights_are_those_of_the_other_layout(name: str, both: Both):
     hf, original = map(open_checkpoint, both(name))
     for target, precision in (
-        (Target("cpu"), Precision("float32", "f32")),
-        (Target("cpu"), Precision("float16", "i8")),
-        (Target("cuda"), Precision("float32", "f32")),
+        (PLAIN_CPU, Precision("float32", "f32")),
+        (PLAIN_CPU, Precision("float16", "i8")),
+        (CUDA, Precision("float32", "f32")),
     ):
         ours = packed_weights(weights(original.config), target, precision)
         theirs = packed_weights(weights(hf.config), target, precision)
         for one, other in zip(ours, theirs, strict=True):
             assert (one.name, one.shape, one.dtype) == (other.name, other.shape, other.dtype)
-            for piece, same in zip(one.pieces(original), other.pieces(hf), strict=True):
+            for piece, same in zip(one.chunks(original), other.chunks(hf), strict=True):
                 assert piece.tobytes() == same.tobytes(), one.name
 
 
@@ -446,8 +446,8 @@ def test_a_nan_scale_is_found_while_packing(folder: Path):
     rewrite(folder, {SCALES: scales})
     checkpoint = OpenAICheckpoint(folder)
     checkpoint.check()
-    listed = packed_weights(weights(checkpoint.config), Target("cpu"), Precision("float32", "f32"))
-    pieces = (piece for weight in listed for piece in weight.pieces(checkpoint))
+    listed = packed_weights(weights(checkpoint.config), PLAIN_CPU, Precision("float32", "f32"))
+    pieces = (piece for weight in listed for piece in weight.chunks(checkpoint))
     with pytest.raises(NaNScaleError, match=r"layers\.1.*down_proj_scales.*at \[3, 7, 1\]"):
         list(pieces)
 

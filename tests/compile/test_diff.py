@@ -222,8 +222,7 @@ def test_the_own_error_bounds_how_far_logits_move(routed):
     rng = np.random.default_rng(0)
     moved = truth.after_attention * (1 + 1e-3 * rng.standard_normal(truth.output.shape, np.float32))
     own = diff._own_error(moved, truth, 0, reference)
-    name = "model.layers.0.post_attention_layernorm.weight"
-    normed = diff.rms_norm(moved, reference.weight(name), reference.config.rms_norm_eps)
+    normed = reference.mlp_norm(0, moved)
     logits = reference._linear("model.layers.0.mlp.router", normed)
     change = logits - truth.router_logits
     apart = change.max(axis=1) - change.min(axis=1)

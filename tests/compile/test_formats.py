@@ -9,7 +9,7 @@ from checkpoints.shapes import hf_config
 from mxforge import compile_model
 from mxforge.artifact import read_manifest
 from mxforge.compile.diff import compare
-from mxforge.compile.formats import CHOICES, Formats
+from mxforge.compile.formats import TABLES, Formats, Precision
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.targets import resolve
 from mxforge.errors import TargetError, UsageError
@@ -24,14 +24,14 @@ def test_what_is_asked_for_takes_the_place_of_the_targets_best():
     best = cpu.precision("fast", TINY)
     assert cpu.precision("fast", TINY, Formats.of("fast", kv=None)) == best
     asked = cpu.precision("fast", TINY, Formats.of("fast", kv="f16", activations="f32"))
-    assert (asked.kv_dtype, asked.experts, asked.dense) == ("float16", "f32", best.dense)
+    assert asked == Precision("float16", "f32", best.dense)
     asked = cpu.precision("fast", TINY, Formats.of("fast", dense="bf16"))
-    assert (asked.kv_dtype, asked.experts, asked.dense) == (best.kv_dtype, best.experts, "bf16")
+    assert asked == Precision(best.kv, best.activations, "bf16")
     asked = cpu.precision("fast", TINY, Formats.of("fast", activations="bf16", dense="bf16"))
-    assert (asked.experts, asked.dense) == ("bf16", "bf16xbf16")
+    assert (asked.activations, asked.dense) == ("bf16", "bf16xbf16")
 
 
-@pytest.mark.parametrize("option", CHOICES)
+@pytest.mark.parametrize("option", TABLES)
 def test_an_unknown_format_is_told_the_known_ones(option, odd_checkpoint: Checkpoints, tmp_path):
     with pytest.raises(UsageError, match=f"{option} must be one of .*, found 'f8'"):
         compile_model(odd_checkpoint("odd-1"), output=tmp_path / "a", **{option: "f8"})
@@ -45,20 +45,21 @@ def test_exact_numerics_have_no_formats_to_choose(odd_checkpoint: Checkpoints, t
 
 @pytest.mark.parametrize("asked", [{"activations": "int8"}, {"dense": "int8"}])
 def test_gpus_take_their_own_weights_and_activations(asked):
-    with pytest.raises(TargetError, match="metal computes with f32 activations and bf16 dense"):
+    (found,) = (f"{option} {name}" for option, name in asked.items())
+    with pytest.raises(TargetError, match=f"metal has no kernel for {found}; leave it out"):
         resolve("metal").precision("fast", TINY, Formats.of("fast", **asked))
     plain = Formats.of("fast", kv="int8", activations="f32", dense="bf16")
-    assert resolve("metal").precision("fast", TINY, plain).kv_dtype == "int8"
+    assert resolve("metal").precision("fast", TINY, plain).kv == "int8"
 
 
-@pytest.mark.parametrize("kv", CHOICES["kv"])
+@pytest.mark.parametrize("kv", TABLES["kv"].options())
 def test_every_cache_is_within_the_bound(kv, compiled: Compiled, odd_checkpoint: Checkpoints):
     artifact = compiled("odd-2", "fast", kv=kv)
-    assert read_manifest(artifact).precision.kv_dtype == CHOICES["kv"][kv]
+    assert read_manifest(artifact).precision.kv_dtype == TABLES["kv"].asked(kv)[0].name
     compare(artifact, odd_checkpoint("odd-2"), tokens=100).check()
 
 
-@pytest.mark.parametrize("kv", CHOICES["kv"])
+@pytest.mark.parametrize("kv", TABLES["kv"].options())
 def test_the_memory_plan_counts_the_cache_as_it_is_kept(kv, compiled: Compiled):
     manifest = read_manifest(compiled("odd-2", "fast", kv=kv))
     c = manifest.config

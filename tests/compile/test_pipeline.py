@@ -25,8 +25,8 @@ from mxforge.compile.models.emit import Limits
 from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.weights import packed_weights
 from mxforge.errors import OutputError, UnscheduledError
-from mxforge.schedules import linear
 from mxforge.schedules.kernel import scheduled
+from mxforge.schedules.linear import LINEAR
 
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
@@ -267,9 +267,9 @@ def test_the_kernel_table_is_complete(numerics, compiled: Compiled):
     assert all(kernel.schedule and kernel.functions for kernel in manifest.kernels)
     functions = [name for kernel in manifest.kernels for name in kernel.functions]
     assert len(functions) == len(set(functions))
-    assert linear.NAME in names
+    assert LINEAR.name in names
     kinds = "embed norm rope attention router moe_plan gate_up down gather"
-    for kind in (*kinds.split(), "copy_pages", "adjust_logits", "sample", "logprobs"):
+    for kind in (*kinds.split(), "kv_insert", "copy_pages", "adjust_logits", "sample", "logprobs"):
         assert any(kind in name for name in names), f"no kernel for {kind} among {sorted(names)}"
     # Window and no window are two kernels, as are the dense layers' shapes.
     attention = [k for k in manifest.kernels if "attention" in k.name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,23 @@ from checkpoints.shapes import ODD_SHAPES
 from mxforge import Engine
 from mxforge.artifact import CPU_VARIABLE, open_artifact, read_manifest, verify
 from mxforge.bench import measure
-from mxforge.compile import compile_model, targets, weights
+from mxforge.compile import compile_model, targets
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.diff import compare
+from mxforge.compile.formats import Precision
 from mxforge.compile.targets import (
     CPU_LEVELS,
     NUMERICS,
     PORTABLE,
     CompileTarget,
-    Precision,
     resolve,
     resolve_all,
 )
 from mxforge.compile.weights import packed_weights
 from mxforge.errors import ArtifactCorruptError, ArtifactTargetError, TargetError
 from mxforge.machine import architecture, missing_cpu_features
+from mxforge.schedules.kernel import Kernel, Layout, Schedule, Target
+from mxforge.schedules.linear import LINEAR
 
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
@@ -60,15 +63,15 @@ def test_every_level_has_the_same_weights_byte_by_byte(
     shape, numerics, odd_checkpoint: Checkpoints
 ):
     checkpoint = HFCheckpoint(odd_checkpoint(shape))
-    kernels = [targets.Target("cpu", frozenset(level.required)) for level in CPU_LEVELS]
+    kernels = [Target("cpu", frozenset({"cpu", *level.required})) for level in CPU_LEVELS]
     precision = resolve("cpu").precision(numerics, checkpoint.config)
     listed = checkpoint.family.weights(checkpoint.config)
     lists = [packed_weights(listed, target, precision) for target in kernels]
     for first, *others in zip(*lists, strict=True):
-        content = np.concatenate(list(first.pieces(checkpoint)))
+        content = np.concatenate(list(first.chunks(checkpoint)))
         for other in others:
             assert (other.name, other.shape, other.dtype) == (first.name, first.shape, first.dtype)
-            theirs = np.concatenate(list(other.pieces(checkpoint)))
+            theirs = np.concatenate(list(other.chunks(checkpoint)))
             assert theirs.tobytes() == content.tobytes(), first.name
 
 
@@ -76,22 +79,29 @@ def portable_job(checkpoint: Path, tmp_path: Path, numerics: str = "fast", **opt
     return compile_model(checkpoint, PORTABLE, tmp_path / "artifact", numerics, **options)
 
 
+def other_layout(monkeypatch, change: Callable[[Layout], Layout]) -> None:
+    """The router's weight in a changed layout, on all levels but the best."""
+    real = Kernel.choose
+
+    def choose(self: Kernel, target: Target, **static) -> Schedule:
+        schedule = real(self, target, **static)
+        if self is not LINEAR or target.features.issuperset(LEVELS[0].required):
+            return schedule
+        return replace(schedule, layouts={"weight": change(schedule.layout("weight"))})
+
+    monkeypatch.setattr(Kernel, "choose", choose)
+
+
 def other_bytes(monkeypatch) -> None:
-    real = weights.linear.pack_weight
-
-    def pack(target, weight):
-        return real(target, weight) if target.has(*LEVELS[0].required) else real(target, -weight)
-
-    monkeypatch.setattr(weights.linear, "pack_weight", pack)
+    other_layout(
+        monkeypatch, lambda layout: replace(layout, pack=lambda weight: layout.pack(-weight))
+    )
 
 
 def other_shape(monkeypatch) -> None:
-    real = weights.linear.packed_shape
-
-    def shape(target, rows, k):
-        return (*real(target, rows, k), *([] if target.has(*LEVELS[0].required) else [1]))
-
-    monkeypatch.setattr(weights.linear, "packed_shape", shape)
+    other_layout(
+        monkeypatch, lambda layout: replace(layout, shape=lambda shape: (*layout.shape(shape), 1))
+    )
 
 
 def other_precision(monkeypatch) -> None:

@@ -128,12 +128,12 @@ def test_8_bit_experts_need_more_than_one_expert():
     for level in LEVELS:
         target = resolve(f"cpu:{level.name}")
         fast = target.precision("fast", config_of(experts=2))
-        assert (fast.experts, fast.dense) == ("i8", "i8")
-        assert fast.kv_dtype == "bfloat16"
+        assert (fast.activations, fast.dense) == ("i8", "i8")
+        assert fast.kv == "bfloat16"
         one = target.precision("fast", config_of(experts=1))
-        assert (one.experts, one.kv_dtype) == ("f32", "bfloat16")
+        assert (one.activations, one.kv) == ("f32", "bfloat16")
         exact = target.precision("exact", config_of(experts=2))
-        assert (exact.experts, exact.kv_dtype) == ("f32", "float32")
+        assert (exact.activations, exact.kv) == ("f32", "float32")
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
@@ -156,7 +156,7 @@ def test_every_cpu_level_is_fast_within_its_bound(
 ):
     artifact = compiled("odd-1", "fast", target=f"cpu:{level.name}")
     precision = read_manifest(artifact).precision
-    assert (precision.kv_dtype, precision.experts, precision.dense) == ("bfloat16", "i8", "i8")
+    assert (precision.kv, precision.activations, precision.dense) == ("bfloat16", "i8", "i8")
     if missing := missing_cpu_features(level.required):
         pytest.skip(f"this CPU lacks {', '.join(missing)}: compiled, but not run")
     compare(artifact, odd_checkpoint("odd-1"), tokens=100).check()

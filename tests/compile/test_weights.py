@@ -12,30 +12,35 @@ import numpy as np
 import pytest
 from checkpoints.random_checkpoint import write_checkpoint
 from checkpoints.shapes import ODD_SHAPES, hf_config
+from support.targets import CUDA, PLAIN_CPU
 
 from mxforge.compile import targets, weights
 from mxforge.compile.checkpoint import HFCheckpoint
+from mxforge.compile.formats import Precision
 from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.models.gpt_oss.tensors import expected_tensors
 from mxforge.compile.models.tensors import WeightRole
-from mxforge.compile.targets import Precision
 from mxforge.compile.weights import PackedWeight, packed_weights
 from mxforge.errors import NaNScaleError
 from mxforge.safetensors import SafetensorsWriter
-from mxforge.schedules import linear
 from mxforge.schedules.kernel import Target
+from mxforge.schedules.linear import bf16_cpu
 
 Checkpoints = Callable[[str], Path]
 
-CPU, GPU = Target("cpu"), Target("cuda")
 F32, I8 = Precision("float32", "f32"), Precision("float16", "i8", "i8")
 BF16 = Precision("float16", "bf16", "bf16xbf16")
-LAYOUTS = {"cpu f32": (CPU, F32), "cpu bf16": (CPU, BF16), "cpu i8": (CPU, I8), "gpu": (GPU, F32)}
+LAYOUTS = {
+    "cpu f32": (PLAIN_CPU, F32),
+    "cpu bf16": (PLAIN_CPU, BF16),
+    "cpu i8": (PLAIN_CPU, I8),
+    "gpu": (CUDA, F32),
+}
 
 
 def content(weight: PackedWeight, checkpoint: HFCheckpoint) -> np.ndarray:
-    return np.concatenate(list(weight.pieces(checkpoint)))
+    return np.concatenate(list(weight.chunks(checkpoint)))
 
 
 def all_packed(config: GptOssConfig, target: Target, precision: Precision) -> list[PackedWeight]:
@@ -81,7 +86,7 @@ def test_the_published_20b_takes_the_bytes_of_the_published_20b():
     config = GptOssConfig.from_hf(hf_config("20b"))
     bf16, i8 = 13.761e9, 13.761e9 - 1.216e9 * 30 / 32
     for precision, published in ((F32, bf16), (BF16, bf16), (I8, i8)):
-        total = sum(weight.nbytes for weight in all_packed(config, CPU, precision))
+        total = sum(weight.nbytes for weight in all_packed(config, PLAIN_CPU, precision))
         assert published < total < published * 1.002
 
 
@@ -95,7 +100,7 @@ def test_small_pieces_make_the_same_weights(layout, odd_checkpoint: Checkpoints,
     for weight, truth in zip(
         all_packed(checkpoint.config, *LAYOUTS[layout]), expected, strict=True
     ):
-        pieces = list(weight.pieces(checkpoint))
+        pieces = list(weight.chunks(checkpoint))
         cut += len(pieces) > 1
         assert np.concatenate(pieces).tobytes() == truth.tobytes(), weight.name
     assert cut > 10
@@ -114,19 +119,19 @@ def test_queries_keys_and_values_are_stacked_in_this_order(odd_checkpoint: Check
     config, prefix = checkpoint.config, "model.layers.1.self_attn."
     parts = [checkpoint.tensor(f"{prefix}{name}_proj.weight") for name in "qkv"]
     stacked = np.concatenate(parts)
-    packed = named(config, CPU, F32)[f"{prefix}qkv_proj.weight"]
+    packed = named(config, PLAIN_CPU, F32)[f"{prefix}qkv_proj.weight"]
     rows = unpack_dense(content(packed, checkpoint), config.qkv_rows)
     assert (rows == stacked).all()
-    assert (content(named(config, GPU, F32)[packed.name], checkpoint) == stacked).all()
-    bias = content(named(config, CPU, F32)[f"{prefix}qkv_proj.bias"], checkpoint)
+    assert (content(named(config, CUDA, F32)[packed.name], checkpoint) == stacked).all()
+    bias = content(named(config, PLAIN_CPU, F32)[f"{prefix}qkv_proj.bias"], checkpoint)
     biases = [checkpoint.tensor(f"{prefix}{name}_proj.bias") for name in "qkv"]
     assert (bias == np.concatenate(biases).astype(np.float32)).all()
 
 
 def test_rows_beyond_the_last_tile_are_zeros(odd_checkpoint: Checkpoints):
     checkpoint = HFCheckpoint(odd_checkpoint("odd-1"))
-    packed = content(named(checkpoint.config, CPU, F32)["lm_head.weight"], checkpoint)
-    rest = checkpoint.config.vocab_size % linear.CPU_TILE.rows
+    packed = content(named(checkpoint.config, PLAIN_CPU, F32)["lm_head.weight"], checkpoint)
+    rest = checkpoint.config.vocab_size % bf16_cpu.TILE.rows
     assert rest
     assert (packed[-1, :, rest:] == 0).all()
     assert (packed[-1, :, :rest] == checkpoint.tensor("lm_head.weight")[-rest:].T).all()
@@ -134,17 +139,17 @@ def test_rows_beyond_the_last_tile_are_zeros(odd_checkpoint: Checkpoints):
 
 def test_gpus_keep_experts_as_stored(odd_checkpoint: Checkpoints):
     checkpoint = HFCheckpoint(odd_checkpoint("odd-3"))
-    listed = named(checkpoint.config, GPU, F32)
+    listed = named(checkpoint.config, CUDA, F32)
     for part in ("gate_up_proj_blocks", "gate_up_proj_scales", "gate_up_proj_bias"):
         name = f"model.layers.2.mlp.experts.{part}"
         assert (content(listed[name], checkpoint) == checkpoint.tensor(name)).all()
 
 
 def test_gate_and_up_change_order_together(odd_checkpoint: Checkpoints):
-    """On the CPU the rows of blocks, scales and bias of gate_up_proj are permuted alike."""
+    """On CPUs the rows of blocks, scales and bias of gate_up_proj are permuted alike."""
     checkpoint = HFCheckpoint(odd_checkpoint("odd-1"))
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    listed = named(checkpoint.config, CPU, F32)
+    listed = named(checkpoint.config, PLAIN_CPU, F32)
     stored = checkpoint.tensor(f"{name}_bias").astype(np.float32)
     bias = content(listed[f"{name}_bias"], checkpoint)
     order = np.array([int(np.flatnonzero(stored[0] == value)[0]) for value in bias[0]])
@@ -181,11 +186,11 @@ def test_other_dense_dtypes_are_rounded_to_bfloat16(
 
     other = HFCheckpoint(rewritten(odd_checkpoint("odd-5"), tmp_path / "other", change))
     other.check()
-    for weight in all_packed(other.config, CPU, F32):
+    for weight in all_packed(other.config, PLAIN_CPU, F32):
         packed = content(weight, other)
         assert packed.shape == weight.shape
         assert packed.dtype.name == weight.dtype
-    embedding = content(named(other.config, CPU, F32)["model.embed_tokens.weight"], other)
+    embedding = content(named(other.config, PLAIN_CPU, F32)["model.embed_tokens.weight"], other)
     nearest = other.tensor("model.embed_tokens.weight").astype(ml_dtypes.bfloat16)
     assert (embedding == nearest).all()
 
@@ -193,7 +198,7 @@ def test_other_dense_dtypes_are_rounded_to_bfloat16(
 def test_without_attention_bias_the_library_gets_zeros(odd_checkpoint: Checkpoints):
     checkpoint = HFCheckpoint(odd_checkpoint("odd-5"))
     config = dataclasses.replace(checkpoint.config, attention_bias=False)
-    listed = named(config, CPU, F32)
+    listed = named(config, PLAIN_CPU, F32)
     for part in ("qkv_proj", "o_proj"):
         bias = listed[f"model.layers.0.self_attn.{part}.bias"]
         assert bias.sources == ()
@@ -241,7 +246,7 @@ def test_packing_holds_a_piece_at_a_time(layout, wide: HFCheckpoint, monkeypatch
     tracemalloc.start()
     try:
         for weight in listed:
-            for piece in weight.pieces(wide):
+            for piece in weight.chunks(wide):
                 del piece
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -252,7 +257,7 @@ def test_packing_holds_a_piece_at_a_time(layout, wide: HFCheckpoint, monkeypatch
 def test_fills_keep_random_weights_in_range():
     """What the runtime makes where there is no checkpoint: no NaN scales, no idle kinds."""
     config = GptOssConfig.from_hf(hf_config("20b"))
-    for weight in all_packed(config, CPU, I8):
+    for weight in all_packed(config, PLAIN_CPU, I8):
         json.dumps(weight.fill)
         ((kind, value),) = weight.fill.items()
         assert kind in ("values", "constant", "normal", "bytes")

@@ -104,7 +104,7 @@ def test_a_seed_repeats_and_others_differ(engine: Engine) -> None:
 
 
 def test_each_token_is_drawn_by_seed_and_step(engine: Engine) -> None:
-    from mxforge.schedules.sample_token import sample_token_ref
+    from mxforge.schedules.sample.sample_token import sample_token_ref
 
     tokens, seed = prompt(8), 2**40 + 5
     answer = engine.generate(

@@ -11,9 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from support.folders import SetupError, made, run
+from support.targets import PLAIN_CPU
 
 from mxforge.compile.library import export
 from mxforge.compile.targets import resolve
-from mxforge.schedules.kernel import Case, Kernel, Target
+from mxforge.schedules.kernel import Case, Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = ROOT / "build" / "aarch64"
@@ -40,10 +40,6 @@ PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in range(28, 16, -1))
 
 # Of each level a CPU that qemu knows, without what the next level asks for.
 CPUS = {"neon": "cortex-a72", "neon-dotprod": "cortex-a76", "neon-i8mm": "max"}
-
-
-class SetupError(Exception):
-    """The machine cannot be made here."""
 
 
 def unavailable(reason: str) -> Any:
@@ -85,27 +81,12 @@ def open_machine() -> Machine:
 
 
 def _make() -> None:
-    stamp = json.dumps({"debs": DEBS, "wheels": WHEELS, "source": str(ROOT)})
-    made_from = MACHINE / "made-from.json"
-    if made_from.exists() and made_from.read_text() == stamp:
-        return
-    with _beside(MACHINE) as folder:
+    def make(folder: Path) -> None:
         _unpack_python(folder / "root", folder / "apt")
         _install_wheels(folder / "root", folder / "site")
         (folder / "site" / "mxforge").symlink_to(ROOT / "runtime")
-        (folder / made_from.name).write_text(stamp)
 
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when it is complete."""
-    folder.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
-        yield new
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
+    made(MACHINE, json.dumps({"debs": DEBS, "wheels": WHEELS, "source": str(ROOT)}), make)
 
 
 def _unpack_python(root: Path, apt: Path) -> None:
@@ -124,12 +105,12 @@ def _unpack_python(root: Path, apt: Path) -> None:
     }
     options = [f"--option={name}={value}" for name, value in settings.items()]
     # Where one of several sources has nothing for arm64, the others may do.
-    _run("apt-get", *options, "update", check=False)
+    run("apt-get", *options, "update", check=False)
     install = ("install", "--download-only", "--yes", "--no-install-recommends")
-    _run("apt-get", *options, *install, *DEBS)
+    run("apt-get", *options, *install, *DEBS)
     root.mkdir()
     for package in sorted((apt / "archives").glob("*.deb")):
-        _run("dpkg-deb", "--extract", package, root)
+        run("dpkg-deb", "--extract", package, root)
     if not (root / "lib").exists():  # that it is usr/lib is said by a package that is not here
         (root / "lib").symlink_to("usr/lib")
     shutil.rmtree(apt)
@@ -140,18 +121,8 @@ def _install_wheels(root: Path, site: Path) -> None:
     platforms = [f"--platform={platform}" for platform in PLATFORMS]
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile")
     foreign = (f"--python-version={python.removeprefix('python')}", "--only-binary=:all:")
-    _run(*pip, "--no-deps", *foreign, *platforms, f"--target={site}", *WHEELS)
+    run(*pip, "--no-deps", *foreign, *platforms, f"--target={site}", *WHEELS)
     (site / "tvm" / "lib" / "libtvm_compiler.so").unlink()  # 240 MB that nothing here loads
-
-
-def _run(*command: str | Path, check: bool = True) -> None:
-    words = list(map(str, command))
-    try:
-        result = subprocess.run(words, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise SetupError(f"{words[0]} is missing") from None
-    if check and result.returncode != 0:
-        raise SetupError(f"{words[0]} said {result.stderr.strip()[-600:]}")
 
 
 class KernelCalls:
@@ -170,7 +141,7 @@ class KernelCalls:
         inputs: Mapping[str, np.ndarray],
         fresh: Sequence[np.ndarray],
     ) -> None:
-        packed = kernel.pack(Target("cpu"), dict(inputs), **case.static)  # alike on all levels
+        packed = kernel.pack(PLAIN_CPU, dict(inputs), **case.static)  # alike on all levels
         arrays = {f"{len(self._calls)}-{i}": array for i, array in enumerate([*packed, *fresh])}
         self._arrays.update(arrays)
         keys = list(arrays)
@@ -183,7 +154,7 @@ class KernelCalls:
                 "arguments": [(key, a.shape, a.dtype.name) for key, a in arrays.items()],
                 "results": [
                     *keys[len(packed) :],
-                    *(keys[list(inputs).index(name)] for name in kernel.inplace),
+                    *(keys[list(inputs).index(name)] for name in kernel.updated),
                 ],
             }
         )

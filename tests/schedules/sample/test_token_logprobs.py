@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mxforge.schedules.token_logprobs import TOKEN_LOGPROBS, TOP
+from mxforge.schedules.sample.rows import TOP
+from mxforge.schedules.sample.token_logprobs import TOKEN_LOGPROBS
 
 
 def test_log_probabilities_of_equal_logits(harness):

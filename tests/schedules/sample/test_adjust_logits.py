@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mxforge.schedules.adjust_logits import ADJUST_LOGITS
+from mxforge.schedules.sample.adjust_logits import ADJUST_LOGITS
 
 
 def test_penalties_and_bias_by_hand(harness):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mxforge.schedules.adjust_logits import ADJUST_LOGITS, adjust_logits_ref
-from mxforge.schedules.sample_token import SAMPLE_TOKEN, sample_token_ref, threefry_ref, uniform_ref
+from mxforge.schedules.sample.adjust_logits import ADJUST_LOGITS, adjust_logits_ref
+from mxforge.schedules.sample.sample_token import SAMPLE_TOKEN, sample_token_ref
+from mxforge.schedules.sample.threefry import threefry_ref, uniform_ref
 
 FLOAT_BELOW_8 = np.nextafter(np.float32(8), np.float32(0))
 

@@ -1,0 +1,35 @@
+"""The GPU code of gpt-oss-20b as an artifact has it: what is judged here is what runs elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tvm  # noqa: F401 (imports mxforge.compile.spirv itself, which must not be half done)
+
+from mxforge import compile_model
+from mxforge.compile.random_checkpoint import hf_config
+from mxforge.compile.spirv import KernelCode, unpack
+from mxforge.compile.spirv.container import MAGIC
+
+MODEL, NUMERICS = "20b", "fast"
+
+
+def artifact(target: str, scratch: Path) -> Path:
+    """gpt-oss-20b compiled for `target`, without weights, into a folder below `scratch`."""
+    config = scratch / "config.json"
+    config.write_text(json.dumps(hf_config(MODEL)))
+    folder = scratch / target.replace(":", "-")
+    return compile_model(config, target, folder, NUMERICS, random_weights=True)
+
+
+def spirv_kernels(artifact: Path) -> list[KernelCode]:
+    """The kernels in an artifact's library, by name."""
+    (library,) = artifact.glob("model.*")
+    data = library.read_bytes()
+    return sorted(unpack(data[data.index(MAGIC) :]), key=lambda kernel: kernel.name)
+
+
+def short(function: str) -> str:
+    """A kernel's name from that of its device function: f32_rms_norm_kernel -> f32_rms_norm."""
+    return function.replace("_kernel", "")

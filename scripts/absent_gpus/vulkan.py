@@ -1,0 +1,198 @@
+"""Kernels compiled by Mesa's drivers for GPUs that are not here, through its drm shims."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mxforge.compile.spirv import KernelCode
+
+from . import results, shipped
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.folders import SetupError, made, run  # noqa: E402
+from support.mesa import Mesa, open_mesa, version  # noqa: E402
+
+TITLE = "SPIR-V on GPUs that are not here"
+ABOUT = (
+    "Mesa's drivers compile every kernel for each GPU, and tell of it through "
+    "VK_KHR_pipeline_executable_properties. Nothing has run."
+)
+SOURCE = Path(__file__).with_name("pipeline_statistics.cc")
+PROGRAM = ROOT / "build" / "pipeline_statistics"
+
+
+@dataclass(frozen=True)
+class Driver:
+    """One of Mesa's: its manifest and shim, and what we call its statistics.
+
+    names: ours -> theirs, added up where there are several.
+    """
+
+    manifest: str
+    shim: str
+    names: Mapping[str, tuple[str, ...]]
+
+
+RADV = Driver("radeon", "amdgpu", {
+    "registers": ("VGPRs",),
+    "spills": ("Spilled VGPRs", "Spilled SGPRs"),
+    "scratch_bytes": ("Scratch size",),
+    "shared_bytes": ("LDS size",),
+    "waves": ("Subgroups per SIMD",),
+    "instructions": ("Instructions",),
+    "code_bytes": ("Code size",),
+    "cycles": ("Latency",),
+})  # fmt: skip
+NVK = Driver("nouveau", "nouveau", {
+    "registers": ("Number of GPRs",),
+    "spills": ("Spills to memory", "Fills from memory", "Spills to reg", "Fills from reg"),
+    "scratch_bytes": ("SLM size",),
+    "waves": ("Max warps/SM",),
+    "instructions": ("Instruction count",),
+    "code_bytes": ("Code size",),
+    "cycles": ("Static cycle count",),
+})  # fmt: skip
+TURNIP = Driver("freedreno", "freedreno", {
+    "registers": ("Registers used",),
+    "spills": ("STP Count", "LDP Count"),  # stores to and loads from a thread's own memory
+    "waves": ("Max Waves Per Core",),
+    "instructions": ("Instruction Count",),
+    "code_bytes": ("Code size",),
+    "cycles": ("Estimated cycles stalled on SS", "Estimated cycles stalled on SY"),
+})  # fmt: skip
+HONEYKRISP = Driver("asahi", "asahi", {
+    "registers": ("GPRs",),
+    "spills": ("Spills", "Fills"),
+    "scratch_bytes": ("Scratch",),
+    "waves": ("Threads",),
+    "instructions": ("Instructions",),
+    "code_bytes": ("Code size",),
+    "cycles": ("ALU",),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """setting: the environment variable with which a shim claims to be this one."""
+
+    name: str
+    driver: Driver
+    setting: Mapping[str, str]
+    target: str = "vulkan:desktop"
+
+
+GPUS = (
+    Gpu("AMD navi31", RADV, {"AMDGPU_GPU_ID": "navi31"}),
+    Gpu("AMD navi21", RADV, {"AMDGPU_GPU_ID": "navi21"}),
+    Gpu("AMD vega10", RADV, {"AMDGPU_GPU_ID": "vega10"}),
+    Gpu("AMD gfx1201", RADV, {"AMDGPU_GPU_ID": "gfx1201"}),
+    Gpu("NVIDIA 160", NVK, {"NOUVEAU_CHIPSET": "160"}),
+    Gpu("NVIDIA 170", NVK, {"NOUVEAU_CHIPSET": "170"}),
+    Gpu("Adreno 740", TURNIP, {"FD_GPU_ID": "740"}, "vulkan:mobile"),
+    Gpu("Apple M1", HONEYKRISP, {}),
+)
+
+# All three have an array for each thread, which AMD's and Apple's compilers keep in registers.
+EXCEPTIONS = {
+    (gpu.name, kernel): f"{array} of a thread stay in memory"
+    for gpu in GPUS
+    if gpu.driver is NVK
+    for kernel, array in (
+        ("f32_rms_norm", "the 64 partial sums"),
+        ("f32_router_topk", "the 32 keys"),
+        ("moe_plan", "the 32 places"),
+    )
+}
+
+
+def measure(scratch: Path) -> results.Results:
+    """The statistics of every kernel on every GPU. SetupError where Mesa or a compiler of C++ is
+    missing here, mesa.Gone where the pinned Mesa is no longer to be had."""
+    mesa, program = open_mesa(), _program()
+    lists = {target: _list(target, scratch) for target in sorted({gpu.target for gpu in GPUS})}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda gpu: _statistics(mesa, program, gpu, lists[gpu.target]), GPUS)
+        gpus = dict(zip((gpu.name for gpu in GPUS), found, strict=True))
+    return results.results(f"Mesa {version()}", shipped.MODEL, shipped.NUMERICS, gpus)
+
+
+def _program() -> Path:
+    """PROGRAM's executable, compiled where it is missing or old."""
+
+    def make(new: Path) -> None:
+        options = ("-std=c++17", "-O1", "-DVK_NO_PROTOTYPES")
+        run("g++", *options, SOURCE, "-ldl", "-o", new / SOURCE.stem)
+
+    return made(PROGRAM, SOURCE.read_text(), make) / SOURCE.stem
+
+
+def _list(target: str, scratch: Path) -> str:
+    """The program's input: the kernels of the model for `target`, whose SPIR-V is written below
+    `scratch`."""
+    artifact = shipped.artifact(target, scratch)
+    lines = []
+    for kernel in shipped.spirv_kernels(artifact):
+        path = artifact / f"{kernel.name}.spv"
+        path.write_bytes(kernel.spirv)
+        lines.append(f"{kernel.name} {' '.join(map(str, _launch(kernel)))} {path}")
+    return "\n".join(lines)
+
+
+def _launch(kernel: KernelCode) -> tuple[int, int, int]:
+    """Bytes of push constants, the subgroup size (0: any), whether subgroups have to be full."""
+    about, needs = kernel.reflection, kernel.reflection["requirements"]
+    pushed = 8 if about["argument_buffer"] else about["argument_bytes"]
+    return pushed, needs["subgroup_size"] or 0, int("computeFullSubgroups" in needs["features"])
+
+
+def _statistics(mesa: Mesa, program: Path, gpu: Gpu, kernels: str) -> dict[str, Any]:
+    driver = gpu.driver
+    environment = {**mesa.environment(driver.manifest), **gpu.setting}
+    environment["MESA_SHADER_CACHE_DISABLE"] = "true"  # what lies there has no statistics
+    command = mesa.command(program, preload=f"lib{driver.shim}_noop_drm_shim.so")
+    result = subprocess.run(
+        command, env=environment, input=kernels, capture_output=True, text=True, check=False
+    )
+    if not result.stdout.startswith("device\t"):
+        raise SetupError(f"Mesa shows no {gpu.name}: {result.stderr.strip()[-400:]}")
+    names = [line.split()[0] for line in kernels.splitlines()]
+    return parse(result.stdout, names, driver)
+
+
+def parse(output: str, names: Iterable[str], driver: Driver) -> dict[str, Any]:
+    """Kernel -> statistics, of what the program printed; of all these device functions."""
+    told: dict[str, dict[str, int]] = {}
+    failed: dict[str, str] = {}
+    for line in output.splitlines():
+        kind, *fields = line.split("\t")
+        if kind == "begin":
+            failed[fields[0]] = "the driver crashed"
+        elif kind == "failed":
+            failed[fields[0]] = fields[1]
+        elif kind == "statistic":
+            name, _executable, what, value = fields
+            failed.pop(name, None)
+            statistics = told.setdefault(name, {})
+            statistics[what] = statistics.get(what, 0) + int(value)
+    found = {}
+    for name in names:
+        if name in told:
+            found[shipped.short(name)] = _ours(told[name], driver)
+        else:
+            why = failed.get(name, "the driver crashed before")
+            found[shipped.short(name)] = {"failed": why}
+    return found
+
+
+def _ours(told: Mapping[str, int], driver: Driver) -> dict[str, int]:
+    """KeyError where a driver has given a statistic another name: a gate would then see nothing."""
+    return {ours: sum(told[name] for name in theirs) for ours, theirs in driver.names.items()}

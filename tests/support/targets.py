@@ -1,0 +1,12 @@
+"""What schedules are chosen for in tests that need no machine, no compiler and no driver."""
+
+from __future__ import annotations
+
+from mxforge.compile.targets import cuda_features, gpu_target
+from mxforge.schedules.kernel import Target
+
+PLAIN_CPU = Target("cpu", frozenset({"cpu"}))
+CUDA = gpu_target("cuda", *cuda_features("sm_90a"))
+METAL = gpu_target("metal", "simdgroup_matrix")
+VULKAN = gpu_target("vulkan")
+GPUS = (CUDA, METAL, VULKAN)
