@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from support.parsers import SCRIPT_NAMES, SCRIPTS, arguments, commands, script_parser
 
+from mxforge import cli
+
+COMMANDS = {"mxforge": cli.parser(), **commands()}
 NEED_TORCH = ("make_golden", "train_nano")
 
 
@@ -35,9 +38,9 @@ def default_shown(default: object) -> str:
     return "all" if isinstance(default, str) and "," in default else str(default)
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_argument_of_a_command_is_explained(name: str):
-    assert [line for a in arguments(commands()[name]) for line in explained(a)] == []
+    assert [line for a in arguments(COMMANDS[name]) for line in explained(a)] == []
 
 
 @pytest.mark.parametrize("name", SCRIPT_NAMES)
@@ -47,9 +50,9 @@ def test_every_argument_of_a_script_is_explained(name: str):
     assert [line for a in arguments(script_parser(name)) for line in explained(a)] == []
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_texts_are_in_plain_words(name: str):
-    text = commands()[name].format_help()
+    text = COMMANDS[name].format_help()
     assert not [word for word in ("unless", "TensorIR", "Relax") if word in text]
 
 
@@ -68,6 +71,6 @@ def test_an_argument_without_help_or_default_is_found():
 
 def test_compile_is_the_same_command_twice():
     """Everything but the name: options, defaults and texts."""
-    twice = [commands()[name] for name in ("compile-model", "mxforge compile")]
+    twice = [COMMANDS[name] for name in ("compile-model", "mxforge compile")]
     one, other = (" ".join(p.format_help().replace(p.prog, "PROG").split()) for p in twice)
     assert one == other

@@ -24,12 +24,11 @@ class _ParserFound(Exception):
 
 @cache
 def commands() -> dict[str, argparse.ArgumentParser]:
-    """`compile-model`, `mxforge` and every `mxforge COMMAND`, by how they are called."""
-    top = cli.parser()
-    (sub,) = [a for a in top._actions if isinstance(a, argparse._SubParsersAction)]
+    """`compile-model` and every `mxforge COMMAND`, by how they are called."""
+    (sub,) = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]
     parsers = {f"mxforge {name}": parser for name, parser in sub.choices.items()}
     parsers["mxforge compile"] = compile_cli.parser("mxforge compile")
-    return {"mxforge": top, "compile-model": compile_cli.parser(), **parsers}
+    return {"compile-model": compile_cli.parser(), **parsers}
 
 
 def script_parser(name: str) -> argparse.ArgumentParser:
