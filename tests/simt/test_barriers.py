@@ -40,7 +40,7 @@ def test_every_barrier_is_missed(simt, kind, kernel, schedule):
     def is_missed(number: int) -> bool:
         """Whether a case fails without the barrier of this number."""
         for case in cases:
-            found = _barriers(program_of(simt, kernel, kind, case, schedule).text, kind)
+            found = _barriers(program_of(simt, kind, kernel, case, schedule).text, kind)
             if number < len(found) and not _holds(
                 simt, kernel, kind, case, schedule, found[number]
             ):
@@ -48,7 +48,7 @@ def test_every_barrier_is_missed(simt, kind, kernel, schedule):
         return False
 
     count = max(
-        len(_barriers(program_of(simt, kernel, kind, case, schedule).text, kind)) for case in cases
+        len(_barriers(program_of(simt, kind, kernel, case, schedule).text, kind)) for case in cases
     )
     unneeded = {number for number in range(count) if not is_missed(number)}
     accepted = {n for *of, n in ACCEPTED if of == [kernel.name, schedule.name]}
@@ -68,7 +68,7 @@ def _holds(
         return f"{text[: barrier.start()]};{text[barrier.end() :]}"
 
     try:
-        program = program_of(simt, kernel, kind, case, schedule, without)
+        program = program_of(simt, kind, kernel, case, schedule, without)
         results = run_case(simt, program, kernel, case, schedule)
         compare(kernel, case, made_inputs(case), results)
     except (Fault, AssertionError):
