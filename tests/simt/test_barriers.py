@@ -16,8 +16,7 @@ BARRIER = {
     "cuda": re.compile(r"(?<=[;{}]\n)\s*(__syncthreads|tvm_builtin_cuda_cta_sync)\(\);"),
     "metal": re.compile(r"(?<=[;{}]\n)\s*threadgroup_barrier\([^;]*\);"),
 }
-# Barriers that nobody misses and that stay: (kernel, schedule, number of the barrier in the text) ->
-# why.
+# Barriers that nobody misses and that stay: (kernel, schedule, number in the text) -> why.
 ACCEPTED: dict[tuple[str, str, int], str] = {}
 LARGE = 1 << 22  # bytes of a case that the others make unnecessary
 
