@@ -247,19 +247,25 @@ def _build(
                             for k in T.unroll(parts):
                                 running[0] = running[0] + largest[k * g + tx]
                             factor[tx] = running[0]
-                    for c in T.unroll(columns):
+                    if rows == 1:  # each thread has its columns to itself
+                        for tx in all_threads():
+                            for c in T.unroll(columns):
+                                if tx < lanes and c * lanes + tx < head_dim:
+                                    for i in T.unroll(g):
+                                        out[t, (h0 + i) * head_dim + c * lanes + tx] = (
+                                            acc[tx, c * g + i] / factor[i]
+                                        )
+                    else:  # a column each, which a thread of each row has a part of
                         for tx in all_threads():
                             for i in T.unroll(g):
-                                score[tx * g + i] = acc[tx, c * g + i]
+                                score[tx * g + i] = acc[tx, i]
                         for tx in all_threads():
-                            if tx < lanes and c * lanes + tx < head_dim:
+                            if tx < lanes:
                                 for i in T.unroll(g):
                                     running[0] = T.float32(0)
                                     for row in T.unroll(rows):
                                         running[0] = running[0] + score[(row * lanes + tx) * g + i]
-                                    out[t, (h0 + i) * head_dim + c * lanes + tx] = (
-                                        running[0] / factor[i]
-                                    )
+                                    out[t, (h0 + i) * head_dim + tx] = running[0] / factor[i]
 
     return prim_func(arguments, body)
 

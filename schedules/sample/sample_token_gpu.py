@@ -7,21 +7,36 @@ A step of a search tries seven thresholds at once. Correct, not tuned.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import tvm
 
 from ..gpu.items import GpuTile
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from ..math import KEY_MINUS_INF, KEY_PLUS_INF, ONE_BITS, exp_f32, order_key
 from .rows import usable
-from .rows_gpu import BLOCK, THREADS, barrier, block_largest_finder, thread_columns
+from .rows_gpu import (
+    BLOCK,
+    THREADS,
+    barrier,
+    block_largest_finder,
+    metal_device_barrier,
+    thread_columns,
+)
 from .threefry import threefry
 
 WAYS = 8  # a step of the search leaves one part of so many
 STEPS = 11  # 8**11 > 2**32: as many leave one key
 
 
-def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.tirx.PrimFunc:
-    """What is written as if by all threads is the same for all of them."""
+def _build(
+    weights_barrier: Any, arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile
+) -> tvm.tirx.PrimFunc:
+    """What is written as if by all threads is the same for all of them.
+
+    After `weights_barrier` threads see each other's weights, which are in device memory.
+    """
     every = thread_columns(vocab)
     find_largest = block_largest_finder(vocab)
     segment = -(-vocab // THREADS)  # columns in a row, for the draw
@@ -87,8 +102,8 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
                                 )  # fmt: skip
 
                         @T.inline
-                        def clear(c):
-                            weights[row, c] = T.float32(0)
+                        def choose(c):
+                            weights[row, c] = T.Select(c == drawn[0], T.float32(1), T.float32(0))
 
                         @T.inline
                         def weigh(c):  # what has a key of at least `low`
@@ -159,12 +174,9 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
                             smallest[0] = T.min(smallest[0], keys[t])
                         drawn[0] = -1
                         if not usable(key[0], smallest[0]) or temperature[row] == T.float32(0):
-                            every(clear, tx)
-                            barrier()
                             if usable(key[0], smallest[0]):
                                 drawn[0] = column[0]
-                                if tx == 0:
-                                    weights[row, column[0]] = T.float32(1)
+                            every(choose, tx)
                         else:
                             # top_k: the largest key that at least k logits reach. Counts below
                             # 2^24 are exact in float32.
@@ -189,7 +201,7 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
                                     low[0], T.min(T.reinterpret("int32", min_p[row]), ONE_BITS)
                                 )
                             every(cut, tx)
-                            barrier()
+                            weights_barrier()
                             # The draw: the last segment of columns, and in it the last token, that
                             # has weight and before which the running sum does not exceed u·total.
                             # Rounding cannot make it miss: there is always one.
@@ -239,4 +251,12 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
     return prim_func(arguments, body)
 
 
-SCHEDULES = (Schedule("one block a row", gpu(), _build, BLOCK),)
+SCHEDULES = (
+    Schedule(
+        "one block a row, Metal's barriers",
+        gpu("metal"),
+        partial(_build, metal_device_barrier),
+        BLOCK,
+    ),
+    Schedule("one block a row", gpu(), partial(_build, barrier), BLOCK),
+)

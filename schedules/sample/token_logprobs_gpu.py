@@ -70,7 +70,6 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
                         barrier()
                         for t in T.serial(THREADS):
                             smallest[0] = T.min(smallest[0], keys[t])
-                        barrier()
                         if tx == 0:
                             chosen[row] = T.float32("-inf")
                             for j in T.serial(TOP):

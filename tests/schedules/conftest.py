@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from support.kernels import call_of
 
 from mxforge.compile.targets import CompileTarget, resolve
-from mxforge.schedules.kernel import Kernel, Target
+from mxforge.schedules.kernel import Kernel
 
 
 class Harness:
@@ -44,31 +45,10 @@ class Harness:
         """A CPU schedule, the best if not another is asked for: fresh outputs, then the new
         values of the inputs it updates."""
         target = target or self.cpu
-        return self._call(kernel, target.kernels, target, kernel.build, inputs, static)
-
-    def run_items(
-        self, kernel: Kernel, inputs: Mapping[str, np.ndarray], static: Mapping[str, Any]
-    ) -> list[np.ndarray]:
-        """What one thread of the simple GPU schedules does, one item after the other."""
-        return self._call(
-            kernel, Target("cuda"), self.cpu, lambda _, **kw: kernel.items(**kw), inputs, static
-        )
-
-    def _call(self, kernel, target, compiled_for, build, inputs, static) -> list[np.ndarray]:
-        inputs = {name: value.copy() for name, value in inputs.items()}
-        packed = [tvm.runtime.tensor(a) for a in kernel.pack(target, inputs, **static)]
-        fresh = [tvm.runtime.tensor(a) for a in self.fresh(kernel, inputs, static)]
-        self.compiled(build(target, **static), compiled_for)(*packed, *fresh)
-        names = list(inputs)
-        updated = [packed[names.index(name)] for name in kernel.inplace]
-        return [tensor.numpy() for tensor in (*fresh, *updated)]
-
-    @staticmethod
-    def fresh(
-        kernel: Kernel, inputs: Mapping[str, np.ndarray], static: Mapping[str, Any]
-    ) -> list[np.ndarray]:
-        """The outputs before the call."""
-        return [_filled(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]
+        call = call_of(kernel, target.kernels, inputs, static)
+        tensors = [tvm.runtime.tensor(array) for array in call.arrays]
+        self.compiled(kernel.build(target.kernels, **static), target)(*tensors)
+        return [tensor.numpy() for tensor in call.results(tensors)]
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
@@ -84,13 +64,6 @@ class Harness:
         """The text generated for a GPU; needs neither its compiler nor the GPU."""
         built = tvm.compile(module, target)
         return "\n".join(device.inspect_source() for device in built.mod.imports)
-
-
-def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """What an output holds before the call: nothing that could pass for a result."""
-    array = np.empty(shape, dtype)
-    array.view(np.uint8)[...] = 0xFF  # NaN, or -1
-    return array
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import shutil
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,16 +12,14 @@ import numpy as np
 import pytest
 import tvm
 from support.aarch64 import CPUS, KernelCalls, Machine
+from support.kernels import compare, made_inputs
+from support.targets import CUDA, GPUS, METAL
 
 import mxforge.schedules
 from mxforge.compile.targets import CPU_LEVELS, resolve
 from mxforge.machine import architecture, missing_cpu_features
 from mxforge.schedules import KERNELS
-from mxforge.schedules.kernel import TARGET_KINDS, Case, Kernel, Target
-from mxforge.schedules.linear_bf16 import LINEAR_BF16
-from mxforge.schedules.linear_i8 import LINEAR_I8
-from mxforge.schedules.moe_down import DOWN_BF16, DOWN_I8
-from mxforge.schedules.moe_gate_up import GATE_UP_BF16, GATE_UP_I8
+from mxforge.schedules.kernel import Case, Kernel
 
 CASES = [
     pytest.param(kernel, case, id=f"{name}: {case.name}")
@@ -30,38 +27,8 @@ CASES = [
     for case in kernel.cases
 ]
 EVERY = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
-GPUS = [kind for kind in TARGET_KINDS if Target(kind).is_gpu]
 AARCH64_LEVELS = [level.name for level in CPU_LEVELS if level.machine == "aarch64"]
-CUDA = {"kind": "cuda", "arch": "sm_90a"}
-
-
-def made_inputs(case: Case) -> dict[str, np.ndarray]:
-    """The same inputs whichever test asks, and in whatever order."""
-    return case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
-
-
-def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """‖ours - reference‖ / ‖reference‖ over what is finite in the reference; NaN and infinity
-    must stand in the same places."""
-    ours, reference = ours.astype(np.float64), reference.astype(np.float64)
-    finite = np.isfinite(reference)
-    np.testing.assert_array_equal(ours[~finite], reference[~finite])
-    error = np.linalg.norm(ours[finite] - reference[finite])
-    norm = np.linalg.norm(reference[finite])
-    return float(error / norm) if norm else float(error)
-
-
-def compare(kernel: Kernel, case: Case, inputs, results: list[np.ndarray]) -> None:
-    expected = kernel.reference(
-        **{name: value.copy() for name, value in inputs.items()}, **case.static
-    )
-    assert len(results) == len(expected)
-    for index, (ours, reference) in enumerate(zip(results, expected, strict=True)):
-        assert ours.shape == reference.shape, f"output {index}"
-        if np.issubdtype(reference.dtype, np.integer):  # not of rounded numbers kept as integers
-            np.testing.assert_array_equal(ours, reference, err_msg=f"output {index}")
-        else:
-            assert relative_error(ours, reference) <= case.tolerance, f"output {index}"
+TVM_CUDA = {"kind": "cuda", "arch": "sm_90a"}
 
 
 @pytest.mark.parametrize(("kernel", "case"), CASES)
@@ -70,14 +37,10 @@ def test_cpu_schedule_agrees_with_reference(harness, kernel, case):
     compare(kernel, case, inputs, harness.run(kernel, inputs, case.static))
 
 
-# Most kernels leave instructions to LLVM; these choose them by level, as attention does by cache.
-CHOOSING = {
-    kernel.name for kernel in (LINEAR_BF16, LINEAR_I8, GATE_UP_BF16, GATE_UP_I8, DOWN_BF16, DOWN_I8)
-}
-
-
 def chooses(kernel: Kernel, case: Case) -> bool:
-    return kernel.name in CHOOSING or case.static.get("kv_dtype") in ("bfloat16", "int8")
+    """Whether levels have schedules of their own; most kernels leave instructions to LLVM."""
+    fitting = [s for s in kernel.schedules if "cpu" in s.needs and s.fits(**case.static)]
+    return len(fitting) > 1
 
 
 LOWER_LEVELS = [
@@ -108,14 +71,13 @@ def test_schedules_of_every_cpu_level_agree_with_reference(harness, level, kerne
 
 @pytest.fixture(scope="session")
 def aarch64_results(
-    aarch64: Machine, harness, tmp_path_factory: pytest.TempPathFactory
+    aarch64: Machine, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, list[np.ndarray]]]:
     """aarch64_results(level) -> the results of every case, by kernel and case."""
     calls = KernelCalls(tmp_path_factory.mktemp("aarch64"))
     for kernel in KERNELS.values():
         for case in kernel.cases:
-            inputs = made_inputs(case)
-            calls.add(kernel, case, inputs, harness.fresh(kernel, inputs, case.static))
+            calls.add(kernel, case)
     calls.write()
     with ThreadPoolExecutor(1) as pool:  # one level runs while the next is compiled
         running = {
@@ -135,14 +97,6 @@ def test_schedules_of_every_aarch64_level_agree_with_reference(
     compare(kernel, case, made_inputs(case), results)
 
 
-@pytest.mark.parametrize(("kernel", "case"), CASES)
-def test_items_of_simple_gpu_schedule_agree_with_reference(harness, kernel, case):
-    if not set(GPUS) & set(kernel.targets):
-        pytest.skip("has no GPU schedule")
-    inputs = made_inputs(case)
-    compare(kernel, case, inputs, harness.run_items(kernel, inputs, case.static))
-
-
 @pytest.mark.parametrize("kernel", EVERY)
 def test_cpu_results_do_not_depend_on_thread_count(harness, kernel):
     case = max(kernel.cases, key=lambda case: case.bytes)
@@ -155,27 +109,46 @@ def test_cpu_results_do_not_depend_on_thread_count(harness, kernel):
 
 
 @pytest.mark.parametrize("kernel", EVERY)
-def test_registered_completely(harness, kernel):
+def test_registered_completely(kernel):
     assert callable(kernel.reference)
     assert len(kernel.cases) >= 3
     assert len({case.name for case in kernel.cases}) == len(kernel.cases)
-    assert set(kernel.targets) <= set(TARGET_KINDS)
-    assert set(kernel.targets) in ({"cpu"}, set(TARGET_KINDS))
-    for kind in kernel.targets:
-        target = harness.cpu.kernels if kind == "cpu" else Target(kind)
-        attributes = kernel.build(target, **kernel.cases[0].static).attrs
-        assert attributes["tirx.is_scheduled"], kind
+    targets = [*(resolve(f"cpu:{level.name}").kernels for level in CPU_LEVELS), *GPUS]
+    for schedule in kernel.schedules:
+        case = next(case for case in kernel.cases if schedule.fits(**case.static))
+        target = next(target for target in targets if schedule.needs <= target.features)
+        attributes = kernel.build(target, schedule, **case.static).attrs
+        assert attributes["tirx.is_scheduled"]
         assert attributes["mxforge.kernel"] == kernel.name
-        assert attributes["mxforge.schedule"]
+        assert attributes["mxforge.schedule"] == schedule.name
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES)
+def test_cases_and_reference_follow_the_signature(kernel, case):
+    signature = kernel.signature(**case.static)
+    inputs = made_inputs(case)
+    assert list(inputs) == [tensor.name for tensor in signature.inputs]
+    sizes = signature.solve([array.shape for array in inputs.values()])
+    for tensor, array in zip(signature.inputs, inputs.values(), strict=True):
+        assert array.shape == tensor.sizes(sizes), tensor.name
+        assert array.dtype.name == tensor.dtype, tensor.name
+    assert set(signature.updated) <= set(inputs)
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+def test_some_schedule_fits_every_cpu(kernel):
+    for level in CPU_LEVELS:
+        for case in kernel.cases:
+            kernel.choose(resolve(f"cpu:{level.name}").kernels, **case.static)
 
 
 def test_registry_holds_every_kernel_once():
     found = {}
-    for info in pkgutil.iter_modules(mxforge.schedules.__path__):
-        module = importlib.import_module(f"mxforge.schedules.{info.name}")
-        for value in vars(module).values():
-            if isinstance(value, Kernel):
-                assert found.setdefault(value.name, value) is value, "two kernels of one name"
+    for info in pkgutil.walk_packages(mxforge.schedules.__path__, "mxforge.schedules."):
+        for value in vars(importlib.import_module(info.name)).values():
+            for kernel in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(kernel, Kernel):
+                    assert found.setdefault(kernel.name, kernel) is kernel, "two of one name"
     assert found == KERNELS
 
 
@@ -189,17 +162,17 @@ def test_cpu_code_generates_for_aarch64(harness, kernel, level):
 
 @pytest.mark.parametrize("kernel", EVERY)
 def test_cuda_code_generates(harness, kernel):
-    if "cuda" not in kernel.targets:
+    if not kernel.runs_on(CUDA):
         pytest.skip("has no CUDA schedule")
-    func = kernel.build(Target("cuda"), **kernel.cases[0].static)
-    assert "__global__" in harness.device_source(harness.module(func), CUDA)
+    func = kernel.build(CUDA, **kernel.cases[0].static)
+    assert "__global__" in harness.device_source(harness.module(func), TVM_CUDA)
 
 
 @pytest.mark.parametrize("kernel", EVERY)
 def test_metal_code_generates(harness, kernel):
-    if "metal" not in kernel.targets:
+    if not kernel.runs_on(METAL):
         pytest.skip("has no Metal schedule")
-    func = kernel.build(Target("metal"), **kernel.cases[0].static)
+    func = kernel.build(METAL, **kernel.cases[0].static)
     source = harness.device_source(harness.module(func), {"kind": "metal"})
     assert "kernel void" in source
     assert "double" not in source  # Metal has none
@@ -212,10 +185,10 @@ def test_nvcc_compiles_every_kernel(harness, monkeypatch):
 
     functions = {}
     for kernel in KERNELS.values():
-        if "cuda" in kernel.targets:
-            func = kernel.build(Target("cuda"), **kernel.cases[0].static)
+        if kernel.runs_on(CUDA):
+            func = kernel.build(CUDA, **kernel.cases[0].static)
             functions[kernel.name] = func.with_attr("global_symbol", kernel.name)
-    source = harness.device_source(tvm.IRModule(functions), CUDA)
+    source = harness.device_source(tvm.IRModule(functions), TVM_CUDA)
     monkeypatch.setenv("TVM_CUDA_NVCC_NO_FAST_MATH", "1")  # we keep denormals and division
-    with tvm.target.Target(CUDA):
+    with tvm.target.Target(TVM_CUDA):
         assert compile_cuda(source, target_format="cubin", compiler="nvcc")

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import tvm
 from support.folders import SetupError, made, run
+from support.kernels import call_of, made_inputs
 from support.targets import PLAIN_CPU
 
 from mxforge.compile.library import export
@@ -134,15 +135,9 @@ class KernelCalls:
         self._calls: list[dict[str, Any]] = []
         self._functions: dict[str, tuple[str, Kernel, Mapping[str, Any]]] = {}
 
-    def add(
-        self,
-        kernel: Kernel,
-        case: Case,
-        inputs: Mapping[str, np.ndarray],
-        fresh: Sequence[np.ndarray],
-    ) -> None:
-        packed = kernel.pack(PLAIN_CPU, dict(inputs), **case.static)  # alike on all levels
-        arrays = {f"{len(self._calls)}-{i}": array for i, array in enumerate([*packed, *fresh])}
+    def add(self, kernel: Kernel, case: Case) -> None:
+        call = call_of(kernel, PLAIN_CPU, made_inputs(case), case.static)  # on every level
+        arrays = {f"{len(self._calls)}-{i}": array for i, array in enumerate(call.arrays)}
         self._arrays.update(arrays)
         keys = list(arrays)
         function = (f"f{len(self._functions)}", kernel, case.static)
@@ -152,10 +147,7 @@ class KernelCalls:
                 "what": f"{kernel.name}: {case.name}",
                 "function": name,
                 "arguments": [(key, a.shape, a.dtype.name) for key, a in arrays.items()],
-                "results": [
-                    *keys[len(packed) :],
-                    *(keys[list(inputs).index(name)] for name in kernel.updated),
-                ],
+                "results": call.results(keys),
             }
         )
 

@@ -3,57 +3,39 @@
 from __future__ import annotations
 
 import time
-import zlib
 
-import numpy as np
 import pytest
+from support.kernels import call_of, compare, made_inputs, run_name, runs
 from support.spirv_programs import checked, generate, kernels, lowered, run
+from support.targets import VULKAN
 
 from mxforge.compile.targets import VULKAN_PROFILES
 from mxforge.schedules import KERNELS
-from mxforge.schedules.attention import paged_attention
-from mxforge.schedules.kernel import Target
+from mxforge.schedules.attention import PAGED_ATTENTION
 
-VULKAN = Target("vulkan")
-CASES = [
-    pytest.param(kernel, case, id=f"{name}: {case.name}")
-    for name, kernel in KERNELS.items()
-    if "vulkan" in kernel.targets
-    for case in kernel.cases
-]
+RUNS = [pytest.param(*run, id=run_name(*run)) for run in runs(VULKAN)]
 
 
-@pytest.mark.parametrize(("kernel", "case"), CASES)
-def test_code_is_valid(kernel, case):
-    for code in kernels(kernel.build(VULKAN, **case.static)):
+@pytest.mark.parametrize(("kernel", "case", "schedule"), RUNS)
+def test_code_is_valid(kernel, case, schedule):
+    for code in kernels(kernel.build(VULKAN, schedule, **case.static)):
         pointers = [entry for entry in code.reflection["arguments"] if entry["kind"] == "pointer"]
         assert any(entry["write"] for entry in pointers)
         assert all(entry["read"] or entry["write"] for entry in pointers)
 
 
-@pytest.mark.parametrize(("kernel", "case"), CASES)
-def test_agrees_with_reference(kernel, case):
-    inputs = case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
-    packed = kernel.pack(VULKAN, {name: a.copy() for name, a in inputs.items()}, **case.static)
-    fresh = [np.zeros(shape, dtype) for shape, dtype in kernel.outputs(inputs, **case.static)]
-    arrays = run(kernel.build(VULKAN, **case.static), *packed, *fresh)
-    names = list(inputs)
-    ours = arrays[len(packed) :] + [arrays[names.index(name)] for name in kernel.inplace]
-    expected = kernel.reference(**{name: a.copy() for name, a in inputs.items()}, **case.static)
-    for found, reference in zip(ours, expected, strict=True):
-        if np.issubdtype(reference.dtype, np.integer):
-            np.testing.assert_array_equal(found, reference)
-            continue
-        finite = np.isfinite(reference)
-        np.testing.assert_array_equal(found[~finite], reference[~finite].astype(found.dtype))
-        error = np.linalg.norm(found[finite].astype(np.float64) - reference[finite])
-        assert error <= case.tolerance * max(np.linalg.norm(reference[finite]), 1e-30)
+@pytest.mark.parametrize(("kernel", "case", "schedule"), RUNS)
+def test_agrees_with_reference(kernel, case, schedule):
+    inputs = made_inputs(case)
+    call = call_of(kernel, VULKAN, inputs, case.static, schedule)
+    arrays = run(kernel.build(VULKAN, schedule, **case.static), *call.arrays)
+    compare(kernel, case, inputs, call.results(arrays))
 
 
 @pytest.mark.parametrize("head_dim", [2, 64, 250, 1024])
 def test_attention_fits_the_shared_memory_of_every_device(head_dim):
     shape = {"heads": 48, "kv_heads": 2, "head_dim": head_dim, "window": 0, "kv_dtype": "float32"}
-    for code in kernels(paged_attention(VULKAN, **shape)):
+    for code in kernels(PAGED_ATTENTION.build(VULKAN, **shape)):
         assert code.reflection["shared_bytes"] <= min(p.shared_bytes for p in VULKAN_PROFILES)
 
 
@@ -61,7 +43,7 @@ def test_generating_all_kernels_takes_seconds_and_gives_equal_bytes_twice():
     modules = [
         lowered(kernel.build(VULKAN, **kernel.cases[0].static))
         for kernel in KERNELS.values()
-        if "vulkan" in kernel.targets
+        if kernel.runs_on(VULKAN)
     ]
     start = time.perf_counter()
     first = [generate(module) for module in modules]

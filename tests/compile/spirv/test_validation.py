@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.kernels import run_name, runs
+from support.targets import VULKAN
 from support.vulkan_device import run_apart
-
-from mxforge.schedules import KERNELS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -29,11 +29,10 @@ UNASSISTED = (
     "test_statements.py::test_strided_vectors_are_gathered_and_scattered[4-0]",
     "test_structure.py::test_bfloat16_rounds_to_nearest_even_and_keeps_nan",
 )
-CASES = {
-    name: [f"test_agrees_with_reference[{name}: {case.name}]" for case in kernel.cases]
-    for name, kernel in KERNELS.items()
-    if "vulkan" in kernel.targets
-}
+CASES: dict[str, list[str]] = {}  # by kernel
+for kernel, case, schedule in runs(VULKAN):
+    name = run_name(kernel, case, schedule)
+    CASES.setdefault(kernel.name, []).append(f"test_agrees_with_reference[{name}]")
 
 
 @pytest.fixture

@@ -1,0 +1,31 @@
+"""Every kernel of the registry: each case of its CUDA and Metal code against the reference."""
+
+from __future__ import annotations
+
+import pytest
+from support.kernels import compare, made_inputs, run_name, runs
+from support.simt.kernels import TARGETS, program_of, run_case
+
+RUNS = [
+    pytest.param(kind, *run, id=f"{kind}, {run_name(*run)}")
+    for kind, target in TARGETS.items()
+    for run in runs(target)
+]
+
+
+@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), RUNS)
+def test_agrees_with_reference(simt, kind, kernel, case, schedule):
+    program = program_of(simt, kernel, kind, case, schedule)
+    results = run_case(simt, program, kernel, case, schedule)
+    compare(kernel, case, made_inputs(case), results)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), RUNS)
+def test_agrees_with_reference_in_other_orders_of_threads(
+    simt, kind, kernel, case, schedule, order
+):
+    program = program_of(simt, kernel, kind, case, schedule)
+    results = run_case(simt, program, kernel, case, schedule, order)
+    compare(kernel, case, made_inputs(case), results)

@@ -1,0 +1,99 @@
+"""One case of a kernel on one target: what is passed to it, and what must come back.
+
+Tests of all targets compare by these: of CPU levels, of aarch64 under qemu, of Vulkan devices, and
+of CUDA and Metal text that runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mxforge.schedules import KERNELS
+from mxforge.schedules.kernel import Case, Kernel, Schedule, Target
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments in the PrimFunc's order, and which of them it writes: the fresh outputs, which hold
+    nothing that could pass for a result, then the inputs that it updates."""
+
+    arrays: list[np.ndarray]
+    written: tuple[int, ...]
+
+    def results(self, arrays: Sequence[Any]) -> list[Any]:
+        """What the reference returns too, out of all arguments after the call."""
+        return [arrays[index] for index in self.written]
+
+
+def runs(target: Target) -> list[tuple[Kernel, Case, Schedule]]:
+    """Every kernel and case with every schedule that fits the target, best first."""
+    return [
+        (kernel, case, schedule)
+        for kernel in KERNELS.values()
+        for case in kernel.cases
+        for schedule in kernel.schedules_for(target, **case.static)
+    ]
+
+
+def run_name(kernel: Kernel, case: Case, schedule: Schedule) -> str:
+    """What a test of a run is called."""
+    return f"{kernel.name}: {case.name} ({schedule.name})"
+
+
+def call_of(
+    kernel: Kernel,
+    target: Target,
+    inputs: Mapping[str, np.ndarray],
+    static: Mapping[str, Any],
+    schedule: Schedule | None = None,
+) -> Call:
+    """A call on inputs as stored, which stay as they are; of the best schedule or of the one given."""
+    copied = {name: array.copy() for name, array in inputs.items()}
+    packed = kernel.pack(target, copied, schedule, **static)
+    fresh = [_unset(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]
+    names = list(inputs)
+    written = [*range(len(packed), len(packed) + len(fresh)), *map(names.index, kernel.updated)]
+    return Call([*packed, *fresh], tuple(written))
+
+
+def made_inputs(case: Case) -> dict[str, np.ndarray]:
+    """The same inputs whichever test asks, and in whatever order."""
+    return case.inputs(np.random.default_rng(zlib.crc32(case.name.encode())))
+
+
+def compare(
+    kernel: Kernel, case: Case, inputs: Mapping[str, np.ndarray], results: Sequence[np.ndarray]
+) -> None:
+    """AssertionError where results differ from the reference's by more than the case tolerates."""
+    expected = kernel.reference(
+        **{name: value.copy() for name, value in inputs.items()}, **case.static
+    )
+    assert len(results) == len(expected)
+    for index, (ours, reference) in enumerate(zip(results, expected, strict=True)):
+        assert ours.shape == reference.shape, f"output {index}"
+        if np.issubdtype(reference.dtype, np.integer):  # not of rounded numbers kept as integers
+            np.testing.assert_array_equal(ours, reference, err_msg=f"output {index}")
+        else:
+            assert relative_error(ours, reference) <= case.tolerance, f"output {index}"
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    """‖ours - reference‖ / ‖reference‖ over what is finite in the reference; NaN and infinity
+    must stand in the same places."""
+    ours, reference = ours.astype(np.float64), reference.astype(np.float64)
+    finite = np.isfinite(reference)
+    np.testing.assert_array_equal(ours[~finite], reference[~finite])
+    error = np.linalg.norm(ours[finite] - reference[finite])
+    norm = np.linalg.norm(reference[finite])
+    return float(error / norm) if norm else float(error)
+
+
+def _unset(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    array = np.empty(shape, dtype)
+    array.view(np.uint8)[...] = 0xFF  # NaN, or -1
+    return array

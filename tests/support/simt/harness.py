@@ -1,0 +1,174 @@
+"""Runs CUDA and Metal kernels on the CPU, and checks how they use memory and barriers.
+
+TVM compiles a PrimFunc as for a GPU. The text that it writes for the device is translated to C++,
+compiled, and started by the host code that TVM made beside it. docs/simt.md tells what is checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tvm
+import tvm_ffi
+
+from .tensors import DeviceArray
+from .toolchain import RUNTIME, CompileError, build_kernel
+from .translate import DeviceFunction, translate
+
+Order = Literal["forward", "reverse", "random"]  # of threads; of blocks too, random ones forward
+ORDERS: tuple[Order, ...] = ("forward", "reverse", "random")
+TARGETS: dict[str, dict[str, Any]] = {
+    "cuda": {"kind": "cuda", "arch": "sm_90a"},
+    "metal": {"kind": "metal"},
+}
+SEED = 7  # of the random order
+
+
+class Fault(Exception):
+    """A kernel did what no GPU promises to do well: the text says what, where, and which thread."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled PrimFunc: the device's text, and what launches it."""
+
+    kind: str
+    text: str
+    arguments: tuple[str, ...]  # names
+    main: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Accesses of one kind, summed over a run.
+
+    `requests` of warps; `passes`: 32-byte sectors of global memory, or passes over the banks of
+    shared memory; `ideal`: the fewest passes for the same bytes; `bytes`.
+    """
+
+    requests: int
+    passes: int
+    ideal: int
+    bytes: int
+
+
+MEMORIES = ("global", "shared")
+ACCESSES = ("read", "write")
+
+
+class Simt:
+    """The runtime of one process. `folder` has it built (`toolchain.build_runtime`), and keeps the
+    compiled kernels, which several processes may share."""
+
+    def __init__(self, folder: Path) -> None:
+        self._objects = folder / "objects"
+        self._runtime = ctypes.CDLL(str(folder / RUNTIME), ctypes.RTLD_GLOBAL)
+        self._runtime.simt_begin.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self._runtime.simt_argument.argtypes = [
+            ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int,
+        ]  # fmt: skip
+        self._runtime.simt_argument.restype = ctypes.c_void_p
+        self._runtime.simt_end.restype = ctypes.c_char_p
+        self._runtime.simt_cost.restype = ctypes.c_uint64
+        # TVM's host code selects the device that its tensors name.
+        tvm_ffi.register_global_func("__tvm_set_device", lambda *_: None, override=True)
+
+    def compile(
+        self, func: tvm.tirx.PrimFunc, kind: str, edit: Callable[[str], str] | None = None
+    ) -> Program:
+        """`func`, scheduled for cuda or metal; `edit` may change the device's text.
+
+        CompileError where the text uses what the headers in include/ lack.
+        """
+        texts: list[str] = []
+
+        def build(original: Callable[..., Any], module: tvm.IRModule, target: Any) -> Any:
+            text = original(module, target).inspect_source()
+            texts.append(edit(text) if edit else text)
+            source = translate(kind, texts[-1], map(_device_function, module.functions.values()))
+            try:
+                return tvm.runtime.load_module(str(build_kernel(source, self._objects)))
+            except CompileError as error:
+                refused.append(error)
+                raise
+
+        refused: list[CompileError] = []
+        module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+        with _replaced(f"target.build.{kind}", build):
+            try:
+                compiled = tvm.compile(module, TARGETS[kind])
+            except RuntimeError as error:  # what TVM makes of any error
+                raise (refused[0] if refused else error) from None
+        names = tuple(str(parameter.name) for parameter in func.params)
+        return Program(kind, "\n".join(texts), names, compiled["main"])
+
+    def run(
+        self,
+        program: Program,
+        arrays: Sequence[np.ndarray],
+        writable: Collection[int],
+        order: Order = "random",
+        *,
+        counting: bool = False,
+    ) -> list[np.ndarray]:
+        """What `arrays` hold after the call; those not in `writable`, by index, are inputs.
+
+        Fault where the kernel breaks a rule.
+        """
+        self._runtime.simt_begin(ORDERS.index(order), SEED, counting)
+        placed = [
+            self._place(name, array, index in writable)
+            for index, (name, array) in enumerate(zip(program.arguments, arrays, strict=True))
+        ]
+        tensors = [DeviceArray(array, program.kind) for array in placed]
+        program.main(*(each.tensor for each in tensors))
+        if error := self._runtime.simt_end():
+            raise Fault(error.decode())
+        return [array.copy() for array in placed]
+
+    def costs(self) -> dict[str, Cost]:
+        """By "global read" and the like: what the last run cost, which was `counting`."""
+        return {
+            f"{memory} {access}": Cost(
+                *(self._runtime.simt_cost(shared, write, what) for what in range(4))
+            )
+            for shared, memory in enumerate(MEMORIES)
+            for write, access in enumerate(ACCESSES)
+        }
+
+    def _place(self, name: str, array: np.ndarray, writable: bool) -> np.ndarray:
+        address = self._runtime.simt_argument(name.encode(), array.nbytes, array.itemsize, writable)
+        if not address:
+            raise MemoryError(f"no address space for argument {name} of {array.nbytes} bytes")
+        raw = (ctypes.c_uint8 * array.nbytes).from_address(address)
+        placed = np.frombuffer(raw, np.uint8).view(array.dtype).reshape(array.shape)
+        placed[...] = array
+        return placed
+
+
+def _device_function(func: tvm.tirx.PrimFunc) -> DeviceFunction:
+    def dtype(parameter: Any) -> str:
+        return str(getattr(parameter.ty, "dtype", "handle"))
+
+    return DeviceFunction(
+        str(func.attrs["global_symbol"]),
+        tuple(map(dtype, func.params)),
+        tuple(map(str, func.attrs["tirx.kernel_launch_params"])),
+    )
+
+
+@contextmanager
+def _replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """The global function of this name is `function`, which gets the original first."""
+    original = tvm.get_global_func(name)
+    tvm_ffi.register_global_func(name, lambda *args: function(original, *args), override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(name, original, override=True)

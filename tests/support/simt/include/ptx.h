@@ -1,0 +1,152 @@
+// PTX instructions, by their names with "_" for "." and "::". translate.py makes calls of these out
+// of asm statements: operands in the order of the text, without brackets.
+#pragma once
+#include "../runtime/simt.h"
+
+namespace simt_ptx {
+
+SIMT_INLINE void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) {
+  d = __byte_perm(a, b, selector);
+}
+SIMT_INLINE void lop3_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c, int table) {
+  uint32_t result = 0;
+  for (int i = 0; i < 8; i++)
+    if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  d = result;
+}
+
+// Of one launch after another, nothing overlaps here.
+SIMT_INLINE void griddepcontrol_wait() {}
+SIMT_INLINE void griddepcontrol_launch_dependents() {}
+
+SIMT_INLINE void load_16_bytes(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {
+  simt::note_read(p, 16);
+  uint32_t words[4];
+  simt::copy(words, p, 16);
+  a = words[0], b = words[1], c = words[2], d = words[3];
+}
+#define ld_global_nc_v4_b32 load_16_bytes
+#define ld_global_nc_v4_u32 load_16_bytes
+#define ld_global_nc_L1_no_allocate_v4_b32 load_16_bytes
+#define ld_global_nc_L1_no_allocate_v4_u32 load_16_bytes
+
+// ---- cp.async
+
+SIMT_INLINE void cp_async_commit_group() { simt::async_commit(); }
+SIMT_INLINE void cp_async_wait_group(int groups) { simt::async_wait(groups); }
+SIMT_INLINE void cp_async_wait_all() {
+  simt::async_commit();
+  simt::async_wait(0);
+}
+SIMT_INLINE void cp_async_cg_shared_global(uint32_t to, const void* from, int size) {
+  simt::async_copy(to, from, size, size);
+}
+SIMT_INLINE void cp_async_cg_shared_global(uint32_t to, const void* from, int size, int used) {
+  simt::async_copy(to, from, size, used);
+}
+#define cp_async_ca_shared_global cp_async_cg_shared_global
+
+// ---- matrices
+
+// Lane 8m + r gives the address of row r of matrix m; lane l gets elements 2(l % 4) and the next of
+// row l / 4; of the transposed matrix with .trans.
+template <int N>
+SIMT_INLINE void ldmatrix(uint32_t* (&registers)[N], uint32_t address, bool trans) {
+  auto rows = simt::gather("ldmatrix", ~0u, address);
+  int lane = simt::lane_index();
+  for (int m = 0; m < N; m++) {
+    uint32_t word = 0;
+    for (int i = 0; i < 2; i++) {
+      int row = lane / 4, column = lane % 4 * 2 + i;
+      uint32_t at = rows.of[8 * m + (trans ? column : row)];
+      if (at % 16) simt::fail("ldmatrix: the row at %x is not aligned to 16 bytes", at);
+      auto element = (const uint16_t*)simt::shared_pointer(at) + (trans ? row : column);
+      if (trans) simt::note_read(element, 2);
+      if (!trans && i == 0) simt::note_read(element, 4);
+      uint16_t value;
+      simt::copy(&value, element, 2);
+      word |= uint32_t(value) << 16 * i;
+    }
+    *registers[m] = word;
+  }
+}
+#define LDMATRIX(name, trans)                                                                    \
+  SIMT_INLINE void ldmatrix_sync_aligned_m8n8_x1_##name(uint32_t& a, uint32_t address) {         \
+    uint32_t* r[] = {&a};                                                                        \
+    ldmatrix<1>(r, address, trans);                                                              \
+  }                                                                                              \
+  SIMT_INLINE void ldmatrix_sync_aligned_m8n8_x2_##name(uint32_t& a, uint32_t& b,                \
+                                                        uint32_t address) {                      \
+    uint32_t* r[] = {&a, &b};                                                                    \
+    ldmatrix<2>(r, address, trans);                                                              \
+  }                                                                                              \
+  SIMT_INLINE void ldmatrix_sync_aligned_m8n8_x4_##name(                                         \
+      uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t address) {                    \
+    uint32_t* r[] = {&a, &b, &c, &d};                                                            \
+    ldmatrix<4>(r, address, trans);                                                              \
+  }
+LDMATRIX(shared_b16, false)
+LDMATRIX(trans_shared_b16, true)
+#undef LDMATRIX
+
+// mma.sync m16n8k…: D = A · B + C. A register holds P elements that follow each other in k; with
+// g = lane / 4 and t = lane % 4, A's register 2j + h has row g + 8h from k = 4P·j + P·t, B's
+// register j column g from the same k, and C's and D's i has row g + i / 2 · 8, column 2t + i % 2.
+// Products are summed in double and rounded once; tensor cores round more, and differently.
+template <int P, int K, class Number, class Sum, class Element>
+SIMT_INLINE void mma(Number* (&d)[4], const uint32_t (&a)[K / (2 * P)],
+                     const uint32_t (&b)[K / (4 * P)], const Number (&c)[4], Element element) {
+  constexpr int NA = K / (2 * P), NB = K / (4 * P);
+  struct Fragment {
+    uint32_t a[NA], b[NB];
+  } mine;
+  for (int i = 0; i < NA; i++) mine.a[i] = a[i];
+  for (int i = 0; i < NB; i++) mine.b[i] = b[i];
+  auto all = simt::gather("mma.sync", ~0u, mine);
+  int g = simt::lane_index() / 4, t = simt::lane_index() % 4;
+  Number result[4];
+  for (int i = 0; i < 4; i++) {
+    int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    Sum sum = c[i];
+    for (int k = 0; k < K; k++) {
+      int j = k / (4 * P), lane = k % (4 * P) / P;
+      Sum x = element(all.of[row % 8 * 4 + lane].a[2 * j + row / 8], k % P);
+      Sum y = element(all.of[column * 4 + lane].b[j], k % P);
+      sum += x * y;
+    }
+    result[i] = Number(sum);
+  }
+  for (int i = 0; i < 4; i++) *d[i] = result[i];
+}
+SIMT_INLINE float bf16_element(uint32_t word, int i) { return simt::from_bf16(word >> 16 * i); }
+SIMT_INLINE float f16_element(uint32_t word, int i) {
+  return simt::bits<simt::Half>(uint16_t(word >> 16 * i));
+}
+SIMT_INLINE int s8_element(uint32_t word, int i) { return int8_t(word >> 8 * i); }
+
+#define MMA_LONG(name, P, K, Sum, element)                                                       \
+  template <class Number>                                                                        \
+  SIMT_INLINE void mma_sync_aligned_##name(                                                      \
+      Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t a2,     \
+      uint32_t a3, uint32_t b0, uint32_t b1, Number c0, Number c1, Number c2, Number c3) {       \
+    Number* d[] = {&d0, &d1, &d2, &d3};                                                          \
+    mma<P, K, Number, Sum>(d, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}, element);            \
+  }
+#define MMA_SHORT(name, P, K, Sum, element)                                                      \
+  template <class Number>                                                                        \
+  SIMT_INLINE void mma_sync_aligned_##name(                                                      \
+      Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t b0,     \
+      Number c0, Number c1, Number c2, Number c3) {                                              \
+    Number* d[] = {&d0, &d1, &d2, &d3};                                                          \
+    mma<P, K, Number, Sum>(d, {a0, a1}, {b0}, {c0, c1, c2, c3}, element);                        \
+  }
+MMA_LONG(m16n8k16_row_col_f32_bf16_bf16_f32, 2, 16, double, bf16_element)
+MMA_LONG(m16n8k16_row_col_f32_f16_f16_f32, 2, 16, double, f16_element)
+MMA_LONG(m16n8k32_row_col_s32_s8_s8_s32, 4, 32, int64_t, s8_element)
+MMA_SHORT(m16n8k8_row_col_f32_bf16_bf16_f32, 2, 8, double, bf16_element)
+MMA_SHORT(m16n8k8_row_col_f32_f16_f16_f32, 2, 8, double, f16_element)
+MMA_SHORT(m16n8k16_row_col_s32_s8_s8_s32, 4, 16, int64_t, s8_element)
+#undef MMA_LONG
+#undef MMA_SHORT
+
+}  // namespace simt_ptx

@@ -1,0 +1,26 @@
+// What Python calls (harness.py): begin, one argument after the other, the launches by TVM's host
+// code, end. Arguments stay where they are until the next begin.
+#include "state.h"
+
+extern "C" {
+
+void simt_begin(int order, uint64_t seed, int counting) {
+  simt::forget_arrays();
+  simt::failed = false;
+  simt::error.clear();
+  simt::set_order(order, seed);
+  simt::begin_costs(counting);
+}
+
+// Memory for an argument; NULL where there is no room.
+void* simt_argument(const char* name, uint64_t size, int element, int writable) {
+  return simt::add_argument(name, size, element, writable);
+}
+
+// What went wrong, or "".
+const char* simt_end() { return simt::failed ? simt::error.c_str() : ""; }
+
+// Of all accesses of one kind: what = 0 requests of warps, 1 passes (global: sectors), 2 the fewest
+// passes that could do, 3 bytes.
+uint64_t simt_cost(int shared, int write, int what) { return simt::cost_of(shared, write, what); }
+}
