@@ -17,12 +17,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from checkpoints.random_checkpoint import write_checkpoint
-from support.parsers import commands, options
+from support.parsers import arguments, commands, options
 
 import mxforge
 from mxforge import errors
@@ -31,7 +32,14 @@ from mxforge.manifest import Manifest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "artifacts/README.md"]
 README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
+PYTHON = (ROOT / "docs" / "python.md").read_text()
+CHAT = (ROOT / "docs" / "chat.md").read_text()
+ERRORS = (ROOT / "docs" / "errors.md").read_text()
 BLOCK = re.compile(r"(?:<!-- (run|prints) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+TARGET_KINDS = ("cpu", "cuda", "vulkan", "metal")
 
 
 class Block(NamedTuple):
@@ -128,64 +136,94 @@ def test_command_lines_use_options_that_exist(page):
                 assert set(re.findall(r"(?<= )--[\w-]+", line)) <= options(parser), line
 
 
-def test_readme_shows_every_command_and_option():
-    for name, parser in commands().items():
-        assert name in README
-        for option in options(parser):
-            assert f"`{option}" in README or f"{option}`" in README, f"{name} {option}"
+@cache
+def sections() -> dict[str, str]:
+    """What docs/commands.md says of each command, by its name: compile, generate …"""
+    parts = re.split(r"^## (.*)$", COMMANDS, flags=re.MULTILINE)[1:]
+    return {
+        name: text
+        for names, text in zip(parts[::2], parts[1::2], strict=True)
+        for name in names.split(", ")
+    }
 
 
-def test_readme_names_no_option_that_does_not_exist():
+@pytest.mark.parametrize("command", commands())
+def test_page_shows_every_option_and_default_of_a_command(command):
+    section = sections()[command.removeprefix("mxforge ").replace("compile-model", "compile")]
+    assert command in section
+    for action in arguments(commands()[command]):
+        option = max(action.option_strings, key=len, default="")
+        if not option or option == "--help":
+            continue
+        assert f"`{option}" in section, option
+        row = next((line for line in section.splitlines() if line.startswith(f"| `{option}")), "")
+        default = action.default
+        if row and "as for `generate`" not in row and default not in (None, False):
+            assert re.search(rf"\(default: `?{float_or_text(default)}\b", row), row
+
+
+def float_or_text(default: object) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def test_commands_page_names_no_option_that_does_not_exist():
     known = set().union(*(options(parser) for parser in commands().values()))
-    known |= {"--full", "--live"}  # scripts/test
-    section = README[README.index("## Use it: compile-model") :]
-    assert set(re.findall(r"`(--[\w-]+)", section)) <= known
+    assert set(re.findall(r"`(--[\w-]+)", COMMANDS)) <= known | {"--help"}
 
 
-def test_readme_shows_every_error():
+def test_errors_page_shows_every_error():
     classes = [
         name
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, errors.MxforgeError)
     ]
-    assert [name for name in classes if name not in README] == []
+    assert [name for name in classes if f"`{name}`" not in ERRORS.replace("mxforge.", "")] == []
 
 
 @pytest.mark.parametrize(
     "function", [mxforge.compile_model, mxforge.Engine.load], ids=["compile_model", "Engine.load"]
 )
-def test_readme_shows_every_parameter(function):
+def test_python_page_shows_every_parameter(function):
     for parameter in inspect.signature(function).parameters.values():
         shown = parameter.name
         if isinstance(parameter.default, str | int | None) and shown != "progress":
             shown += f"={parameter.default!r}".replace("'", '"')
         if parameter.default is not inspect.Parameter.empty:
-            assert shown in README, shown
+            assert shown in PYTHON, shown
 
 
 @pytest.mark.parametrize(
     "record", [mxforge.SamplingParams, mxforge.Completion, mxforge.Usage, mxforge.Timings]
 )
-def test_readme_shows_every_field(record):
-    assert [f.name for f in dataclasses.fields(record) if f"`{f.name}`" not in README] == []
+def test_python_page_shows_every_field(record):
+    assert [f.name for f in dataclasses.fields(record) if f"`{f.name}`" not in PYTHON] == []
 
 
 @pytest.mark.parametrize(
     "record", [mxforge.ChatCompletion, mxforge.ChatPiece, mxforge.ToolCallPiece]
 )
 def test_chat_page_shows_every_field(record):
-    page = (ROOT / "docs" / "chat.md").read_text()
-    assert [f.name for f in dataclasses.fields(record) if f"`{f.name}`" not in page] == []
+    assert [f.name for f in dataclasses.fields(record) if f"`{f.name}`" not in CHAT] == []
 
 
 def test_chat_page_shows_every_argument():
-    page = (ROOT / "docs" / "chat.md").read_text()
     names = [name for name in inspect.signature(mxforge.Engine.chat).parameters if name != "self"]
-    assert [name for name in names if name != "cancel" and f"| `{name}` |" not in page] == []
+    assert [name for name in names if name != "cancel" and f"| `{name}` |" not in CHAT] == []
 
 
-def test_readme_has_the_place_of_the_figures():
-    assert README.index("<!-- figures") < README.index("<!-- /figures -->") < README.index("## ")
+def test_readme_begins_with_what_there_is():
+    """The first screen: two commands, an example, and a row for each kind of target."""
+    screen = README[: README.index("\n## ")]
+    assert "./scripts/demo" in screen
+    assert "<!-- prints -->" in screen
+    rows = [line.split(" | ")[0] for line in screen.splitlines() if line.startswith("| `")]
+    assert {row.strip("| `").split("`")[0] for row in rows} == set(TARGET_KINDS)
+
+
+def test_readme_shows_where_speed_was_measured():
+    section = README[README.index("\n## Speed") :].split("\n## ")[1]
+    assert "<!-- figures" in section
+    assert "<!-- /figures -->" in section
 
 
 def test_artifact_page_shows_every_field_of_the_manifest():

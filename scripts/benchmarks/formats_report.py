@@ -48,7 +48,7 @@ def worst(choice: Choice) -> dict[str, Any] | None:
 def formats_table(result: Mapping[str, Any]) -> str:
     bound = f"{result['bound']:.0e}".replace("e-0", "e-")
     rows = [_row(result, name, choice) for name, choice in result["choices"].items()]
-    header = [f"`compile-model`, {result['target']}"]
+    header = [f"`mxforge compile`, {result['target']}"]
     header += [FIGURES[name].label for name in MEASURED]
     return table(
         [*header, "weights, GB a token", "cache, kB a token", "worst error", f"within {bound}"],
@@ -87,18 +87,18 @@ def notes(result: Mapping[str, Any]) -> str:
     pairs = [len(ratios(choice, MEASURED[0])) for choice in choices if choice["samples"]]
     text = (
         f"{described(dict(result))}; {', '.join(dates)}, commit {', '.join(commits)}. "
-        "Speeds are beside the default's and above 1 where the choice is faster: median (least … "
-        f"greatest) of {_counted(pairs)}, in turns in one process. The control is the default once "
-        "more, compiled and loaded apart: its spread is the measurement's own. Speeds are those of "
-        f"random weights in the shape {result['shape']}: {result['shape_is']}. Fewer layers make "
-        "the output layer a larger part of decoding: with all of them cache and experts count "
-        "for more, and dense weights for less. Bytes are those of "
+        "Speeds are relative to the default's, above 1 where the choice is faster: median (least … "
+        f"greatest) of {_counted(pairs)}, measured in turns in one process. The control is the "
+        "default a second time, compiled and loaded apart: its spread is that of the measurement. "
+        f"The weights are random, in the shape {result['shape']}: {result['shape_is']}. With fewer "
+        "layers the output layer is a larger part of decoding: with all layers the cache and the "
+        "experts matter more, and dense weights less. Bytes are those of "
         f"gpt-oss-{BYTES_OF} with all its layers: weights that a decoded token reads, and what "
-        "each token adds to the cache of full layers (the others keep a window). The error is that "
-        "of the worst tensor of any layer, relative, on the layer's true input: "
-        f"{', '.join(shapes) or 'no shape'}. `fast` promises {result['bound']:g}; a choice that "
-        f"does not keep it is marked **no**. {busy_samples(samples)}. Every sample: "
-        "[docs/bench/formats.json](docs/bench/formats.json)."
+        "each token adds to the cache of full layers (the others keep a window). The error is "
+        "the relative one of the worst tensor of any layer, on the input that the reference gives "
+        f"that layer: {', '.join(shapes) or 'no shape'}. `fast` promises {result['bound']:g}; a "
+        f"choice that does not keep it is marked **no**. {busy_samples(samples)}. Every sample: "
+        "[bench/formats.json](bench/formats.json)."
     )
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
@@ -115,5 +115,5 @@ def result_text(result: Mapping[str, Any]) -> str:
     return formats_table(result) + "\n\n" + notes(result)
 
 
-def readme_section(results: Iterable[Mapping[str, Any]]) -> str:
+def page_section(results: Iterable[Mapping[str, Any]]) -> str:
     return section("formats", "bench_formats", map(result_text, results))

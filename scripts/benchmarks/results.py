@@ -1,4 +1,4 @@
-"""Results: their files in docs/bench, and the tables and README sections written from them."""
+"""Results: their files in docs/bench, and the tables and sections of pages written from them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmarks.machine import QUIET_CORES
 
 RESULTS = ROOT / "docs" / "bench"
 README = ROOT / "README.md"
+NUMERICS = ROOT / "docs" / "numerics.md"
 NOT_MEASURED = "not measured"
 
 
@@ -42,7 +43,7 @@ def read_results(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def section(name: str, script: str, parts: Iterable[str]) -> str:
-    """A part of the README that a script writes, between marks that `with_section` finds."""
+    """A part of a page that a script writes, between marks that `with_section` finds."""
     begin = f"<!-- {name}: written by scripts/{script} from docs/bench; do not edit -->"
     return "\n".join([begin, *parts, f"<!-- /{name} -->"])
 
@@ -53,14 +54,14 @@ def with_section(text: str, section: str) -> str:
     before, _, rest = text.partition(f"{begin}:")
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"the README should have a section {begin}: … --> … {end}")
+        raise ValueError(f"the page should have a section {begin}: … --> … {end}")
     return before + section + after
 
 
-def write_section(section: str) -> Path:
-    """Put a `section` into the README."""
-    write_text(README, with_section(README.read_text(encoding="utf-8"), section))
-    return README
+def write_section(page: Path, section: str) -> Path:
+    """Put a `section` into its page."""
+    write_text(page, with_section(page.read_text(encoding="utf-8"), section))
+    return page
 
 
 def busy_samples(samples: Sequence[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from benchmarks import formats_report
-from benchmarks.results import README, RESULTS, read_results, with_section
+from benchmarks.results import NUMERICS, RESULTS, read_results, with_section
 from support.bench_runs import MACHINE, STAMP, interrupted, of_tiny, row, run
 
 
@@ -57,11 +57,11 @@ def test_a_choice_stands_beside_the_default_and_a_broken_bound_is_called_so(tmp_
     assert "of 2 pairs" in " ".join(text.split())
 
 
-def test_the_readme_shows_what_the_tracked_formats_give():
+def test_the_page_shows_what_the_tracked_formats_give():
     results = read_results(RESULTS, "formats")
-    readme = README.read_text()
-    section = formats_report.readme_section(results)
-    assert with_section(readme, section) == readme, "run scripts/bench_formats --render"
+    page = NUMERICS.read_text()
+    section = formats_report.page_section(results)
+    assert with_section(page, section) == page, "run scripts/bench_formats --render"
 
 
 def test_interrupted_formats_keep_what_they_have(tmp_path):
