@@ -124,14 +124,6 @@ def text_artifact(text_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def aarch64() -> Any:
-    """An `aarch64.Machine`; skips, saying why, where there can be none."""
-    from aarch64 import open_machine
-
-    return open_machine()
-
-
-@pytest.fixture(scope="session")
 def vulkan(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """vulkan:0 as a `vulkan_device.VulkanDevice`; skips, saying why, where there is none."""
     from vulkan_device import open_device
