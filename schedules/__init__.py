@@ -12,7 +12,7 @@ from .embedding import EMBED
 from .formats import DENSE
 from .gather import GATHER_ROWS
 from .kernel import Case, Kernel, Schedule, Target
-from .linear import LINEAR, LINEAR_BF16, LINEAR_I8
+from .linear import LINEAR, LINEAR_BF16, LINEAR_I8  # noqa: F401 (their formats join DENSE)
 from .moe import DOWN, GATE_UP, MOE_PLAN, ROUTER_TOPK
 from .quantize import QUANTIZE_I8, QUANTIZE_I16
 from .rms_norm import RMS_NORM
@@ -27,9 +27,7 @@ KERNELS: dict[str, Kernel] = {
         EMBED,
         ROPE_TABLE,
         RMS_NORM,
-        LINEAR,
-        LINEAR_BF16,
-        LINEAR_I8,
+        *(format_.kernel for format_ in DENSE.formats()),
         ROPE_KV_INSERT,
         PAGED_ATTENTION,
         ROUTER_TOPK,

@@ -73,7 +73,7 @@ def test_schedules_of_every_cpu_level_agree_with_reference(harness, level, kerne
 
 @pytest.fixture(scope="session")
 def emulated(
-    tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[str], dict[str, list[np.ndarray]]]]:
     """emulated(level) -> the results of every case, by kernel and case."""
     calls = KernelCalls(tmp_path_factory.mktemp("emulated"))
