@@ -12,8 +12,10 @@ from support.simt.kernels import KINDS, program_of, run_case, scheduled_for
 from mxforge.schedules.kernel import Case, Kernel
 
 BARRIER = {
-    "cuda": re.compile(r"(?<=[;{}]\n)\s*(__syncthreads|tvm_builtin_cuda_cta_sync)\(\);"),
-    "metal": re.compile(r"(?<=[;{}]\n)\s*threadgroup_barrier\([^;]*\);"),
+    "cuda": re.compile(
+        r"(?<=[;{}]\n)\s*(__sync(threads|warp)|tvm_builtin_cuda_(cta|warp)_sync)\([^;]*\);"
+    ),
+    "metal": re.compile(r"(?<=[;{}]\n)\s*(threadgroup|simdgroup)_barrier\([^;]*\);"),
 }
 # Barriers that nobody misses and that stay: (kernel, number of the barrier in the text) -> why.
 ACCEPTED: dict[tuple[str, int], str] = {}
