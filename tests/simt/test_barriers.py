@@ -13,8 +13,10 @@ from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import Case, Kernel, Schedule
 
 BARRIER = {
-    "cuda": re.compile(r"(?<=[;{}]\n)\s*(__syncthreads|tvm_builtin_cuda_cta_sync)\(\);"),
-    "metal": re.compile(r"(?<=[;{}]\n)\s*threadgroup_barrier\([^;]*\);"),
+    "cuda": re.compile(
+        r"(?<=[;{}]\n)\s*(__sync(threads|warp)|tvm_builtin_cuda_(cta|warp)_sync)\([^;]*\);"
+    ),
+    "metal": re.compile(r"(?<=[;{}]\n)\s*(threadgroup|simdgroup)_barrier\([^;]*\);"),
 }
 # Barriers that nobody misses and that stay: (kernel, schedule, number in the text) -> why.
 ACCEPTED: dict[tuple[str, str, int], str] = {}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from support.simt.bodies import compile_body
 from support.simt.harness import ORDERS, Fault
+from support.simt.kernels import KINDS, program_of, run_case
 from support.simt.toolchain import CompileError
+
+from mxforge.schedules import KERNELS
 
 SHARED = "  __shared__ alignas(64) float a_ptr[64];\n  __shared__ alignas(64) float b_ptr[64];\n"
 COMMIT = 'asm volatile("cp.async.commit_group;");'
@@ -217,6 +221,21 @@ def test_fault_is_found_and_nothing_else(simt, body):
                 simt.run(program, [x, np.zeros_like(x)], {1}, order)
         else:
             simt.run(program, [x, np.zeros_like(x)], {1}, order)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guard_of_a_kernel_that_lets_one_thread_too_many_in(simt, kind):
+    kernel = KERNELS["f32_rms_norm"]
+    case = kernel.cases[0]
+
+    def edit(text: str) -> str:
+        text, edits = re.subn(r"(if \(.*) < ((arg\.)?n)\) \{", r"\1 < \2 + 1) {", text)
+        assert edits == 1
+        return text
+
+    program = program_of(simt, kernel, kind, case, edit)
+    with pytest.raises(Fault, match=r"read of 4 bytes at x\[\d+\], which has"):
+        run_case(simt, program, kernel, case)
 
 
 @pytest.mark.parametrize("declared", [SHARED, LOCAL])
