@@ -133,14 +133,6 @@ def nano(once: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def aarch64() -> Any:
-    """A `support.aarch64.Machine`; skips, saying why, where there can be none."""
-    from support.aarch64 import open_machine
-
-    return open_machine()
-
-
-@pytest.fixture(scope="session")
 def vulkan(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """vulkan:0 as `support.vulkan_device.VulkanDevice`; skips, saying why, where there is none."""
     from support.vulkan_device import open_device

@@ -40,6 +40,15 @@ def test_an_unknown_target_names_the_known_ones(name):
     assert all(known in str(caught.value) for known in known_targets())
 
 
+def test_nothing_but_the_levels_tells_llvm_of_a_cpu():
+    """Elsewhere it would be code for one CPU, run on whichever machine there is."""
+    root = Path(__file__).resolve().parents[2]
+    folders = ("compile", "runtime", "schedules", "scripts", "tests")
+    files = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    naming = {path for path in files if '"mcpu"' in path.read_text()}
+    assert naming == {root / "compile" / "targets.py", Path(__file__)}
+
+
 @pytest.mark.parametrize("name", ["cpu:avx1024", "cpu:sm_80", "cpu:AVX2"])
 def test_an_unknown_cpu_level_names_the_known_ones(name):
     with pytest.raises(TargetError, match=name.partition(":")[2]) as caught:

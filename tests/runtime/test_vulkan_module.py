@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.vulkan_device import AFFINE, DYNAMIC, HEADER, VERSION, VulkanDevice, module_bytes
+from support.vulkan_device import (
+    AFFINE,
+    DYNAMIC,
+    HEADER,
+    VERSION,
+    VulkanDevice,
+    module_bytes,
+    spirv,
+)
 
 
 def packed(text: bytes, code: bytes = b"", version: int = VERSION) -> bytes:
@@ -131,7 +139,7 @@ def test_truncated_and_mangled_modules_do_no_harm(vulkan: VulkanDevice) -> None:
 
 
 def test_mangled_code_is_walked_before_the_driver_sees_it(vulkan: VulkanDevice) -> None:
-    code = bytearray(AFFINE["code"])
+    code = bytearray(spirv(AFFINE["code"]))
     words = np.frombuffer(code, np.uint32).copy()
     words[5] |= 0xFFFF0000  # the first instruction's length
     with pytest.raises(ValueError, match="cut off or damaged"):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import pytest
 import tvm
-from support.aarch64 import CPUS, KernelCalls, Machine
 from support.kernels import compare, made_inputs
+from support.qemu import LEVELS, KernelCalls, open_cpu
 from support.targets import CUDA, GPUS, METAL
 
 import mxforge.schedules
@@ -20,6 +21,7 @@ from mxforge.compile.targets import CPU_LEVELS, resolve
 from mxforge.machine import architecture, missing_cpu_features
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import Case, Kernel
+from mxforge.schedules.linear import LINEAR_I8
 
 CASES = [
     pytest.param(kernel, case, id=f"{name}: {case.name}")
@@ -70,31 +72,53 @@ def test_schedules_of_every_cpu_level_agree_with_reference(harness, level, kerne
 
 
 @pytest.fixture(scope="session")
-def aarch64_results(
-    aarch64: Machine, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], dict[str, list[np.ndarray]]]:
-    """aarch64_results(level) -> the results of every case, by kernel and case."""
-    calls = KernelCalls(tmp_path_factory.mktemp("aarch64"))
+def emulated(
+    tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], dict[str, list[np.ndarray]]]]:
+    """emulated(level) -> the results of every case, by kernel and case."""
+    calls = KernelCalls(tmp_path_factory.mktemp("emulated"))
     for kernel in KERNELS.values():
         for case in kernel.cases:
             calls.add(kernel, case)
     calls.write()
-    with ThreadPoolExecutor(1) as pool:  # one level runs while the next is compiled
-        running = {
-            level: pool.submit(calls.run, aarch64, cpu, calls.compile(level))
-            for level, cpu in CPUS.items()
-        }
-    return lambda level: running[level].result()
+    with ThreadPoolExecutor(1) as pool:  # whose futures keep a failure as they keep results
+
+        @cache
+        def submitted(level: str) -> Future[dict[str, list[np.ndarray]]]:
+            cpu = open_cpu(level)
+            return pool.submit(lambda: calls.run(cpu, calls.compile(level)))
+
+        yield lambda level: submitted(level).result()
+
+
+# Where several processes run the tests (--dist loadgroup), each level is compiled by one of them.
+EMULATED = [pytest.param(level, marks=pytest.mark.xdist_group(level)) for level in LEVELS]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("level", AARCH64_LEVELS)
+@pytest.mark.parametrize("level", EMULATED)
 @pytest.mark.parametrize(("kernel", "case"), CASES)
-def test_schedules_of_every_aarch64_level_agree_with_reference(
-    aarch64_results, level, kernel, case
-):
-    results = aarch64_results(level)[f"{kernel.name}: {case.name}"]
+def test_schedules_of_every_emulated_level_agree_with_reference(emulated, level, kernel, case):
+    results = emulated(level)[f"{kernel.name}: {case.name}"]
     compare(kernel, case, made_inputs(case), results)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("level", "lower"),
+    [("avx512", "avx2"), ("avx2", "x86-64-v2"), ("neon-i8mm", "neon-dotprod"),
+     ("neon-dotprod", "neon")],
+)  # fmt: skip
+def test_the_cpu_of_a_lower_level_cannot_run_it(tmp_path, level, lower):
+    """Else an instruction in the wrong level would not be seen."""
+    cpu = open_cpu(lower)
+    calls = KernelCalls(tmp_path)
+    for case in LINEAR_I8.cases:
+        calls.add(LINEAR_I8, case)
+    calls.write()
+    with pytest.raises(AssertionError, match="Illegal instruction"):
+        calls.run(cpu, calls.compile(level))
+    calls.run(cpu, calls.compile(lower))
 
 
 @pytest.mark.parametrize("kernel", EVERY)

@@ -16,8 +16,7 @@ BARRIER = {
     "cuda": re.compile(r"(?<=[;{}]\n)\s*(__syncthreads|tvm_builtin_cuda_cta_sync)\(\);"),
     "metal": re.compile(r"(?<=[;{}]\n)\s*threadgroup_barrier\([^;]*\);"),
 }
-# Barriers that nobody misses and that stay: (kernel, schedule, number of the barrier in the text) ->
-# why.
+# Barriers that nobody misses and that stay: (kernel, schedule, number in the text) -> why.
 ACCEPTED: dict[tuple[str, str, int], str] = {}
 LARGE = 1 << 22  # bytes of a case that the others make unnecessary
 
@@ -40,7 +39,7 @@ def test_every_barrier_is_missed(simt, kind, kernel, schedule):
     def is_missed(number: int) -> bool:
         """Whether a case fails without the barrier of this number."""
         for case in cases:
-            found = _barriers(program_of(simt, kernel, kind, case, schedule).text, kind)
+            found = _barriers(program_of(simt, kind, kernel, case, schedule).text, kind)
             if number < len(found) and not _holds(
                 simt, kernel, kind, case, schedule, found[number]
             ):
@@ -48,7 +47,7 @@ def test_every_barrier_is_missed(simt, kind, kernel, schedule):
         return False
 
     count = max(
-        len(_barriers(program_of(simt, kernel, kind, case, schedule).text, kind)) for case in cases
+        len(_barriers(program_of(simt, kind, kernel, case, schedule).text, kind)) for case in cases
     )
     unneeded = {number for number in range(count) if not is_missed(number)}
     accepted = {n for *of, n in ACCEPTED if of == [kernel.name, schedule.name]}
@@ -68,7 +67,7 @@ def _holds(
         return f"{text[: barrier.start()]};{text[barrier.end() :]}"
 
     try:
-        program = program_of(simt, kernel, kind, case, schedule, without)
+        program = program_of(simt, kind, kernel, case, schedule, without)
         results = run_case(simt, program, kernel, case, schedule)
         compare(kernel, case, made_inputs(case), results)
     except (Fault, AssertionError):

@@ -15,7 +15,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), RUNS)
 def test_agrees_with_reference(simt, kind, kernel, case, schedule):
-    program = program_of(simt, kernel, kind, case, schedule)
+    program = program_of(simt, kind, kernel, case, schedule)
     results = run_case(simt, program, kernel, case, schedule)
     compare(kernel, case, made_inputs(case), results)
 
@@ -26,6 +26,6 @@ def test_agrees_with_reference(simt, kind, kernel, case, schedule):
 def test_agrees_with_reference_in_other_orders_of_threads(
     simt, kind, kernel, case, schedule, order
 ):
-    program = program_of(simt, kernel, kind, case, schedule)
+    program = program_of(simt, kind, kernel, case, schedule)
     results = run_case(simt, program, kernel, case, schedule, order)
     compare(kernel, case, made_inputs(case), results)

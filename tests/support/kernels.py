@@ -52,7 +52,7 @@ def call_of(
     static: Mapping[str, Any],
     schedule: Schedule | None = None,
 ) -> Call:
-    """A call on inputs as stored, which stay as they are; of the best schedule or of the one given."""
+    """A call, of the best schedule or of the one given, on inputs as stored, which stay so."""
     copied = {name: array.copy() for name, array in inputs.items()}
     packed = kernel.pack(target, copied, schedule, **static)
     fresh = [_unset(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]

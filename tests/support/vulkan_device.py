@@ -77,11 +77,11 @@ def scalar(name: str, dtype: str, offset: int) -> dict[str, Any]:
 
 
 def kernel(name: str, source: str, arguments: Sequence[dict[str, Any]], **fields: Any) -> Any:
-    """A kernel's entry, its code still as bytes; `fields` replace the usual ones."""
+    """A kernel's entry, its code in GLSL; `fields` replace the usual ones."""
     end = max((each["offset"] + 8 for each in arguments), default=0)
     return {
         "name": name,
-        "code": spirv(source),
+        "code": source,
         "arguments": list(arguments),
         "argument_bytes": (end + 7) // 8 * 8,
         "argument_buffer": False,
@@ -100,8 +100,9 @@ def module_bytes(kernels: Sequence[dict[str, Any]]) -> bytes:
     """The module format: header, JSON, SPIR-V."""
     code, entries = b"", []
     for each in kernels:
-        entries.append({**each, "code": [len(code), len(each["code"])]})
-        code += each["code"]
+        own = each["code"] if isinstance(each["code"], bytes) else spirv(each["code"])
+        entries.append({**each, "code": [len(code), len(own)]})
+        code += own
     text = json.dumps({"kernels": entries}).encode()
     text += b" " * (-len(text) % 4)
     return HEADER + struct.pack("<II", VERSION, len(text)) + text + code

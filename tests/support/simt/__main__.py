@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.kernels import compare, made_inputs
+from support.kernels import compare, made_inputs, run_name, runs
 
-from mxforge.schedules.kernel import Case, Kernel
+from mxforge.schedules.kernel import Case, Kernel, Schedule
 
 from .harness import ORDERS, Cost, Fault, Simt
-from .kernels import KINDS, program_of, run_case, scheduled_for
+from .kernels import TARGETS, program_of, run_case
 from .toolchain import build_runtime
 
 LARGE = 10**8  # operations of a case that only runs when it is named
@@ -30,12 +30,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mxforge-simt-") as folder:
         build_runtime(Path(folder))
         simt = Simt(Path(folder))
-        for kind in options.kind or KINDS:
-            for kernel, case in _chosen(options, kind):
-                print(f"{kind}  {kernel.name}  [{case.name}]  {_outcome(simt, kernel, kind, case)}")
+        for kind in options.kind or TARGETS:
+            for run in _chosen(options, kind):
+                print(f"{kind}  {run_name(*run)}  {_outcome(simt, kind, *run)}")
                 print("".join(map(_shown, simt.costs().items())), flush=True)
                 if options.text:
-                    print(program_of(simt, kernel, kind, case).text)
+                    print(program_of(simt, kind, *run).text)
 
 
 def _options() -> argparse.Namespace:
@@ -45,26 +45,25 @@ def _options() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="default: all")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="default: both")
+    parser.add_argument("--kind", action="append", choices=tuple(TARGETS), help="default: both")
     parser.add_argument("--case", help="part of a case's name; default: all but large ones")
     parser.add_argument("--text", action="store_true", help="print the device's text too")
     return parser.parse_args()
 
 
-def _chosen(options: argparse.Namespace, kind: str) -> Iterator[tuple[Kernel, Case]]:
-    for kernel in scheduled_for(kind):
-        if not options.kernels or kernel.name in options.kernels:
-            for case in kernel.cases:
-                if options.case in case.name if options.case else case.flops < LARGE:
-                    yield kernel, case
+def _chosen(options: argparse.Namespace, kind: str) -> Iterator[tuple[Kernel, Case, Schedule]]:
+    for kernel, case, schedule in runs(TARGETS[kind]):
+        wanted = options.case in case.name if options.case else case.flops < LARGE
+        if wanted and (not options.kernels or kernel.name in options.kernels):
+            yield kernel, case, schedule
 
 
-def _outcome(simt: Simt, kernel: Kernel, kind: str, case: Case) -> str:
+def _outcome(simt: Simt, kind: str, kernel: Kernel, case: Case, schedule: Schedule) -> str:
     for order in ORDERS:
         try:
-            program = program_of(simt, kernel, kind, case)
+            program = program_of(simt, kind, kernel, case, schedule)
             last = order == ORDERS[-1]  # to count takes long
-            results = run_case(simt, program, kernel, case, order, counting=last)
+            results = run_case(simt, program, kernel, case, schedule, order, counting=last)
             compare(kernel, case, made_inputs(case), results)
         except (Fault, AssertionError) as error:
             return f"{order} order: {error}"

@@ -19,8 +19,8 @@ TARGETS = {"cuda": CUDA, "metal": METAL}
 
 def program_of(
     simt: Simt,
-    kernel: Kernel,
     kind: str,
+    kernel: Kernel,
     case: Case,
     schedule: Schedule,
     edit: Callable[[str], str] | None = None,

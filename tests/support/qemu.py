@@ -1,7 +1,8 @@
-"""An aarch64 machine for tests: qemu-user runs a Debian Python with the wheels of our runtime.
+"""CPUs that this machine does not have, for tests: qemu-user runs our runtime on them.
 
-What it runs is `aarch64_guest.py`. Python and the wheels are fetched once, by apt and pip, into
-build/aarch64. Nothing of this machine is changed for it, and root is not needed.
+It starts `qemu_guest.py`: on a CPU of this machine's architecture with the Python that runs the
+tests, on another with Debian's Python and the wheels of our runtime, which are fetched once, by apt
+and pip, into build/qemu. Nothing of this machine is changed for it, and root is not needed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,79 +27,99 @@ from support.kernels import call_of, made_inputs
 from support.targets import PLAIN_CPU
 
 from mxforge.compile.library import export
-from mxforge.compile.targets import resolve
+from mxforge.compile.targets import CPU_LEVELS, resolve
+from mxforge.machine import architecture
 from mxforge.schedules.kernel import Case, Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
-MACHINE = ROOT / "build" / "aarch64"
-GUEST = Path(__file__).with_name("aarch64_guest.py")
+GUEST = Path(__file__).with_name("qemu_guest.py")
 
+# Of each CPU level a CPU that qemu 7.2 knows, without what the next level asks for. An instruction
+# that it lacks ends the process. No CPU here has AVX-512: qemu does not know it. NumPy's wheels
+# need x86-64-v2, so that x86-64 has no CPU of its own.
+CPUS = {
+    "avx2": "Haswell",
+    "x86-64-v2": "Nehalem",
+    "x86-64": "Nehalem",
+    "neon-i8mm": "max",
+    "neon-dotprod": "cortex-a76",
+    "neon": "cortex-a72",
+}
+LEVELS = [level.name for level in CPU_LEVELS if "avx512f" not in level.required]
+
+DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}  # its names of the architectures
 DEBS = ("python3", "libstdc++6")  # and what they depend on
 WHEELS = tuple(
     f"{name}=={version(name)}"
     for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "regex", "tiktoken", "typing_extensions")
 )
-PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in range(28, 16, -1))
-
-# Of each level a CPU that qemu knows, without what the next level asks for.
-CPUS = {"neon": "cortex-a72", "neon-dotprod": "cortex-a76", "neon-i8mm": "max"}
+GLIBC = range(28, 16, -1)  # versions 2.x that wheels may be built for
 
 
 def unavailable(reason: str) -> Any:
-    """Skip; or fail, where MXFORGE_REQUIRE_AARCH64 says that everything is installed."""
-    if os.environ.get("MXFORGE_REQUIRE_AARCH64") == "1":
-        pytest.fail(f"MXFORGE_REQUIRE_AARCH64=1, but {reason}")
+    """Skip; or fail, where MXFORGE_REQUIRE_QEMU says that everything is installed."""
+    if os.environ.get("MXFORGE_REQUIRE_QEMU") == "1":
+        pytest.fail(f"MXFORGE_REQUIRE_QEMU=1, but {reason}")
     pytest.skip(reason)
 
 
 @dataclass(frozen=True)
-class Machine:
-    qemu: str
-    folder: Path
+class Cpu:
+    """command: qemu on this CPU with a Python; site: packages that the Python does not have"""
 
-    def run(self, cpu: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        """What `aarch64_guest.py` says with these arguments, on this CPU."""
-        root = self.folder / "root"
-        emulator = (self.qemu, "-cpu", cpu, "-L", root)
-        command = (*emulator, root / "usr" / "bin" / "python3", GUEST, *arguments)
-        environment = {**os.environ, "PYTHONPATH": str(self.folder / "site")}
-        for name in ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME"):
-            environment.pop(name, None)
-        return subprocess.run(
-            list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600
-        )
+    command: tuple[str, ...]
+    site: Path | None
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """What `qemu_guest.py` says with these arguments."""
+        # OpenBLAS takes some of qemu's CPUs for others, which have more instructions.
+        environment = {**os.environ, "OPENBLAS_CORETYPE": "generic"}
+        if self.site is not None:
+            for name in ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME"):
+                environment.pop(name, None)
+            environment["PYTHONPATH"] = str(self.site)
+        command = [*self.command, str(GUEST), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def open_machine() -> Machine:
-    """The machine, made where it is missing; skips (or fails, see `unavailable`) where it cannot
-    be."""
-    qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+def open_cpu(level: str) -> Cpu:
+    """The CPU of a level; skips (or fails, see `unavailable`) where there can be none."""
+    (machine,) = (each.machine for each in CPU_LEVELS if each.name == level)
+    qemu = shutil.which(f"qemu-{machine}") or shutil.which(f"qemu-{machine}-static")
     if qemu is None:
-        unavailable("qemu-aarch64 is missing; Debian has it in qemu-user")
+        unavailable(f"qemu-{machine} is missing; Debian has it in qemu-user")
+    command = (str(qemu), "-cpu", CPUS[level])
+    if machine == architecture():
+        return Cpu((*command, sys.executable), None)
     try:
-        _make()
+        folder = _made(machine)
     except SetupError as error:
-        unavailable(f"an aarch64 Python cannot be fetched: {error}")
-    return Machine(str(qemu), MACHINE)
+        unavailable(f"a Python for {machine} cannot be fetched: {error}")
+    root = folder / "root"
+    return Cpu((*command, "-L", str(root), str(root / "usr/bin/python3")), folder / "site")
 
 
-def _make() -> None:
+@cache
+def _made(machine: str) -> Path:
+    """The folder with `root`, Debian's Python, and `site`, its packages."""
+
     def make(folder: Path) -> None:
-        _unpack_python(folder / "root", folder / "apt")
-        _install_wheels(folder / "root", folder / "site")
+        _unpack_python(machine, folder / "root", folder / "apt")
+        _install_wheels(machine, folder / "root", folder / "site")
         (folder / "site" / "mxforge").symlink_to(ROOT / "runtime")
 
-    made(MACHINE, json.dumps({"debs": DEBS, "wheels": WHEELS, "source": str(ROOT)}), make)
+    stamp = json.dumps({"debs": DEBS, "wheels": WHEELS, "source": str(ROOT)})
+    return made(ROOT / "build" / "qemu" / machine, stamp, make)
 
 
-def _unpack_python(root: Path, apt: Path) -> None:
+def _unpack_python(machine: str, root: Path, apt: Path) -> None:
     """Let apt work out and fetch what DEBS need on a machine on which nothing is installed."""
     for partial in (apt / "lists" / "partial", apt / "archives" / "partial"):
         partial.mkdir(parents=True)
     (apt / "status").touch()
     settings = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures": "arm64",
+        "APT::Architecture": DEBIAN[machine],
+        "APT::Architectures": DEBIAN[machine],
         "APT::Sandbox::User": "root",  # apt's own user may have no access to this folder
         "Debug::NoLocking": "1",
         "Dir::Cache": apt,
@@ -105,7 +127,7 @@ def _unpack_python(root: Path, apt: Path) -> None:
         "Dir::State::status": apt / "status",
     }
     options = [f"--option={name}={value}" for name, value in settings.items()]
-    # Where one of several sources has nothing for arm64, the others may do.
+    # Where one of several sources has nothing for the architecture, the others may do.
     run("apt-get", *options, "update", check=False)
     install = ("install", "--download-only", "--yes", "--no-install-recommends")
     run("apt-get", *options, *install, *DEBS)
@@ -117,9 +139,9 @@ def _unpack_python(root: Path, apt: Path) -> None:
     shutil.rmtree(apt)
 
 
-def _install_wheels(root: Path, site: Path) -> None:
+def _install_wheels(machine: str, root: Path, site: Path) -> None:
     python = (root / "usr" / "bin" / "python3").readlink().name  # python3.11
-    platforms = [f"--platform={platform}" for platform in PLATFORMS]
+    platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in GLIBC]
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile")
     foreign = (f"--python-version={python.removeprefix('python')}", "--only-binary=:all:")
     run(*pip, "--no-deps", *foreign, *platforms, f"--target={site}", *WHEELS)
@@ -171,10 +193,10 @@ class KernelCalls:
         export(tvm.compile(tvm.IRModule(functions), target.tvm), library, target.host)
         return library
 
-    def run(self, machine: Machine, cpu: str, library: Path) -> dict[str, list[np.ndarray]]:
+    def run(self, cpu: Cpu, library: Path) -> dict[str, list[np.ndarray]]:
         """By kernel and case: fresh outputs, then the new values of the inputs it updates."""
         outputs = library.with_suffix(".npz")
-        done = machine.run(cpu, "kernels", self._folder, library, outputs)
+        done = cpu.run("kernels", self._folder, library, outputs)
         assert done.returncode == 0, done.stderr[-2000:]
         with np.load(outputs) as stored:
             return {

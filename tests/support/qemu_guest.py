@@ -1,7 +1,7 @@
-"""What runs on the aarch64 machine of `aarch64.py`, on the runtime alone.
+"""What runs on the CPUs of `qemu.py`, on the runtime alone.
 
-aarch64_guest.py kernels FOLDER LIBRARY OUTPUTS    the calls that FOLDER describes
-aarch64_guest.py answer ARTIFACT PROMPT TOKENS     a greedy answer's tokens, or why there are none
+qemu_guest.py kernels FOLDER LIBRARY OUTPUTS    the calls that FOLDER describes
+qemu_guest.py answer ARTIFACT PROMPT TOKENS     a greedy answer's tokens, or why there are none
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mxforge.errors import MxforgeError
 from mxforge.library import Library, load_runtime, tvm_ffi
 
 THREADS = 2
-# Bits of what the kernel tells a process about its CPU: AT_HWCAP and AT_HWCAP2.
+# Bits of what the kernel tells a process about an aarch64 CPU: AT_HWCAP and AT_HWCAP2.
 HWCAP, HWCAP2 = 16, 26
 FEATURES = {"asimd": (HWCAP, 1), "asimddp": (HWCAP, 20), "i8mm": (HWCAP2, 13)}
 
 
-def cpu_flags() -> frozenset[str]:
+def aarch64_flags() -> frozenset[str]:
     """As in /proc/cpuinfo, which older versions of qemu do not emulate."""
     value = ctypes.CDLL(None).getauxval
     value.restype, value.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
@@ -66,6 +66,7 @@ def answer(artifact: str, prompt: str, tokens: str) -> None:
 
 
 if __name__ == "__main__":
-    machine._cpu_flags = cpu_flags
+    if machine.architecture() == "aarch64":
+        machine._cpu_flags = aarch64_flags
     what, *arguments = sys.argv[1:]
     {"kernels": kernels, "answer": answer}[what](*arguments)
