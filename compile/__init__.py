@@ -39,20 +39,21 @@ def compile_model(
 ) -> Path:
     """Compile `checkpoint` for `target` into an artifact; returns its folder.
 
-    checkpoint      a folder in Hugging Face's layout or OpenAI's original one, which is found
-                    out; or with `random_weights` a config.json of either
+    checkpoint      a folder in Hugging Face's layout or OpenAI's original one; with
+                    `random_weights` a config.json of either layout is enough
     target          cpu, cpu:LEVEL, cpu:portable, cuda, cuda:sm_XX, vulkan, vulkan:PROFILE or metal
     output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>
-    numerics        "exact" (f32 throughout) or "fast" (what the target does best)
-    kv              the cache, in place of what "fast" takes: "f32", "f16", "bf16" or "int8"
-    activations     likewise what meets the experts' weights: "f32", "bf16" or "int8"
-    dense           likewise the other large weights: "bf16" or "int8"
+    numerics        "exact" (f32 throughout) or "fast" (number formats chosen for speed)
+    kv              format of the cache: "f32", "f16", "bf16", "int8"; None: that of `numerics`
+    activations     format of the experts' inputs: "f32", "bf16", "int8"; None: that of `numerics`
+    dense           format of the other large weights: "bf16", "int8"; None: that of `numerics`
     max_batch       most sequences in one step
     prefill_chunk   most prompt tokens in one step
     random_weights  leave the weights out; the runtime makes random ones from a seed
-    debug_dump      a folder for the IR after every phase, and the generated code
+    debug_dump      a folder for the program after every phase, and the generated code
     force           replace an existing artifact
-    announce        is told what is being done; `progress` shows a bar on stderr while packing
+    announce        is called with a line of text at each step
+    progress        show a bar on stderr while packing
 
     Nothing is left behind where it fails. Raises CheckpointError and its subclasses, ConfigError,
     TargetError, OutputError, TokenizerError, UsageError; CompilerMissingError where only the
@@ -109,7 +110,7 @@ def _check_arguments(
 
 
 def _name(source: Path) -> str:
-    # Not resolved: who gives a link asks for the link's name.
+    # Not resolved: a link gives the model its own name.
     path = Path(os.path.abspath(source))  # noqa: PTH100
     folder = path if path.is_dir() else path.parent
     if folder.name == "original" and (folder / "dtypes.json").is_file():

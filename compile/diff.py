@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (bf16 tensors need it: where it is missing, that is said first)
+import ml_dtypes  # noqa: F401 (bf16 tensors need it; without it, fail here)
 import numpy as np
 
 from mxforge.artifact import Artifact, open_artifact

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (bf16 tensors need it: where it is missing, that is said first)
+import ml_dtypes  # noqa: F401 (bf16 tensors need it; without it, fail here)
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -41,7 +41,7 @@ FLOAT4_OPSET = 24  # the first whose DequantizeLinear takes FLOAT8E8M0 scales
 NEWEST_OPSET = FLOAT4_OPSET
 
 _ALIGNMENT = 4096  # of every tensor in the data file, so that it can be mapped by itself
-_PIECE = 1 << 24
+_CHUNK = 1 << 24
 _GRAPH_ROOM = 64 << 20  # what the graph may take on disk
 
 
@@ -147,10 +147,10 @@ def _write_data(
                 check_scales(name, tensor)
             content = tensor.reshape(-1).view(np.uint8)
             file.seek(entry.begin)
-            for start in range(0, content.size, _PIECE):
-                piece = content[start : start + _PIECE]
-                file.write(piece.data)
-                bar.update(piece.size)
+            for start in range(0, content.size, _CHUNK):
+                chunk = content[start : start + _CHUNK]
+                file.write(chunk.data)
+                bar.update(chunk.size)
             fingerprint.add(name, tensor)
             checkpoint.drop(name)
     return fingerprint.hexdigest()
@@ -205,7 +205,8 @@ class _Output:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         self._check_replaceable()
-        # The graph goes first and comes last: where it is, its own weights are beside it.
+        # The old graph is removed first, and the new one renamed last: a graph that exists always
+        # has its own weights beside it.
         output, data = self._places()
         output.unlink(missing_ok=True)
         self.data.replace(data)
@@ -221,7 +222,7 @@ class _Output:
                 )
 
     def _locked_folder(self) -> int:
-        """The hidden folder, made where it is not there and locked; the lock dies with us."""
+        """The hidden folder, created if missing, and locked until this process ends."""
         while True:
             self._partial.mkdir(exist_ok=True)
             folder = os.open(self._partial, os.O_RDONLY)

@@ -53,7 +53,7 @@ class ChatCompletion:
     """A whole answer.
 
     `thinking` is the chain of thought, `content` the answer to show. `token_ids` hold everything
-    generated, harmony's special tokens included. `logprobs` is None unless asked for.
+    generated, harmony's special tokens included. `logprobs` is None if they were not requested.
     """
 
     thinking: str

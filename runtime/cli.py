@@ -31,12 +31,12 @@ CHECKPOINT, the folder of a published model, into an ARTIFACT, the folder of a c
 def run_command(name: str, run: Callable[[], None]) -> int:
     """Run a command's body; errors become one line on stderr and an exit code, never a traceback.
 
-    (With MXFORGE_TRACEBACK set, those that are nobody's fault but ours bring one.)
+    With MXFORGE_TRACEBACK set, unexpected errors do show one.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # What a terminal's encoding lacks is no reason to stop.
+        # A character that the terminal's encoding lacks is escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
     code, message = 0, ""
     try:
@@ -46,14 +46,14 @@ def run_command(name: str, run: Callable[[], None]) -> int:
         code, message = error.exit_code, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         _discard_output()
     except MemoryError:
         code, message = 1, "out of memory; free some, or lower --context-length."
     except OSError as error:
         where = f": {error.filename}" if error.filename is not None else ""
         code, message = 1, f"{error.strerror or error}{where}"
-        if error.errno == errno.ENOSPC:  # perhaps of our output, which would fail again
+        if error.errno == errno.ENOSPC:  # perhaps of stdout, which would fail again
             _discard_output()
     except Exception as error:
         if os.environ.get("MXFORGE_TRACEBACK"):
@@ -70,7 +70,7 @@ def run_command(name: str, run: Callable[[], None]) -> int:
 
 
 def _discard_output() -> None:
-    """Let what is still to be written to stdout vanish, instead of failing at exit."""
+    """Discard buffered output, which would fail at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # not a file, or closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -17,7 +17,7 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── CompilerMissingError        the compiler's packages, mxforge[compile], are not installed
     ├── TargetError                 the target is unknown, or a tool it needs is absent
     ├── FormatError                 a number format is unknown, or its name is taken
-    ├── VulkanCodegenError          a kernel holds what cannot be said in SPIR-V for Vulkan
+    ├── VulkanCodegenError          a kernel cannot be written in SPIR-V for Vulkan
     ├── ScheduleTableError          a kernel's table of schedules contradicts itself
     ├── UnscheduledError            no schedule of a kernel fits the target
     ├── OutputError                 the output exists already, the disk is full or unwritable
@@ -47,7 +47,7 @@ class MxforgeError(Exception):
 
 
 class UsageError(MxforgeError):
-    """A command or function was called with arguments that cannot be meant together."""
+    """A command or function was called with wrong or contradicting arguments."""
 
     exit_code = 2
 
@@ -153,7 +153,7 @@ class TokenRangeError(MxforgeError):
 
 
 class SamplingError(MxforgeError):
-    """A sampling parameter has a value that cannot be meant."""
+    """A sampling parameter is outside its range."""
 
 
 class CancelledError(MxforgeError):

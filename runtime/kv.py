@@ -47,7 +47,7 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """How many pages nobody holds."""
+        """How many pages are free."""
         return len(self._free)
 
     def references(self, page: int) -> int:
@@ -133,7 +133,7 @@ class _Snapshot:
 
 
 class PrefixCache:
-    """Prefixes whose pages are kept for prompts that begin alike; the least recently used goes.
+    """Pages of prefixes, for prompts that begin with them; the least recently used are evicted.
 
     An entry holds references to all its full pages and to the sliding pages of its last window.
     So a prompt can start from any prefix of an entry whose window is still covered: from the
@@ -180,11 +180,11 @@ class PrefixCache:
 
 
 class KVPages:
-    """The pools of both kinds, the sequences' part in them, and the prefixes kept for reuse.
+    """The pools of both kinds, the sequences' part in them, and the prefix cache.
 
     full_pages, sliding_pages   sizes of the pools (`page_needs` says what is enough)
     window                      how many keys a sliding layer sees, the query's own included
-    prefixes                    how many prefixes to keep at most; they only use pages that no
+    prefixes                    how many prefixes to cache at most; they only use pages that no
                                 sequence needs
 
     Not for several threads at once: one engine loop owns it.
@@ -212,8 +212,8 @@ class KVPages:
         """A second sequence with the same past; what either writes is its own."""
         return self._share(sequence, sequence.length)
 
-    def keep(self, sequence: SequencePages, tokens: Sequence[int]) -> None:
-        """Remember the sequence's positions as a prefix; the sequence itself goes on.
+    def insert_prefix(self, sequence: SequencePages, tokens: Sequence[int]) -> None:
+        """Insert the sequence's positions into the prefix cache; the sequence itself continues.
 
         `tokens` are its tokens, of which the first `length` are computed. Worth doing where a
         later prompt may branch off: at the end of a prompt, and at the end of a sequence.
@@ -234,7 +234,7 @@ class KVPages:
         """Pages for the next `new_tokens` positions, each held by this sequence alone.
 
         Returns the copies to make before the step. KVMemoryError, with nothing changed, where the
-        pages are not there even after all kept prefixes are given up.
+        pages are not there even after all cached prefixes are given up.
         """
         end = _pages(sequence.length + new_tokens)
         while True:
@@ -283,7 +283,7 @@ class KVPages:
         sequence.length = sequence.sliding_first = 0
 
     def clear(self) -> None:
-        """Forget all kept prefixes."""
+        """Empty the prefix cache."""
         while len(self.cache):
             self.release(self.cache.pop_oldest())
 

@@ -43,7 +43,7 @@ class Model:
             self.library.empty(kv_shape(manifest, pages[kind]), manifest.precision.kv_dtype)
             for kind in self.kinds
         ]
-        self._prefault = Prefault(mapped)  # last: nobody would stop it if there were no memory
+        self._prefault = Prefault(mapped)  # last, so that an error above leaves no thread behind
 
     def close(self) -> None:
         """Stop reading ahead, so that the files can be unmapped."""
@@ -54,14 +54,17 @@ class Model:
         tokens: Sequence[int],
         positions: Sequence[int],
         token_seq: Sequence[int],
-        rows: Sequence[int],
+        logit_indices: Sequence[int],
         tables: PageTables,
     ) -> Any:
-        """Logits f32 [len(rows), vocabulary], on the device; without rows, nothing to rely on."""
-        if not rows and not self.library.on_cpu:
-            rows = [0]  # a GPU cannot launch a kernel over nothing
+        """Logits f32 [len(logit_indices), vocabulary] of these tokens, on the device.
+
+        Without indices the result is not to be used.
+        """
+        if not logit_indices and not self.library.on_cpu:
+            logit_indices = [0]  # a GPU cannot launch a kernel over nothing
         return self.library["forward"](
-            *self._i32(tokens, positions, token_seq, rows),
+            *self._i32(tokens, positions, token_seq, logit_indices),
             *self._tables(tables),
             *self.kv,
             *self._ordered,
@@ -108,8 +111,8 @@ class Model:
             for row in range(count)
         ]
 
-    def rows(self, logits: Any, start: int, count: int) -> np.ndarray:
-        """Rows of device logits as a host array: f32 [count, vocabulary]."""
+    def read_logits(self, logits: Any, start: int, count: int) -> np.ndarray:
+        """Rows of device logits, `count` from `start`, as a host array: f32 [count, vocabulary]."""
         return self.library.numpy(logits)[start : start + count]
 
     def copy_pages(self, kind: str, copies: Sequence[tuple[int, int]]) -> None:

@@ -32,8 +32,8 @@ def fill_random(out: np.ndarray, name: str, dtype: str, fill: Mapping[str, Any],
     else:
         stretch = _encode(rng.standard_normal(drawn, np.float32) * np.float32(value), dtype)
     for start in range(0, out.size, stretch.size):
-        piece = out[start : start + stretch.size]
-        piece[...] = stretch[: piece.size]
+        chunk = out[start : start + stretch.size]
+        chunk[...] = stretch[: chunk.size]
 
 
 def _encode(values: np.ndarray, dtype: str) -> np.ndarray:

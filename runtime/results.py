@@ -52,7 +52,7 @@ class Piece:
 @dataclass(frozen=True)
 class Completion:
     """A whole answer. `token_ids` hold everything generated, the stop token included; `text` is
-    without it. `logprobs` is None unless asked for."""
+    without it. `logprobs` is None if they were not requested."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -258,7 +258,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
 
 
 class SafetensorsWriter:
-    """Writes a file front to back in constant memory: the header first, then bytes in pieces.
+    """Writes a file front to back in constant memory: the header first, then bytes in chunks.
 
         with SafetensorsWriter(path, [("w", "BF16", (4, 8))]) as writer:
             writer.write("w", first_half)
@@ -272,7 +272,7 @@ class SafetensorsWriter:
     digest                hash on the way: `sha256` is set after close()
     sync                  close() returns only when the bytes are on the disk
 
-    OutputError where the file cannot be written; SafetensorsError where the pieces do not add up.
+    OutputError where the file cannot be written; SafetensorsError where the chunks do not add up.
     An exception inside the `with` block, or a failed close, removes the file.
     """
 

@@ -45,7 +45,7 @@ class Request:
     history: TokenHistory = field(default_factory=TokenHistory)
     seed: int = 0
     text: TextStream = field(default_factory=TextStream)
-    abandoned: threading.Event = field(default_factory=threading.Event)  # nobody reads on
+    abandoned: threading.Event = field(default_factory=threading.Event)  # no reader is left
     cancel: threading.Event | None = None  # the caller's, perhaps of many requests
     inbox: queue.SimpleQueue[Piece | np.ndarray | BaseException] = field(
         default_factory=queue.SimpleQueue
@@ -73,11 +73,14 @@ class Request:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one request contributes to a step: its next `count` tokens, `rows` logits of them."""
+    """What one request contributes to a step.
+
+    Its next `count` tokens; of the last `logits` of them, the logits are computed.
+    """
 
     request: Request
     count: int
-    rows: int
+    logits: int
 
 
 class Worker:
@@ -202,51 +205,53 @@ class Worker:
     def _plan(self) -> list[_Part]:
         """One token of every generating sequence, then prompt chunks up to the step's bound.
 
-        Generating sequences come first, so that their logits are the first rows.
+        Generating sequences come first, so that their logits come first.
         """
         parts = [
             _Part(request, 1, 1)
             for request in self._running
             if request.params is not None and request.waiting == 1
         ]
-        budget, rows_budget, rows_wanted = self._prefill_chunk, LOGITS_CHUNK, []
+        budget, logits_budget, logits_wanted = self._prefill_chunk, LOGITS_CHUNK, []
         for request in self._running:
             if request.params is None:
-                if count := min(budget, request.waiting, rows_budget):
-                    rows_wanted.append(_Part(request, count, count))
-                    rows_budget -= count
+                if count := min(budget, request.waiting, logits_budget):
+                    logits_wanted.append(_Part(request, count, count))
+                    logits_budget -= count
             elif request.waiting > 1:
                 if count := min(budget, request.waiting):
                     parts.append(_Part(request, count, int(count == request.waiting)))
             else:
                 continue
             budget -= count
-        return parts + rows_wanted
+        return parts + logits_wanted
 
     def _forward(self, parts: Sequence[_Part], tables: PageTables) -> Any:
         tokens: list[int] = []
         positions: list[int] = []
         token_seq: list[int] = []
-        rows: list[int] = []
+        logit_indices: list[int] = []
         for index, part in enumerate(parts):
             start = part.request.pages.length
             tokens += part.request.tokens[start : start + part.count]
             positions += range(start, start + part.count)
             token_seq += [index] * part.count
-            rows += range(len(tokens) - part.rows, len(tokens))
-        if len(tokens) == len(parts) == len(rows):
+            logit_indices += range(len(tokens) - part.logits, len(tokens))
+        if len(tokens) == len(parts) == len(logit_indices):
             return self._model.decode(tokens, positions, token_seq, tables)
-        return self._model.forward(tokens, positions, token_seq, rows, tables)
+        return self._model.forward(tokens, positions, token_seq, logit_indices, tables)
 
     def _deliver(self, parts: Sequence[_Part], logits: Any) -> None:
-        sampled = [part.request for part in parts if part.rows and part.request.params is not None]
+        sampled = [
+            part.request for part in parts if part.logits and part.request.params is not None
+        ]
         if sampled:
             self._sample(sampled, logits)
         row = len(sampled)
         for part in parts:
             if part.request.params is None:
-                block = self._model.rows(logits, row, part.rows)
-                row += part.rows
+                block = self._model.read_logits(logits, row, part.logits)
+                row += part.logits
                 part.request.inbox.put(block)
                 if part.request.waiting == 0:
                     self._drop(part.request)
@@ -276,7 +281,7 @@ class Worker:
             if not request.first_token:
                 request.first_token = now
                 # A later prompt may begin as this one did and go on otherwise.
-                self._kv.keep(request.pages, request.tokens)
+                self._kv.insert_prefix(request.pages, request.tokens)
             logprob = logprobs[index] if logprobs is not None else None
             self._append(request, token, logprob)
 
@@ -327,7 +332,7 @@ class Worker:
             decode_s=decode,
             decode_tok_s=(request.generated - 1) / decode if decode > 0 else 0.0,
         )
-        self._kv.keep(request.pages, request.tokens)
+        self._kv.insert_prefix(request.pages, request.tokens)
         self._drop(request)
         text += request.text.finish()
         request.inbox.put(Piece(text, tokens, logprobs, reason, usage, timings))

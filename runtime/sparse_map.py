@@ -18,7 +18,7 @@ _MAP_FIXED = 0x10  # on x86, Arm and RISC-V
 def map_sparse(path: Path, begin: int, end: int) -> np.ndarray:
     """Bytes [begin, end) of a file, copy-on-write: u8 [end - begin].
 
-    Linux keeps a cached file in pieces of up to 2 MB, and maps all of a piece for one byte of it
+    Linux keeps a cached file in chunks of up to 2 MB, and maps all of a chunk for one byte of it
     where the file's offset and the address agree within 2 MB. Here they do not, and a read brings
     64 KB. Raises OSError where the file cannot be mapped, or does not hold these bytes.
     """

@@ -140,7 +140,7 @@ class O200kHarmony(_Decoding):
 
     def encode(self, text: str) -> list[int]:
         encode = self._encoding.encode_ordinary
-        return [token for piece in _pieces(_encodable(text)) for token in encode(piece)]
+        return [token for chunk in _chunks(_encodable(text)) for token in encode(chunk)]
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[token] if 0 <= token < HARMONY_VOCAB else b""
@@ -359,15 +359,15 @@ def _encodable(text: str) -> str:
 
 
 # tiktoken's matcher overflows its stack on a million blanks in a row.
-_PIECE = 400_000
+_CHUNK = 400_000
 _WORD_END = re.compile(r"[A-Za-z0-9](?= )")
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of at most `_PIECE` characters, cut where the pattern cuts words anyway."""
+def _chunks(text: str) -> Iterator[str]:
+    """`text` in chunks of at most `_CHUNK` characters, cut where the pattern cuts words anyway."""
     start = 0
-    while len(text) - start > _PIECE:
-        end = start + _PIECE
+    while len(text) - start > _CHUNK:
+        end = start + _CHUNK
         # The last blank after a letter; a text without one for so long has no better place.
         for match in _WORD_END.finditer(text, end - 1000, end):
             end = match.end()

@@ -14,7 +14,7 @@ from ..config import ModelConfig
 if TYPE_CHECKING:
     from . import Checkpoint
 
-_PIECE = 1 << 24
+_CHUNK = 1 << 24
 
 
 class Fingerprint:
@@ -32,8 +32,8 @@ class Fingerprint:
         """Take in one tensor."""
         digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode())
         content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        for start in range(0, content.size, _PIECE):
-            digest.update(content[start : start + _PIECE].data)
+        for start in range(0, content.size, _CHUNK):
+            digest.update(content[start : start + _CHUNK].data)
         self._tensors[name] = digest.hexdigest()
 
     def hexdigest(self) -> str:

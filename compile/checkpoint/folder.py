@@ -170,8 +170,8 @@ class FolderCheckpoint(ABC):
                 continue
             # Length first, so that no content can pass for a boundary between files.
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            for piece in _pieces(file):
-                digest.update(piece)
+            for chunk in _chunks(file):
+                digest.update(chunk)
         return digest.hexdigest()
 
     def _shard(self, name: str) -> Safetensors:
@@ -240,7 +240,7 @@ def check_is_folder(path: Path) -> None:
 
 
 def check_scales(name: str, scales: np.ndarray) -> None:
-    """NaNScaleError if a uint8 MXFP4 scale tensor, or a piece of it, of any shape, holds 255."""
+    """NaNScaleError if a uint8 MXFP4 scale tensor, or a part of it, of any shape, holds 255."""
     if scales.size and scales.max() == NAN_SCALE:
         at = np.unravel_index(int(np.argmax(scales == NAN_SCALE)), scales.shape)
         raise NaNScaleError(
@@ -300,10 +300,10 @@ def _generation_config(
     return GenerationConfig(tuple(v for v in dict.fromkeys(ids) if v < config.vocab_size))
 
 
-def _pieces(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
+def _chunks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
     try:
         with file.open("rb") as stream:
-            while piece := stream.read(size):
-                yield piece
+            while chunk := stream.read(size):
+                yield chunk
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error

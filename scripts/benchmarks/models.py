@@ -70,7 +70,7 @@ class RandomModel:
         return cls(shape, config, checkpoint, artifact, work / f"{shape}.gguf")
 
     def make_checkpoint(self) -> None:
-        """Write the checkpoint, unless it is there."""
+        """Write the checkpoint if it does not exist."""
         if (self.checkpoint / "config.json").exists():
             return
         _need_space(self.checkpoint.parent, self.config.weight_bytes)
@@ -89,7 +89,7 @@ class RandomModel:
         return run_child(command, watch_every_s=0.02, echo=True)
 
     def make_gguf(self) -> None:
-        """Write the GGUF, unless it is there."""
+        """Write the GGUF if it does not exist."""
         if self.gguf.exists():
             return
         from benchmarks.random_gguf import tensors, write_gguf
@@ -139,7 +139,7 @@ class PageCache:
         """Read all of the files; no other file is kept any more."""
         self._mapped.clear()
         self._mapped += [np.memmap(path, np.uint8, "r") for path in _existing(files)]
-        piece = bytearray(self.CHUNK)
+        chunk = bytearray(self.CHUNK)
         with tqdm(
             total=sum(map(len, self._mapped)), unit="B", unit_scale=True, desc="reading",
             leave=False, disable=not sys.stderr.isatty(),
@@ -147,7 +147,7 @@ class PageCache:
             for view in self._mapped:
                 with Path(view.filename).open("rb", buffering=0) as file:
                     for start in range(0, len(view), self.CHUNK):
-                        file.readinto(piece)  # faster than by page faults
+                        file.readinto(chunk)  # faster than by page faults
                         view[start : start + self.CHUNK : mmap.PAGESIZE].max()
                         bar.update(min(self.CHUNK, len(view) - start))
 

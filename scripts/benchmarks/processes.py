@@ -103,7 +103,7 @@ def child_lines(command: list[str]) -> Iterator[str]:
         try:
             yield from process.stdout
             code = process.wait()
-        finally:  # Ctrl-C, or nobody wants more
+        finally:  # Ctrl-C, or the caller stops reading
             process.kill()
             process.wait()
         messages.seek(0)

@@ -219,7 +219,7 @@ class _Repeated:
     def tofile(self, file: IO[bytes]) -> None:
         left, start = self.nbytes // self._blocks.shape[1], self._start
         while left:
-            piece = self._blocks[start : start + left]
-            file.write(piece.data)
-            left -= len(piece)
+            chunk = self._blocks[start : start + left]
+            file.write(chunk.data)
+            left -= len(chunk)
             start = 0

@@ -184,9 +184,9 @@ def _write_shards(
             with SafetensorsWriter(folder / file, infos, {"format": "pt"}) as writer:
                 for name in names:
                     for part in tensors[name].parts:
-                        for piece in source.pieces(part):
-                            writer.write(name, piece)
-                            bar.update(piece.nbytes)
+                        for chunk in source.chunks(part):
+                            writer.write(name, chunk)
+                            bar.update(chunk.nbytes)
     return {name: file for file, names in zip(files, shards, strict=True) for name in names}
 
 
@@ -219,8 +219,8 @@ class _Source:
         self._tensors = self.family.tensors(self.config)
         self._offsets = {name: int(bits.random_raw()) for name in self._tensors}
 
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor of this canonical name in flat pieces."""
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor of this canonical name in flat chunks."""
         tensor = self._tensors[name]
         pool = self._pool(tensor)
         if tensor.role == "router_bias" and self.shape.idle_experts:
@@ -231,9 +231,9 @@ class _Source:
             return
         left, at = math.prod(tensor.shape), self._offsets[name] % len(pool)
         while left:
-            piece = pool[at : at + left]
-            yield piece
-            left -= len(piece)
+            chunk = pool[at : at + left]
+            yield chunk
+            left -= len(chunk)
             at = 0
 
     def _pool(self, tensor: Tensor) -> np.ndarray:

@@ -217,7 +217,7 @@ ODD_SHAPES = tuple(name for name in SHAPES if name.startswith("odd-"))
 def hf_config(shape: str | Shape, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config.json of a shape; `overrides` replace keys (None removes one).
 
-    A changed num_hidden_layers alternates layer types unless they are given too.
+    With another num_hidden_layers the layer types alternate, if they are not given too.
     """
     shape = named_shape(shape) if isinstance(shape, str) else shape
     overrides = dict(overrides or {})

@@ -151,8 +151,8 @@ class Compact:
                 out[name] = self.tensor(name).astype(np.float32)
         return out
 
-    def pieces(self, name: str) -> Iterator[np.ndarray]:
-        """A tensor of the published layout, in pieces."""
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """A tensor of the published layout, in chunks."""
         array = self.tensor(name)
         if name not in VOCABULARY_TENSORS:
             yield array
@@ -180,8 +180,8 @@ def expand(folder: str | Path, out: str | Path, force: bool = False) -> Path:
         infos = [(name, specs[name].dtypes[0], specs[name].shape) for name in names]
         with SafetensorsWriter(work / SINGLE_FILE, infos, {"format": "pt"}) as writer:
             for name in names:
-                for piece in compact.pieces(name):
-                    writer.write(name, piece)
+                for chunk in compact.chunks(name):
+                    writer.write(name, chunk)
         if out.is_dir() and not out.is_symlink():
             shutil.rmtree(out)
         elif out.exists():

@@ -244,7 +244,7 @@ def test_the_same_prompt_again_computes_one_position(length):
     prompt = list(range(length))
     first, reused = run(kv, prompt)
     assert reused == 0
-    kv.keep(first, prompt)
+    kv.insert_prefix(first, prompt)
     _, reused = run(kv, prompt)
     assert reused == length - 1
     _, reused = run(kv, [*prompt, 7, 8, 9])
@@ -255,7 +255,7 @@ def test_a_prefix_counts_only_while_its_window_is_there():
     kv = KVPages(64, 64, 32)
     tokens = list(range(200))
     sequence, _ = run(kv, tokens)
-    kv.keep(sequence, tokens)
+    kv.insert_prefix(sequence, tokens)
     assert kv.start([*tokens[:100], 7]).length == 0
     # Position 199 sees 168 to 199, so the pages from position 160 on are held.
     assert kv.start([*tokens[:191], 7]).length == 191
@@ -267,7 +267,7 @@ def test_a_prefix_shorter_than_the_window_branches_anywhere():
     kv = KVPages(64, 64, 128)
     tokens = list(range(100))
     sequence, _ = run(kv, tokens)
-    kv.keep(sequence, tokens)
+    kv.insert_prefix(sequence, tokens)
     assert [kv.start([*tokens[:n], 7]).length for n in (1, 16, 50, 99)] == [1, 16, 50, 99]
 
 
@@ -276,7 +276,7 @@ def test_the_longest_prefix_is_taken():
     tokens = list(range(100))
     for length in (60, 90, 30):
         sequence, _ = run(kv, [*tokens[:length], 500])
-        kv.keep(sequence, [*tokens[:length], 500])
+        kv.insert_prefix(sequence, [*tokens[:length], 500])
     assert kv.start(tokens).length == 90
 
 
@@ -285,12 +285,12 @@ def test_an_exact_prefix_is_kept_once_and_the_least_recently_used_goes():
     prompts = [[n] * 20 for n in range(3)]
     for prompt in (*prompts[:2], prompts[1]):
         sequence, _ = run(kv, prompt)
-        kv.keep(sequence, prompt)
+        kv.insert_prefix(sequence, prompt)
         kv.release(sequence)
     assert len(kv.cache) == 2
     kv.release(kv.start(prompts[0]))  # used: prompt 1 is the oldest now
     sequence, _ = run(kv, prompts[2])
-    kv.keep(sequence, prompts[2])
+    kv.insert_prefix(sequence, prompts[2])
     lengths = [kv.start(prompt).length for prompt in prompts]
     assert lengths == [19, 0, 19]
 
@@ -299,7 +299,7 @@ def test_kept_prefixes_give_way_to_sequences():
     kv = KVPages(4, 4, 128)
     for n in range(4):
         sequence, _ = run(kv, [n] * 16)
-        kv.keep(sequence, [n] * 16)
+        kv.insert_prefix(sequence, [n] * 16)
         kv.release(sequence)
     assert kv.full.free == 0
     sequence, reused = run(kv, [3] * 64)
@@ -311,7 +311,7 @@ def test_kept_prefixes_give_way_to_sequences():
 def test_a_begun_page_shared_with_a_prefix_alone_is_freed_instead_of_copied():
     kv = KVPages(1, 1, 128)
     sequence, _ = run(kv, [1] * 5)
-    kv.keep(sequence, [1] * 5)
+    kv.insert_prefix(sequence, [1] * 5)
     assert kv.prepare(sequence, 1) == ([], [])
     assert len(kv.cache) == 0
 
@@ -319,7 +319,7 @@ def test_a_begun_page_shared_with_a_prefix_alone_is_freed_instead_of_copied():
 def test_without_a_limit_nothing_is_kept():
     kv = KVPages(4, 4, 128, prefixes=0)
     sequence, _ = run(kv, [1] * 5)
-    kv.keep(sequence, [1] * 5)
+    kv.insert_prefix(sequence, [1] * 5)
     assert len(kv.cache) == 0
 
 
@@ -340,7 +340,7 @@ def test_random_use_never_leaks_or_mixes_pages(seed):
             if len(alive) < 5:
                 alive.append([kv.fork(sequence), tokens[: sequence.length]])
         elif action < 0.5 and alive:
-            kv.keep(*rng.choice(alive))
+            kv.insert_prefix(*rng.choice(alive))
         elif action < 0.6 and alive:
             kv.release(alive.pop(rng.randrange(len(alive)))[0])
         elif alive:
@@ -390,7 +390,7 @@ def test_pools_of_the_needed_size_never_run_out(seed):
                 kv.commit(entry[0], entry.pop())
                 entry[1] += [0] * (entry[0].length - len(entry[1]))
         for entry in [entry for entry in alive if entry[0].length == context or rng.random() < 0.1]:
-            kv.keep(*entry)
+            kv.insert_prefix(*entry)
             kv.release(entry[0])
             alive.remove(entry)
 

@@ -46,7 +46,7 @@ class NotingModel:
         count = len(arguments.step)
         return [int(row[0]) + 1 for row in logits[:count]], None
 
-    def rows(self, logits, start: int, count: int) -> np.ndarray:
+    def read_logits(self, logits, start: int, count: int) -> np.ndarray:
         return logits[start : start + count]
 
     def copy_pages(self, kind: str, copies: Sequence[tuple[int, int]]) -> None:
@@ -228,7 +228,7 @@ def test_requests_beyond_the_batch_wait_in_order() -> None:
     assert is_clean(worker)
 
 
-def test_logits_of_several_requests_share_one_bound_of_rows() -> None:
+def test_logits_of_several_requests_share_one_bound_of_logits() -> None:
     worker, model = make_worker(max_batch=3, prefill_chunk=500)
     first, second, answer = logits_request(100), logits_request(70), request([1], max_tokens=9)
     submit(worker, first, second, answer)

@@ -64,14 +64,14 @@ class Steps:
         logits = self.model.forward(
             tokens, positions, token_seq, range(len(tokens)), self.kv.tables([s for s, _ in parts])
         )
-        return self._finish(parts, self.model.rows(logits, 0, len(tokens)))
+        return self._finish(parts, self.model.read_logits(logits, 0, len(tokens)))
 
     def decode(self, parts: Sequence[tuple[SequencePages, np.ndarray]]) -> list[np.ndarray]:
         """As `forward`, one token a sequence."""
         tokens, positions, token_seq = self._prepare(parts)
         tables = self.kv.tables([s for s, _ in parts])
         logits = self.model.decode(tokens, positions, token_seq, tables)
-        return self._finish(parts, self.model.rows(logits, 0, len(tokens)))
+        return self._finish(parts, self.model.read_logits(logits, 0, len(tokens)))
 
     def prefill(self, tokens: np.ndarray, chunk: int) -> np.ndarray:
         """Logits [n, V] of one sequence, `chunk` tokens a call."""
