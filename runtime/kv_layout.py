@@ -9,7 +9,7 @@ KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # of an eleme
 def row_elements(head_dim: int, kv_dtype: str) -> int:
     """Elements of a page's keys, or values, of one KV head; int8 has its scales among them.
 
-    The layout is told in schedules/kv_cache.py.
+    The layout is told in schedules/formats/kv.py.
     """
     if kv_dtype == "int8":
         return 4 * PAGE_TOKENS * (-(-head_dim // 4) + 1)

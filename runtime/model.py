@@ -149,7 +149,7 @@ def layer_kinds(manifest: Manifest) -> list[str]:
 
 
 def kv_shape(manifest: Manifest, pages: int) -> tuple[int, int, int, int]:
-    """Shape of one layer's KV tensor of `pages` pages, as schedules/kv_cache.py tells it."""
+    """Shape of one layer's KV tensor of `pages` pages, as schedules/formats/kv.py tells it."""
     heads, head_dim = _kv_heads(manifest)
     return (2, heads, pages, row_elements(head_dim, manifest.precision.kv_dtype))
 

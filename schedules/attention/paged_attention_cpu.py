@@ -2,7 +2,7 @@
 
 They share each read of the cache. For each block of pages: the scores of all heads, a page's 16
 keys in a vector; the softmax of each head, which also corrects what was summed up before; then the
-values, 16 elements in a vector. What is summed over lies in words (see `kv_cache`), which are
+values, 16 elements in a vector. What is summed over lies in words (see formats/kv.py), which are
 multiplied at once:
 
     float32, float16   one number, in float32

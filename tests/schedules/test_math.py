@@ -13,7 +13,8 @@ import tvm
 
 from mxforge.compile.targets import resolve
 from mxforge.schedules import math
-from mxforge.schedules.kernel import T, bind_items
+from mxforge.schedules.gpu.items import GpuTile, bind_items
+from mxforge.schedules.kernel import T
 
 LANES = 16
 HOST = resolve("cpu").tvm  # what this machine runs
@@ -153,7 +154,7 @@ def test_vectors_call_no_library(name: str, level: str, register: str):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_metal_has_plain_float_arithmetic(name: str):
-    module = _compile(bind_items(_items(FUNCTIONS[name]), name), {"kind": "metal", "host": HOST})
+    module = _compile(bind_items(_items(FUNCTIONS[name]), GpuTile()), {"kind": "metal", "host": HOST})
     source = module.mod.imports[0].inspect_source()
     assert "double" not in source
     assert not re.search(r"\b(exp|exp2|log|log2|sin|cos|fast|precise)\s*(\(|::)", source)
