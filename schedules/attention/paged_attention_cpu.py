@@ -8,7 +8,7 @@ multiplied at once:
     float32, float16   one number, in float32
     bfloat16           two, of a query and of weights rounded to bfloat16 (see `bf16`)
     int8               four, of a query and of weights rounded to 8 bits, added up as integers; a
-                       head's query has one step, its weights, times the values' scales, one a page
+                       head's query has one scale, its weights, times the values' scales, one a page
 
 A page of a KV head is 32·D elements and 32·D·G multiply-adds, G the heads: at G = 8, 4 a byte in
 float16, 8 in int8.
@@ -16,6 +16,7 @@ float16, 8 in int8.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ BLOCK_KEYS = TILE.pages * PAGE_TOKENS
 class Products:
     """How `g` queries and their weights meet a cache of one type.
 
-    `state` are buffers, (shape, dtype) each, which keep both as they are multiplied; the functions,
-    T.inline, get them as the tuple `own`:
+    `state` has the shape and dtype, by name, of the buffers that keep both as they are multiplied;
+    the functions, T.inline, get these buffers as `own`:
 
       take_query(own, query, vector)     of query f32 [g·stride], for all heads
       dot_keys(own, sums, kv, page, kv_head)
@@ -73,15 +74,16 @@ class Products:
                                          d0 + width] of page j
     """
 
-    state: tuple[tuple[tuple[int, ...], str], ...]
+    state: dict[str, tuple[tuple[int, ...], str]]
     take_query: Any
     dot_keys: Any
     take_weights: Any
     dot_values: Any
 
-    def allocated(self) -> tuple[Any, ...]:
+    def allocated(self) -> Any:
         """The buffers of `state`, in the PrimFunc's block in whose body this stands."""
-        return tuple(T.sblock_alloc_buffer(shape, dtype) for shape, dtype in self.state)
+        names = namedtuple("Own", self.state)  # which TVMScript takes as it takes a tuple
+        return names(*(T.sblock_alloc_buffer(shape, dtype) for shape, dtype in self.state.values()))
 
 
 def _singles(g: int, head_dim: int, stride: int) -> Products:
@@ -114,17 +116,17 @@ def _singles(g: int, head_dim: int, stride: int) -> Products:
                         i * BLOCK_KEYS + j * PAGE_TOKENS + begin + s
                     ] * T.Cast("float32", kv[1, kv_head, page, (begin + s) * head_dim + d0 + lane])
 
-    return Products((), take_query, dot_keys, take_weights, dot_values)
+    return Products({}, take_query, dot_keys, take_weights, dot_values)
 
 
 def _pairs(isa: PairIsa, g: int, head_dim: int, stride: int) -> Products:
-    """bfloat16. `own`: query u16 [g·stride], weights u16 [g·BLOCK_KEYS]."""
+    """bfloat16."""
 
     @T.inline
     def take_query(own, query, vector):
         for e in T.serial(g * stride // LANES):
             for lane in T.vectorized(LANES):
-                own[0][e * LANES + lane] = rounded(query[e * LANES + lane])
+                own.query[e * LANES + lane] = rounded(query[e * LANES + lane])
 
     @T.inline
     def dot_keys(own, query, sums, kv, page, kv_head):
@@ -135,19 +137,19 @@ def _pairs(isa: PairIsa, g: int, head_dim: int, stride: int) -> Products:
                     isa,
                     sums[T.ramp(i * LANES, 1, LANES)],
                     T.reinterpret("int32x16", kv[0, kv_head, page, T.ramp(c * 32, 1, 32)]),
-                    word_at(own[0], i * stride + c * 2),
+                    word_at(own.query, i * stride + c * 2),
                 )
 
     @T.inline
     def take_weights(own, score, vector, kv, page, kv_head, i, j, key0, low, position):
         for lane in T.vectorized(LANES):
-            own[1][i * BLOCK_KEYS + j * PAGE_TOKENS + lane] = rounded(
+            own.weights[i * BLOCK_KEYS + j * PAGE_TOKENS + lane] = rounded(
                 score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
             )
         # What is divided by in the end are these.
         for lane in T.vectorized(LANES):
             score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane] = widened(
-                own[1][i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
+                own.weights[i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
             )
 
     @T.inline
@@ -170,30 +172,29 @@ def _pairs(isa: PairIsa, g: int, head_dim: int, stride: int) -> Products:
                         ),
                         T.broadcast(seen, width),
                     ),
-                    word_at(own[1], i * BLOCK_KEYS + j * PAGE_TOKENS + slot),
+                    word_at(own.weights, i * BLOCK_KEYS + j * PAGE_TOKENS + slot),
                     width,
                 )
 
-    state = (((g * stride,), "uint16"), ((g * BLOCK_KEYS,), "uint16"))
+    state = {"query": ((g * stride,), "uint16"), "weights": ((g * BLOCK_KEYS,), "uint16")}
     return Products(state, take_query, dot_keys, take_weights, dot_values)
 
 
 def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
-    """int8. `own`: query i8 [g, stride], its steps f32 [g] and totals i32 [g]; weights i8
-    [g, BLOCK_KEYS], their steps f32 and totals i32 [g·pages]; sums i32 [g·16]."""
+    """int8. A head's query has one scale, its weights have one a page."""
     lanes, words = isa.lanes, -(-head_dim // 4)
     size, vectors = 4 * lanes, LANES // lanes
 
     @T.inline
-    def round_vectors(out, steps, totals, row, at, step, x, x0, vector, count):
-        """out[row, at:] = x[x0:] in `count` vectors, rounded; steps[step], totals[step]."""
+    def round_vectors(out, scales, sums, row, at, i, x, x0, vector, count):
+        """out[row, at:] = x[x0:] in `count` vectors, rounded; scales[i] and sums[i] of them."""
         for lane in T.vectorized(LANES):
             vector[lane] = T.fabs(x[x0 + lane])
         for e in T.serial(count - 1):
             for lane in T.vectorized(LANES):
                 vector[lane] = T.max(vector[lane], T.fabs(x[x0 + (e + 1) * LANES + lane]))
         horizontal(vector, T.max)
-        steps[step] = vector[0] * T.float32(1 / I8_MAX)
+        scales[i] = vector[0] * T.float32(1 / I8_MAX)
         inverse: T.let = T.Select(
             vector[0] > T.float32(1e-30), T.float32(I8_MAX) / vector[0], T.float32(0)
         )
@@ -207,13 +208,22 @@ def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
             for lane in T.vectorized(LANES):
                 vector[lane] = vector[lane] + T.Cast("float32", out[row, at + e * LANES + lane])
         horizontal(vector, add)
-        totals[step] = T.Cast("int32", vector[0])
+        sums[i] = T.Cast("int32", vector[0])
 
     @T.inline
     def take_query(own, query, vector):
         for i in T.serial(g):
             round_vectors(
-                own[0], own[1], own[2], i, 0, i, query, i * stride, vector, stride // LANES
+                own.query,
+                own.query_scale,
+                own.query_sum,
+                i,
+                0,
+                i,
+                query,
+                i * stride,
+                vector,
+                stride // LANES,
             )
 
     @T.inline
@@ -231,63 +241,74 @@ def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
                 )
 
     @T.inline
-    def start(sums, totals, i, step):
+    def start(sums, weighed, i, at):
+        """sums of head i begin with what the weights' bias takes off: `weighed` has Σ of its x."""
         for lane in T.vectorized(LANES):
-            sums[i * LANES + lane] = totals[step] * T.int32(-isa.byte_bias)
+            sums[i * LANES + lane] = weighed[at] * T.int32(-isa.byte_bias)
 
     @T.inline
     def dot_keys(own, query, sums, kv, page, kv_head):
         for i in T.unroll(g):
-            start(own[6], own[2], i, i)
+            start(own.sums, own.query_sum, i, i)
         for c in T.serial(words):
             prefetch(kv, page, 1, kv_head, c * 4 * PAGE_TOKENS)
-            dot(own[6], kv, page, 0, kv_head, c * 4 * PAGE_TOKENS, own[0], c * 4)
+            dot(own.sums, kv, page, 0, kv_head, c * 4 * PAGE_TOKENS, own.query, c * 4)
         for i in T.unroll(g):
             for lane in T.vectorized(LANES):
-                sums[i * LANES + lane] = T.Cast("float32", own[6][i * LANES + lane]) * (
-                    own[1][i] * scale(kv, head_dim, (0, kv_head, page), lane)
+                sums[i * LANES + lane] = T.Cast("float32", own.sums[i * LANES + lane]) * (
+                    own.query_scale[i] * scale(kv, head_dim, (0, kv_head, page), lane)
                 )
 
     @T.inline
     def take_weights(own, score, vector, kv, page, kv_head, i, j, key0, low, position):
         # What cannot be seen has a weight of 0, but perhaps a scale that is NaN.
         for lane in T.vectorized(LANES):
-            own[7][lane] = T.Select(
+            own.scaled[lane] = T.Select(
                 T.And(key0 + lane >= low, key0 + lane <= position),
                 score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
                 * scale(kv, head_dim, (1, kv_head, page), lane),
                 T.float32(0),
             )
         round_vectors(
-            own[3], own[4], own[5], i, j * PAGE_TOKENS, i * TILE.pages + j, own[7], 0, vector, 1
+            own.weights,
+            own.weight_scale,
+            own.weight_sum,
+            i,
+            j * PAGE_TOKENS,
+            i * TILE.pages + j,
+            own.scaled,
+            0,
+            vector,
+            1,
         )
 
     @T.inline
     def dot_values(own, score, sums, kv, page, kv_head, j, begin, end, d0, width):
         for i in T.unroll(g):
-            start(own[6], own[5], i, i * TILE.pages + j)
+            start(own.sums, own.weight_sum, i, i * TILE.pages + j)
         for s in T.unroll(PAGE_TOKENS // 4):
             dot(
-                own[6], kv, page, 1, kv_head, (s * head_dim + d0) * 4, own[3],
+                own.sums, kv, page, 1, kv_head, (s * head_dim + d0) * 4, own.weights,
                 j * PAGE_TOKENS + s * 4,
             )  # fmt: skip
         for i in T.unroll(g):
             for lane in T.vectorized(LANES):
                 sums[i * LANES + lane] = (
                     sums[i * LANES + lane]
-                    + T.Cast("float32", own[6][i * LANES + lane]) * own[4][i * TILE.pages + j]
+                    + T.Cast("float32", own.sums[i * LANES + lane])
+                    * own.weight_scale[i * TILE.pages + j]
                 )
 
-    state = (
-        ((g, stride), "int8"),
-        ((g,), "float32"),
-        ((g,), "int32"),
-        ((g, BLOCK_KEYS), "int8"),
-        ((g * TILE.pages,), "float32"),
-        ((g * TILE.pages,), "int32"),
-        ((g * LANES,), "int32"),
-        ((LANES,), "float32"),
-    )
+    state = {
+        "query": ((g, stride), "int8"),
+        "query_scale": ((g,), "float32"),
+        "query_sum": ((g,), "int32"),
+        "weights": ((g, BLOCK_KEYS), "int8"),
+        "weight_scale": ((g * TILE.pages,), "float32"),
+        "weight_sum": ((g * TILE.pages,), "int32"),
+        "sums": ((g * LANES,), "int32"),
+        "scaled": ((LANES,), "float32"),  # a page's weights, times the values' scales
+    }
     return Products(state, take_query, dot_keys, take_weights, dot_values)
 
 
