@@ -17,7 +17,7 @@ float16, 8 in int8.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +74,7 @@ class Products:
                                          d0 + width] of page j
     """
 
-    state: dict[str, tuple[tuple[int, ...], str]]
+    state: Mapping[str, tuple[tuple[int, ...], str]]
     take_query: Any
     dot_keys: Any
     take_weights: Any
@@ -82,7 +82,7 @@ class Products:
 
     def allocated(self) -> Any:
         """The buffers of `state`, in the PrimFunc's block in whose body this stands."""
-        names = namedtuple("Own", self.state)  # which TVMScript takes as it takes a tuple
+        names = namedtuple("Own", [*self.state])  # which TVMScript takes as it takes a tuple
         return names(*(T.sblock_alloc_buffer(shape, dtype) for shape, dtype in self.state.values()))
 
 

@@ -154,7 +154,9 @@ def test_vectors_call_no_library(name: str, level: str, register: str):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_metal_has_plain_float_arithmetic(name: str):
-    module = _compile(bind_items(_items(FUNCTIONS[name]), GpuTile()), {"kind": "metal", "host": HOST})
+    module = _compile(
+        bind_items(_items(FUNCTIONS[name]), GpuTile()), {"kind": "metal", "host": HOST}
+    )
     source = module.mod.imports[0].inspect_source()
     assert "double" not in source
     assert not re.search(r"\b(exp|exp2|log|log2|sin|cos|fast|precise)\s*(\(|::)", source)
