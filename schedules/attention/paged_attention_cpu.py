@@ -82,7 +82,8 @@ class Products:
 
     def allocated(self) -> Any:
         """The buffers of `state`, in the PrimFunc's block in whose body this stands."""
-        names = namedtuple("Own", [*self.state])  # which TVMScript takes as it takes a tuple
+        # TVMScript takes it as it takes a tuple.
+        names = namedtuple("Own", [*self.state])  # type: ignore[misc]
         return names(*(T.sblock_alloc_buffer(shape, dtype) for shape, dtype in self.state.values()))
 
 
