@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -258,6 +259,14 @@ def test_shared_memory_of_a_block_is_not_the_last_ones(simt):
 def test_unknown_instruction_says_its_name(simt):
     with pytest.raises(CompileError, match="fence_proxy_async"):
         compile_body(simt, "cuda", 'asm volatile("fence.proxy.async;");')
+
+
+@pytest.mark.skipif(shutil.which("addr2line") is None, reason="addr2line is missing")
+def test_report_shows_the_statement(simt):
+    program = compile_body(simt, "cuda", "y[tx] = x[tx];\n  y[tx] = x[tx + 9];")
+    x = np.zeros(64, np.float32)
+    with pytest.raises(Fault, match=r"\n    y\[tx\] = x\[tx \+ 9\];$"):
+        simt.run(program, [x, x], {1})
 
 
 def test_run_after_a_fault_is_as_any_other(simt):

@@ -18,7 +18,7 @@ import tvm
 import tvm_ffi
 
 from .tensors import DeviceArray
-from .toolchain import RUNTIME, CompileError, build_kernel
+from .toolchain import RUNTIME, CompileError, build_kernel, statement_at
 from .translate import DeviceFunction, translate
 
 Order = Literal["forward", "reverse", "random"]  # of threads; of blocks too, random ones forward
@@ -75,6 +75,7 @@ class Simt:
         ]  # fmt: skip
         self._runtime.simt_argument.restype = ctypes.c_void_p
         self._runtime.simt_end.restype = ctypes.c_char_p
+        self._runtime.simt_place.restype = ctypes.c_void_p
         self._runtime.simt_cost.restype = ctypes.c_uint64
         # TVM's host code selects the device that its tensors name.
         tvm_ffi.register_global_func("__tvm_set_device", lambda *_: None, override=True)
@@ -129,7 +130,9 @@ class Simt:
         tensors = [DeviceArray(array, program.kind) for array in placed]
         program.main(*(each.tensor for each in tensors))
         if error := self._runtime.simt_end():
-            raise Fault(error.decode())
+            place = self._runtime.simt_place()
+            statement = statement_at(place) if place else ""
+            raise Fault("\n    ".join(filter(None, [error.decode(), statement])))
         return [array.copy() for array in placed]
 
     def costs(self) -> dict[str, Cost]:

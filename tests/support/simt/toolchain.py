@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ RUNTIME_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror")
 # -fsanitize=thread makes accesses call the runtime; locals begin as a pattern that is no number.
 # No contraction: what a * b + c rounds to must not depend on the machine.
 KERNEL_FLAGS = (
-    "-O1", "-w", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern", "-ffp-contract=off",
+    "-O1", "-g1", "-w", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern", "-ffp-contract=off",
     "-fno-strict-aliasing", f"-I{HERE / 'include'}",
 )  # fmt: skip
 
@@ -55,6 +56,25 @@ def build_kernel(source: str, folder: Path) -> Path:
         made.unlink()
         begun.rename(library)
     return library
+
+
+def statement_at(address: int) -> str:
+    """The line of a kernel's C++ whose code ends at an address of this process; "" where the
+    machine lacks addr2line, which comes with g++."""
+    tool = shutil.which("addr2line")
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    libraries: dict[str, int] = {}  # path -> where it begins
+    for fields in maps:
+        begin, end = (int(bound, 16) for bound in fields[0].split("-"))
+        path = fields[-1]
+        libraries.setdefault(path, begin)
+        if tool and begin < address <= end and path.endswith(".so"):
+            offset = hex(address - 1 - libraries[path])
+            found = subprocess.run([tool, "-e", path, offset], capture_output=True, text=True)
+            file, _, line = found.stdout.split(" ")[0].strip().rpartition(":")
+            if line.isdigit() and Path(file).is_file():
+                return Path(file).read_text().splitlines()[int(line) - 1].strip()
+    return ""
 
 
 def _run(*arguments: str) -> None:

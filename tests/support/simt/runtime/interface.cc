@@ -7,6 +7,7 @@ extern "C" {
 void simt_begin(int order, uint64_t seed, int counting) {
   simt::forget_arrays();
   simt::failed = false;
+  simt::place = nullptr;
   simt::error.clear();
   simt::set_order(order, seed);
   simt::begin_costs(counting);
@@ -19,6 +20,9 @@ void* simt_argument(const char* name, uint64_t size, int element, int writable) 
 
 // What went wrong, or "".
 const char* simt_end() { return simt::failed ? simt::error.c_str() : ""; }
+
+// Where in the kernel's code, if an access went wrong; else NULL.
+const void* simt_place() { return simt::failed ? simt::place : nullptr; }
 
 // Of all accesses of one kind: what = 0 requests of warps, 1 passes (global: sectors), 2 the fewest
 // passes that could do, 3 bytes.

@@ -193,6 +193,8 @@ void* add_array(const char* name, uint64_t size, int element, int alignment, boo
 
 }  // namespace
 
+const void* place;
+
 void* shared_array(int id, const char* name, uint64_t size, int element, int alignment) {
   if (id >= int(shared_slots.size())) shared_slots.resize(id + 1, -1);
   int& slot = shared_slots[id];
@@ -235,12 +237,15 @@ void* add_argument(const char* name, uint64_t size, int element, bool writable) 
 
 void access(const void* at, uint64_t size, bool write, bool aligned, const void* pc) {
   if (current < 0 || failed || on_stack(at)) return;
+  place = pc;
   Array& a = checked(at, size, write, aligned);
   count_access(a, at, size, write, pc);
   if (a.cells) remember(a, (const unsigned char*)at - a.begin, size, write);
+  place = nullptr;
 }
 
 void take_off(const void* to, uint64_t size, const void* pc) {
+  place = pc;
   Array& a = checked(to, size, true, true);
   count_access(a, to, size, true, pc);
   uint64_t offset = (const unsigned char*)to - a.begin;
@@ -248,6 +253,7 @@ void take_off(const void* to, uint64_t size, const void* pc) {
   Range range = cells_of(a, offset, size);
   for (Cell* cell = range.first; cell <= range.last; cell++) cell->write.thread |= IN_FLIGHT;
   memset(a.begin + offset, 0xFF, size);  // ... and what was there is gone
+  place = nullptr;
 }
 
 void land(const void* to, uint64_t size) {

@@ -56,6 +56,7 @@ void* add_argument(const char* name, uint64_t size, int element, bool writable);
 void begin_shared();   // a block's: all shared arrays are poisoned
 void forget_shared();  // of the launch that ended
 void forget_arrays();
+extern const void* place;  // in the kernel's code, of the access that is being checked
 bool on_stack(const void*);  // of the running fiber
 
 // One access of the running thread, made at `pc`.
