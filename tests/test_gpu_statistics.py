@@ -53,15 +53,26 @@ def test_exception_that_nothing_needs_any_more():
 def test_differences_part_counts_from_estimates():
     before = made_up(a=GOOD, b=GOOD, gone=GOOD)
     after = made_up(a={**GOOD, "registers": 40, "cycles": 4000}, b=GOOD, new=GOOD)
-    counted, estimated = results.differences(before, after)
+    counted, harmless = results.differences(before, after, {})
     assert counted == ["a GPU a: registers 32 -> 40", "a GPU gone: gone", "a GPU new: new"]
-    assert estimated == ["a GPU a: cycles 5000 -> 4000"]
-    assert results.differences(before, before) == ([], [])
+    assert harmless == ["a GPU a: cycles 5000 -> 4000"]
+    assert results.differences(before, before, {}) == ([], [])
+
+
+def test_differences_within_a_compilers_spread():
+    before, spread = made_up(a=GOOD), {"instructions": 0.01, "spills": 0.01}
+    for instructions, explained in ((101, False), (99, False), (102, True), (98, True)):
+        after = made_up(a={**GOOD, "instructions": instructions})
+        line = [f"a GPU a: instructions 100 -> {instructions}"]
+        expected = (line, []) if explained else ([], line)
+        assert results.differences(before, after, spread) == expected
+    counted, _ = results.differences(before, made_up(a={**GOOD, "spills": 1}), spread)
+    assert counted == ["a GPU a: spills 0 -> 1"]  # whatever part of nothing that is
 
 
 def test_another_compiler_is_a_difference():
     after = {**made_up(a=GOOD), "compiler": "a compiler 2.0"}
-    counted, _ = results.differences(made_up(a=GOOD), after)
+    counted, _ = results.differences(made_up(a=GOOD), after, {})
     assert counted == ["compiler: a compiler 1.0 -> a compiler 2.0"]
 
 

@@ -8,7 +8,8 @@ Results of one compiler are a JSON object:
     gpus       GPU -> kernel -> statistics, or {"failed": why} where it does not compile
 
 Statistics are numbers by name. Those of ESTIMATES are the compiler's guesses, which are shown;
-all others are counted and do not change as long as code and compiler are the same.
+all others are counted and do not change as long as code and compiler are the same, unless a
+compiler is not quite the same from run to run (`spread`).
 """
 
 from __future__ import annotations
@@ -71,14 +72,17 @@ def broken_gates(found: Results, exceptions: Exceptions) -> list[str]:
     return problems
 
 
-def differences(tracked: Results, fresh: Results) -> tuple[list[str], list[str]]:
-    """What differs, one line each: in what is counted, and in the compiler's estimates."""
+def differences(
+    tracked: Results, fresh: Results, spread: Mapping[str, float]
+) -> tuple[list[str], list[str]]:
+    """What differs, one line each: what has to be explained; and what has not, since it is an
+    estimate, or differs by no more than this part of it, as it does from run to run."""
     counted = [
         f"{name}: {tracked[name]} -> {fresh[name]}"
         for name in ("compiler", "model", "numerics")
         if tracked[name] != fresh[name]
     ]
-    estimated: list[str] = []
+    harmless: list[str] = []
     before, after = ({(g, k): s for g, k, s in each(one)} for one in (tracked, fresh))
     for key in sorted(before.keys() | after.keys()):
         where = " ".join(key)
@@ -88,9 +92,10 @@ def differences(tracked: Results, fresh: Results) -> tuple[list[str], list[str]]
         for name in sorted(before[key].keys() | after[key].keys()):
             old, new = before[key].get(name), after[key].get(name)
             if old != new:
-                lines = estimated if name in ESTIMATES else counted
+                close = old and new and abs(new - old) <= spread.get(name, 0) * old
+                lines = harmless if close or name in ESTIMATES else counted
                 lines.append(f"{where}: {name} {old} -> {new}")
-    return counted, estimated
+    return counted, harmless
 
 
 # (statistic, heading, what it tells)

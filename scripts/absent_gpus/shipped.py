@@ -12,6 +12,7 @@ from mxforge.compile.random_checkpoint import hf_config
 from mxforge.compile.spirv import KernelCode, unpack
 from mxforge.compile.spirv.container import MAGIC
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL, NUMERICS = "20b", "fast"
 
 

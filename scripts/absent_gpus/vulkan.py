@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.folders import SetupError, made, run
+from support.mesa import Mesa, open_mesa, version
+
 from mxforge.compile.spirv import KernelCode
 
 from . import results, shipped
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from support.folders import SetupError, made, run  # noqa: E402
-from support.mesa import Mesa, open_mesa, version  # noqa: E402
+from .shipped import ROOT
 
 TITLE = "SPIR-V on GPUs that are not here"
 ABOUT = (
@@ -101,6 +98,7 @@ GPUS = (
     Gpu("Apple M1", HONEYKRISP, {}),
 )
 
+SPREAD: dict[str, float] = {}
 # All three have an array for each thread, which AMD's and Apple's compilers keep in registers.
 EXCEPTIONS = {
     (gpu.name, kernel): f"{array} of a thread stay in memory"
