@@ -24,7 +24,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "mxforge-setup.json"
 
-PYTHONS = ((3, 10), (3, 13))  # oldest and newest that the dependencies have wheels for
+PYTHONS = ((3, 11), (3, 14))  # oldest and newest that the dependencies have wheels for
 OLDEST_PIP = (25, 1)  # the first that installs dependency groups
 
 

@@ -293,8 +293,9 @@ def test_debug_dump_writes_every_phase_and_the_code(odd_checkpoint: Checkpoints,
     compile_model(odd_checkpoint("odd-5"), output=tmp_path / "artifact", debug_dump=dump)
     for number, name in enumerate(PHASE_NAMES):
         text = (dump / f"{number}-{name}.py").read_text()
-        assert "def forward(" in text
-        assert "def layer_sliding(" in text
+        for function in ("forward", "layer_sliding"):
+            # From Python 3.12 on TVM prints type parameters: forward[n](…).
+            assert f"def {function}(" in text or f"def {function}[" in text
     assert "R.call_tir(" in (dump / "0-model.py").read_text()
     assert "R.call_tir(" not in (dump / "4-virtual-machine.py").read_text()
     assert "forward" in (dump / "vm.txt").read_text()
