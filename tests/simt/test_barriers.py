@@ -20,6 +20,7 @@ BARRIER = {
 # Barriers that nobody misses and that stay: (kernel, number of the barrier in the text) -> why.
 ACCEPTED: dict[tuple[str, int], str] = {}
 LARGE = 1 << 22  # bytes of a case that the others make unnecessary
+FEW = 3  # cases by which barriers are counted: other sizes seldom have others
 
 EVERY = [
     pytest.param(kind, kernel, id=f"{kind}, {kernel.name}")
@@ -30,11 +31,23 @@ EVERY = [
 
 @pytest.mark.parametrize(("kind", "kernel"), EVERY)
 def test_every_barrier_is_missed(simt, kind, kernel):
-    cases = sorted((c for c in kernel.cases if c.bytes < LARGE), key=lambda case: case.bytes)
-    count = max(len(_barriers(simt, kernel, kind, case)) for case in cases)
-    unneeded = {
-        number for number in range(count) if not _is_missed(simt, kernel, kind, cases, number)
-    }
+    _check(simt, kernel, kind, _cases(kernel)[:FEW])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "kernel"), EVERY)
+def test_every_barrier_of_every_size_is_missed(simt, kind, kernel):
+    _check(simt, kernel, kind, _cases(kernel))
+
+
+def _cases(kernel: Kernel) -> list[Case]:
+    """Small ones first."""
+    return sorted((case for case in kernel.cases if case.bytes < LARGE), key=lambda c: c.bytes)
+
+
+def _check(simt, kernel: Kernel, kind: str, counted: list[Case]) -> None:
+    count = max(len(_barriers(simt, kernel, kind, case)) for case in counted)
+    unneeded = {number for number in range(count) if not _is_missed(simt, kernel, kind, number)}
     accepted = {number for name, number in ACCEPTED if name == kernel.name}
     assert unneeded == accepted, "take the barrier away, or accept it and say why"
 
@@ -44,9 +57,9 @@ def _barriers(simt, kernel: Kernel, kind: str, case: Case) -> list[re.Match[str]
     return list(BARRIER[kind].finditer(text, text.rindex("main_kernel(")))
 
 
-def _is_missed(simt, kernel: Kernel, kind: str, cases: list[Case], number: int) -> bool:
-    """Whether a case fails without the barrier of this number."""
-    for case in cases:
+def _is_missed(simt, kernel: Kernel, kind: str, number: int) -> bool:
+    """Whether some case fails without the barrier of this number."""
+    for case in _cases(kernel):
         found = _barriers(simt, kernel, kind, case)
         if number >= len(found):
             continue
