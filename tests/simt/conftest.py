@@ -26,8 +26,8 @@ def simt(once: Callable[..., Path]) -> Any:
         _unavailable(f"it knows Linux on x86_64 and aarch64, and this is {platform.platform()}")
     try:
         compiler()
-    except BuildError as error:
-        _unavailable(f"there is no C++ compiler: {error}")
+    except BuildError:
+        _unavailable("there is no C++ compiler: neither g++, clang++ nor the package ziglang")
     return Simt(once("simt", build_runtime))
 
 
