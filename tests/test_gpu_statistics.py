@@ -261,7 +261,7 @@ def test_package_that_the_mirror_no_longer_has(monkeypatch, one_package):
         raise folders.SetupError("apt-helper said E: Failed to fetch …  404  Not Found")
 
     monkeypatch.setattr(mesa, "run", fetch)
-    with pytest.raises(mesa.Gone, match=r"mesa\.py pin"):
+    with pytest.raises(mesa.Gone, match=r"gpu_statistics --pin"):
         mesa.open_mesa()
     assert not mesa.FOLDER.exists()
 

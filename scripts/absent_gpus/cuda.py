@@ -21,8 +21,8 @@ ABOUT = "nvcc compiles every kernel for each architecture, cuobjdump reads its c
 ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 FOLDER = ROOT / "build" / "nvcc"
 # nvcc's first stage (13.0, 13.2 and 13.5 were tried) goes by addresses in places, which the system
-# draws anew for each process: 1009 to 1013 instructions of f32_router_topk were seen, all else alike.
-SPREAD = {"instructions": 0.01, "loads": 0.01, "local_accesses": 0.05}
+# draws anew for each process: f32_router_topk had 993 to 999 instructions, and all else was alike.
+SPREAD = {"instructions": 0.02, "loads": 0.02, "local_accesses": 0.1}
 EXCEPTIONS = {
     **{(arch, "f32_router_topk"): "the 32 keys of a thread stay in memory" for arch in ARCHS},
     **{(arch, "moe_plan"): "the 32 places of a thread stay in memory" for arch in ARCHS},

@@ -3,7 +3,8 @@
 
     python tests/support/mesa.py run ARGUMENTS...   Python with these, where vulkan:0 is that
                                                     lavapipe, and spirv-val the newer one
-    python tests/support/mesa.py pin                take what the suite has now
+    python tests/support/mesa.py pin                take what the suite has now, as
+                                                    scripts/gpu_statistics --pin does
 
 Nothing is installed, and root is not needed. PACKAGES lists the files to fetch with their hashes,
 from the mirror that this machine's apt uses, and they are unpacked into build/mesa. Their glibc is
@@ -11,8 +12,8 @@ newer than this machine's, so what loads them runs under the dynamic loader that
 finds the folder's libraries first, and this machine's for all else.
 
 A mirror keeps a package until the next version comes. Then `open_mesa` raises Gone, which never
-fails a test: tests on this machine's own Mesa go on, the others are skipped with what to do, and
-`pin` is to be run when somebody has the time to look at what changed.
+fails a test: tests on this machine's own Mesa go on, the others are left out with a message, and
+newer packages are pinned when somebody has the time to look at what they change.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def _download(files: dict[Package, Path]) -> None:
         if "404" in str(error):
             raise Gone(
                 f"Debian's mirror no longer has all packages of Mesa {version()}; take what it has "
-                "now with: python tests/support/mesa.py pin"
+                "now, and look at what changes, with: scripts/gpu_statistics --pin"
             ) from None
         raise
 
