@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from support.folders import made, run
 
 from . import results, shipped
