@@ -215,17 +215,9 @@ def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
     def take_query(own, query, vector):
         for i in T.serial(g):
             round_vectors(
-                own.query,
-                own.query_scale,
-                own.query_sum,
-                i,
-                0,
-                i,
-                query,
-                i * stride,
-                vector,
+                own.query, own.query_scale, own.query_sum, i, 0, i, query, i * stride, vector,
                 stride // LANES,
-            )
+            )  # fmt: skip
 
     @T.inline
     def dot(sums, kv, page, part, kv_head, element, x, start):
@@ -271,17 +263,9 @@ def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
                 T.float32(0),
             )
         round_vectors(
-            own.weights,
-            own.weight_scale,
-            own.weight_sum,
-            i,
-            j * PAGE_TOKENS,
-            i * TILE.pages + j,
-            own.scaled,
-            0,
-            vector,
-            1,
-        )
+            own.weights, own.weight_scale, own.weight_sum, i, j * PAGE_TOKENS, i * TILE.pages + j,
+            own.scaled, 0, vector, 1,
+        )  # fmt: skip
 
     @T.inline
     def dot_values(own, score, sums, kv, page, kv_head, j, begin, end, d0, width):
