@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from _bench import table
+from benchmarks.results import table
 
 KIND = "gpu-statistics"
 ESTIMATES = frozenset({"cycles"})

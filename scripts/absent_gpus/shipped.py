@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import tvm  # noqa: F401 (imports mxforge.compile.spirv itself, which must not be half done)
+from checkpoints.shapes import hf_config
 
 from mxforge import compile_model
-from mxforge.compile.random_checkpoint import hf_config
 from mxforge.compile.spirv import KernelCode, unpack
 from mxforge.compile.spirv.container import MAGIC
 
