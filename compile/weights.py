@@ -28,8 +28,6 @@ from .formats import Precision
 from .models.tensors import Weight, WeightRole, layer_number
 
 CHUNK_BYTES = 64 << 20
-# What is rounded passes through several float32 copies.
-ROUNDED_CHUNK_BYTES = CHUNK_BYTES // 8
 
 Chunks = Callable[[Checkpoint], Iterator[np.ndarray]]
 
@@ -169,9 +167,11 @@ def _rounded(weight: Weight, format_: DenseFormat, part: int, layout: Layout) ->
     def chunks(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
         tensors = [checkpoint.tensor(source) for source in weight.sources]
         stacked = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        step = layout.rows * max(1, ROUNDED_CHUNK_BYTES // (2 * weight.columns * layout.rows))
-        for start in range(0, weight.rows, step):
-            yield layout.pack(format_.weight.quantize(stacked[start : start + step])[part])
+        # An eighth of a chunk: what is rounded passes through several float32 copies.
+        groups = max(1, CHUNK_BYTES // 8 // (2 * weight.columns * layout.rows))
+        rows = groups * layout.rows
+        for start in range(0, weight.rows, rows):
+            yield layout.pack(format_.weight.quantize(stacked[start : start + rows])[part])
 
     return chunks
 
@@ -217,10 +217,10 @@ def _experts(
 
 
 def _rows(tensor: np.ndarray) -> Iterator[np.ndarray]:
-    step = max(1, CHUNK_BYTES // (2 * tensor.shape[1]))
-    for start in range(0, len(tensor), step):
+    rows = max(1, CHUNK_BYTES // (2 * tensor.shape[1]))
+    for start in range(0, len(tensor), rows):
         yield np.ascontiguousarray(
-            tensor[start : start + step].astype(ml_dtypes.bfloat16, copy=False)
+            tensor[start : start + rows].astype(ml_dtypes.bfloat16, copy=False)
         )
 
 

@@ -18,7 +18,7 @@ The library does, for each row of logits (float32 [vocabulary]), in this order:
                       logits give the same token, whatever else is in the batch
 
 Tokens that tie with the last one kept are kept too. The NumPy references are in
-schedules/adjust_logits.py and schedules/sample_token.py.
+schedules/sample/adjust_logits.py and schedules/sample/sample_token.py.
 Log-probabilities are those of the raw logits, before step 1.
 """
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from .attention import KV_COPY_PAGES, PAGED_ATTENTION, ROPE_KV_INSERT
 from .embedding import EMBED
-from .formats import DENSE
+from .formats import ACTIVATIONS, DENSE
 from .gather import GATHER_ROWS
 from .kernel import Case, Kernel, Schedule, Target
 from .linear import LINEAR, LINEAR_BF16, LINEAR_I8  # noqa: F401 (their formats join DENSE)
 from .moe import DOWN, GATE_UP, MOE_PLAN, ROUTER_TOPK
-from .quantize import QUANTIZE_I8, QUANTIZE_I16
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE
-from .round_bf16 import ROUND_BF16
 from .sample import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
 
 # In the order in which a token meets them.
@@ -32,9 +30,7 @@ KERNELS: dict[str, Kernel] = {
         PAGED_ATTENTION,
         ROUTER_TOPK,
         MOE_PLAN,
-        ROUND_BF16,
-        QUANTIZE_I8,
-        QUANTIZE_I16,
+        *(format_.kernel for format_ in ACTIVATIONS.formats() if format_.kernel is not None),
         *GATE_UP.values(),
         *DOWN.values(),
         GATHER_ROWS,

@@ -29,9 +29,10 @@ from mxforge.errors import ScheduleTableError, UnscheduledError
 class Target:
     """What a schedule is chosen for.
 
-    `features` names all that code for the target may count on: its family ("cpu", or "gpu" and one
-    of "cuda", "vulkan", "metal"), instruction sets in LLVM's spelling ("avx512vnni"),
-    architectures ("sm_80"), and abilities ("float16", "simdgroup_matrix").
+    `kind` is the device that the runtime opens: "cpu", "cuda", "vulkan" or "metal". Schedules look
+    at `features` alone, which names all that code for the target may count on: its family ("cpu",
+    or "gpu" and one of "cuda", "vulkan", "metal"), instruction sets in LLVM's spelling
+    ("avx512vnni"), architectures ("sm_80"), and abilities ("float16", "simdgroup_matrix").
     """
 
     kind: str
@@ -339,11 +340,6 @@ class Kernel:
         signature = self.signature(**static)
         sizes = signature.solve([array.shape for array in inputs.values()])
         return [(tensor.sizes(sizes), tensor.dtype) for tensor in signature.outputs]
-
-    @property
-    def updated(self) -> tuple[str, ...]:
-        """The inputs that it changes in place."""
-        return self.signature(**self.cases[0].static).updated
 
 
 @cache

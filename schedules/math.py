@@ -1,6 +1,7 @@
 """Elementary functions as float32 expressions, without a call into any math library.
 
     exp_f32, sigmoid_f32, log_f32, sin_f32, cos_f32      float32 expression -> float32 expression
+    add_half                                             for rounding to integers
     order_key                                            float32 expression -> int32 expression
 
 Each is a plain Python function over expressions, to be called inside TVMScript, on scalars and
@@ -207,6 +208,11 @@ def sin_f32(x: Expr) -> Expr:
 def cos_f32(x: Expr) -> Expr:
     """cos x within 1e-7 absolute for |x| ≤ SINCOS_LIMIT; no meaning for an infinite x."""
     return _sine(x, 1)
+
+
+def add_half(x: Expr) -> Expr:
+    """x with 0.5 of its own sign added: cut off to an integer it is x rounded, half away from 0."""
+    return x + T.Select(x < T.float32(0), T.float32(-0.5), T.float32(0.5))
 
 
 def order_key(x: Expr) -> Expr:

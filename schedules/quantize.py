@@ -22,6 +22,7 @@ from .formats.activations import ACTIVATIONS, ActivationFormat
 from .formats.blocks import BLOCK, DIGIT_BITS
 from .gpu.items import one_thread_an_item
 from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
+from .math import add_half
 
 NAMES = {1: "f32_quantize_i8", 2: "f32_quantize_i16"}
 LARGEST = {1: 127, 2: 127 << DIGIT_BITS}
@@ -156,7 +157,7 @@ def _inverse(peak: Any, largest: float) -> Any:
 
 
 def _round(value: Any) -> Any:
-    return T.Cast("int32", value + T.Select(value < T.float32(0), T.float32(-0.5), T.float32(0.5)))
+    return T.Cast("int32", add_half(value))
 
 
 def _cases(digits: int) -> tuple[Case, ...]:

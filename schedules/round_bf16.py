@@ -2,7 +2,7 @@
 
     x f32 [n, k] -> bits u16 [n, width], the width being k, or k + 1 where k is odd
 
-Products take neighbours in pairs (bf16.py): behind an odd number of them stands a zero.
+Products take neighbours in pairs (cpu/bf16.py): behind an odd number of them stands a zero.
 """
 
 from __future__ import annotations

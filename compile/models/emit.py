@@ -354,7 +354,7 @@ class Emitter(ABC, Generic[Config]):
         return tuple(self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(count))
 
     def _add(self, kernel: tvm.tirx.PrimFunc) -> tvm.ir.GlobalVar:
-        # Kernel factories are cached, so that one object stands for one kernel.
+        # `Kernel.build` is cached, so that equal calls of a kernel are one function.
         if id(kernel) not in self._kernels:
             name = str(kernel.attrs["mxforge.kernel"])
             self._kernels[id(kernel)] = self.builder.add_func(kernel, name)

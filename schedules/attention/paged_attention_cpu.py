@@ -6,7 +6,7 @@ values, 16 elements in a vector. What is summed over lies in words (see formats/
 multiplied at once:
 
     float32, float16   one number, in float32
-    bfloat16           two, of a query and of weights rounded to bfloat16 (see `bf16`)
+    bfloat16           two, of a query and of weights rounded to bfloat16 (cpu/bf16.py)
     int8               four, of a query and of weights rounded to 8 bits, added up as integers; a
                        head's query has one scale, its weights, times the values' scales, one a page
 
@@ -31,9 +31,9 @@ from ..cpu.bf16 import PAIR_ISAS, PairIsa, dot_pairs, imported, word_at
 from ..cpu.isa import ISAS, Isa, four
 from ..cpu.vectors import LANES, add, horizontal
 from ..formats.bf16 import rounded, widened
-from ..formats.kv import I8_MAX, KV, scale
+from ..formats.kv import BF16, F16, F32, I8_MAX, INT8, KV, KVFormat, scale
 from ..kernel import Schedule, T, Tensor, TileConfig, cpu, prim_func
-from ..math import LOWEST, exp_f32
+from ..math import LOWEST, add_half, exp_f32
 from .pages import first_visible, physical_page
 
 # Into the second-level cache: twice the bytes a second of one core that the first level's buffers
@@ -46,13 +46,16 @@ class AttentionTile(TileConfig):
     heads: int  # query heads of one KV head that share one read of it: at most this many
     pages: int  # pages between two corrections of the running maximum
 
+    @property
+    def keys(self) -> int:
+        return self.pages * PAGE_TOKENS
+
 
 # EPYC (Zen 4, 2 cores), 2026-11, decoding gpt-oss's heads at 32,768 keys whose pages follow each
 # other: 34 GB/s of cache in bfloat16, as fast as memory is read here; 22 in float16 and 12 in int8,
 # bound by arithmetic. Pages in random order: 21 to 26, 21 and 9. 9 pages: a window of 128 keys
 # touches 9. Eight heads fill the registers of AVX-512; on AVX2, four would be 25% faster.
 TILE = AttentionTile(heads=8, pages=9)
-BLOCK_KEYS = TILE.pages * PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ class Products:
     the functions, T.inline, get these buffers as `own`:
 
       take_query(own, query, vector)     of query f32 [g·stride], for all heads
-      dot_keys(own, sums, kv, page, kv_head)
+      dot_keys(own, query, sums, kv, page, kv_head)
                                          sums f32 [g·16] = scores of a page's keys
       take_weights(own, score, vector, kv, page, kv_head, i, j, key0, low, position)
-                                         of score f32 [g·BLOCK_KEYS]: head i, page j of the block,
+                                         of score f32 [g·tile.keys]: head i, page j of the block,
                                          whose first key is key0; the weights that are multiplied
                                          are left in score, 0 where they cannot be seen
       dot_values(own, score, sums, kv, page, kv_head, j, begin, end, d0, width)
@@ -87,7 +90,7 @@ class Products:
         return names(*(T.sblock_alloc_buffer(shape, dtype) for shape, dtype in self.state.values()))
 
 
-def _singles(g: int, head_dim: int, stride: int) -> Products:
+def _singles(tile: AttentionTile, g: int, head_dim: int, stride: int) -> Products:
     """float32 and float16."""
 
     @T.inline
@@ -114,13 +117,13 @@ def _singles(g: int, head_dim: int, stride: int) -> Products:
             for i in T.unroll(g):
                 for lane in T.vectorized(width):
                     sums[i * LANES + lane] = sums[i * LANES + lane] + score[
-                        i * BLOCK_KEYS + j * PAGE_TOKENS + begin + s
+                        i * tile.keys + j * PAGE_TOKENS + begin + s
                     ] * T.Cast("float32", kv[1, kv_head, page, (begin + s) * head_dim + d0 + lane])
 
     return Products({}, take_query, dot_keys, take_weights, dot_values)
 
 
-def _pairs(isa: PairIsa, g: int, head_dim: int, stride: int) -> Products:
+def _pairs(isa: PairIsa, tile: AttentionTile, g: int, head_dim: int, stride: int) -> Products:
     """bfloat16."""
 
     @T.inline
@@ -144,13 +147,13 @@ def _pairs(isa: PairIsa, g: int, head_dim: int, stride: int) -> Products:
     @T.inline
     def take_weights(own, score, vector, kv, page, kv_head, i, j, key0, low, position):
         for lane in T.vectorized(LANES):
-            own.weights[i * BLOCK_KEYS + j * PAGE_TOKENS + lane] = rounded(
-                score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
+            own.weights[i * tile.keys + j * PAGE_TOKENS + lane] = rounded(
+                score[i * tile.keys + j * PAGE_TOKENS + lane]
             )
         # What is divided by in the end are these.
         for lane in T.vectorized(LANES):
-            score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane] = widened(
-                own.weights[i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
+            score[i * tile.keys + j * PAGE_TOKENS + lane] = widened(
+                own.weights[i * tile.keys + j * PAGE_TOKENS + lane]
             )
 
     @T.inline
@@ -173,15 +176,15 @@ def _pairs(isa: PairIsa, g: int, head_dim: int, stride: int) -> Products:
                         ),
                         T.broadcast(seen, width),
                     ),
-                    word_at(own.weights, i * BLOCK_KEYS + j * PAGE_TOKENS + slot),
+                    word_at(own.weights, i * tile.keys + j * PAGE_TOKENS + slot),
                     width,
                 )
 
-    state = {"query": ((g * stride,), "uint16"), "weights": ((g * BLOCK_KEYS,), "uint16")}
+    state = {"query": ((g * stride,), "uint16"), "weights": ((g * tile.keys,), "uint16")}
     return Products(state, take_query, dot_keys, take_weights, dot_values)
 
 
-def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
+def _quads(isa: Isa, tile: AttentionTile, g: int, head_dim: int, stride: int) -> Products:
     """int8. A head's query has one scale, its weights have one a page."""
     lanes, words = isa.lanes, -(-head_dim // 4)
     size, vectors = 4 * lanes, LANES // lanes
@@ -204,7 +207,7 @@ def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
         for e in T.serial(count):
             for lane in T.vectorized(LANES):
                 out[row, at + e * LANES + lane] = T.Cast(
-                    "int8", _nearest(x[x0 + e * LANES + lane] * inverse)
+                    "int8", add_half(x[x0 + e * LANES + lane] * inverse)
                 )
             for lane in T.vectorized(LANES):
                 vector[lane] = vector[lane] + T.Cast("float32", out[row, at + e * LANES + lane])
@@ -258,19 +261,19 @@ def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
         for lane in T.vectorized(LANES):
             own.scaled[lane] = T.Select(
                 T.And(key0 + lane >= low, key0 + lane <= position),
-                score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
+                score[i * tile.keys + j * PAGE_TOKENS + lane]
                 * scale(kv, head_dim, (1, kv_head, page), lane),
                 T.float32(0),
             )
         round_vectors(
-            own.weights, own.weight_scale, own.weight_sum, i, j * PAGE_TOKENS, i * TILE.pages + j,
+            own.weights, own.weight_scale, own.weight_sum, i, j * PAGE_TOKENS, i * tile.pages + j,
             own.scaled, 0, vector, 1,
         )  # fmt: skip
 
     @T.inline
     def dot_values(own, score, sums, kv, page, kv_head, j, begin, end, d0, width):
         for i in T.unroll(g):
-            start(own.sums, own.weight_sum, i, i * TILE.pages + j)
+            start(own.sums, own.weight_sum, i, i * tile.pages + j)
         for s in T.unroll(PAGE_TOKENS // 4):
             dot(
                 own.sums, kv, page, 1, kv_head, (s * head_dim + d0) * 4, own.weights,
@@ -281,16 +284,16 @@ def _quads(isa: Isa, g: int, head_dim: int, stride: int) -> Products:
                 sums[i * LANES + lane] = (
                     sums[i * LANES + lane]
                     + T.Cast("float32", own.sums[i * LANES + lane])
-                    * own.weight_scale[i * TILE.pages + j]
+                    * own.weight_scale[i * tile.pages + j]
                 )
 
     state = {
         "query": ((g, stride), "int8"),
         "query_scale": ((g,), "float32"),
         "query_sum": ((g,), "int32"),
-        "weights": ((g, BLOCK_KEYS), "int8"),
-        "weight_scale": ((g * TILE.pages,), "float32"),
-        "weight_sum": ((g * TILE.pages,), "int32"),
+        "weights": ((g, tile.keys), "int8"),
+        "weight_scale": ((g * tile.pages,), "float32"),
+        "weight_sum": ((g * tile.pages,), "int32"),
         "sums": ((g * LANES,), "int32"),
         "scaled": ((LANES,), "float32"),  # a page's weights, times the values' scales
     }
@@ -311,17 +314,13 @@ def prefetch(kv, page, part, kv_head, element):
     )
 
 
-def _nearest(value: Any) -> Any:
-    return value + T.Select(value < T.float32(0), T.float32(-0.5), T.float32(0.5))
-
-
-def _heads_of_item(group: int) -> int:
+def _heads_of_item(group: int, tile: AttentionTile) -> int:
     """The largest divisor of the group within the tile."""
-    return max(h for h in range(1, TILE.heads + 1) if group % h == 0)
+    return max(h for h in range(1, tile.heads + 1) if group % h == 0)
 
 
 def _build(
-    products_of: Callable[[int, int, int], Products],
+    products_of: Callable[[AttentionTile, int, int, int], Products],
     within: Callable[[], Any],
     arguments: tuple[Tensor, ...],
     *,
@@ -334,13 +333,13 @@ def _build(
 ) -> tvm.tirx.PrimFunc:
     """`within` is the scope, around the whole body, in which the products may be called."""
     group = heads // kv_heads
-    g = _heads_of_item(group)
+    g = _heads_of_item(group, tile)
     per_kv_head = group // g
     word = KV[kv_dtype].word
     vectors, tail = divmod(head_dim, LANES)
     stride = -(-head_dim // LANES) * LANES  # of a head in buffers; zeros at the end
     factor = head_dim**-0.5
-    products = products_of(g, head_dim, stride)
+    products = products_of(tile, g, head_dim, stride)
 
     @T.inline
     def score_page(kv, own, query, score, sums, page, kv_head, j, key0, low, position):
@@ -351,7 +350,7 @@ def _build(
         products.dot_keys(own, query, sums, kv, page, kv_head)
         for i in T.unroll(g):
             for lane in T.vectorized(LANES):
-                score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane] = T.Select(
+                score[i * tile.keys + j * PAGE_TOKENS + lane] = T.Select(
                     T.And(key0 + lane >= low, key0 + lane <= position),
                     sums[i * LANES + lane],
                     T.float32(0) - T.infinity("float32"),
@@ -365,11 +364,11 @@ def _build(
         """
         first, count, low, position = keys
         for lane in T.vectorized(LANES):
-            vector[lane] = score[i * BLOCK_KEYS + lane]
+            vector[lane] = score[i * tile.keys + lane]
         for j in T.serial(count - 1):
             for lane in T.vectorized(LANES):
                 vector[lane] = T.max(
-                    vector[lane], score[i * BLOCK_KEYS + (j + 1) * PAGE_TOKENS + lane]
+                    vector[lane], score[i * tile.keys + (j + 1) * PAGE_TOKENS + lane]
                 )
         horizontal(vector, T.max)
         correction[i] = exp_f32(T.min(top[i] - vector[0], T.float32(0)))
@@ -379,8 +378,8 @@ def _build(
             vector[LANES + lane] = T.float32(0)
         for j in T.serial(count):
             for lane in T.vectorized(LANES):
-                score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane] = exp_f32(
-                    score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane] - top[i]
+                score[i * tile.keys + j * PAGE_TOKENS + lane] = exp_f32(
+                    score[i * tile.keys + j * PAGE_TOKENS + lane] - top[i]
                 )
             products.take_weights(
                 own, score, vector, kv, page_of[j], kv_head, i, j, (first + j) * PAGE_TOKENS, low,
@@ -388,7 +387,7 @@ def _build(
             )  # fmt: skip
             for lane in T.vectorized(LANES):
                 vector[LANES + lane] = (
-                    vector[LANES + lane] + score[i * BLOCK_KEYS + j * PAGE_TOKENS + lane]
+                    vector[LANES + lane] + score[i * tile.keys + j * PAGE_TOKENS + lane]
                 )
         for lane in T.vectorized(LANES):
             vector[lane] = vector[LANES + lane]
@@ -408,7 +407,7 @@ def _build(
         for j in T.serial(count):
             key0: T.let = (first + j) * PAGE_TOKENS
             for line in T.serial(PAGE_TOKENS // word):
-                prefetch(kv, page_of[TILE.pages + j], 0, kv_head, (d0 + line * word) * PAGE_TOKENS)
+                prefetch(kv, page_of[tile.pages + j], 0, kv_head, (d0 + line * word) * PAGE_TOKENS)
             products.dot_values(
                 own, score, sums, kv, page_of[j], kv_head, j, T.max(low - key0, 0),
                 T.min(position + 1 - key0, PAGE_TOKENS), d0, width,
@@ -443,13 +442,13 @@ def _build(
                     # registers.
                     query = T.sblock_alloc_buffer((g * stride,), "float32")
                     acc = T.sblock_alloc_buffer((g * stride,), "float32")
-                    score = T.sblock_alloc_buffer((g * BLOCK_KEYS,), "float32")
+                    score = T.sblock_alloc_buffer((g * tile.keys,), "float32")
                     sums = T.sblock_alloc_buffer((g * LANES,), "float32")
                     vector = T.sblock_alloc_buffer((2 * LANES,), "float32")
                     top = T.sblock_alloc_buffer((g,), "float32")
                     total = T.sblock_alloc_buffer((g,), "float32")
                     correction = T.sblock_alloc_buffer((g,), "float32")
-                    page_of = T.sblock_alloc_buffer((2 * TILE.pages,), "int64")
+                    page_of = T.sblock_alloc_buffer((2 * tile.pages,), "int64")
                     own = products.allocated()
                     h0: T.let = head_block * g
                     kv_head: T.let = head_block // per_kv_head
@@ -469,11 +468,11 @@ def _build(
                                 factor
                             )
                     products.take_query(own, query, vector)
-                    for block in T.serial(T.ceildiv(page_count, TILE.pages)):
-                        first: T.let = page0 + block * TILE.pages
-                        count: T.let = T.min(page_count - block * TILE.pages, TILE.pages)
+                    for block in T.serial(T.ceildiv(page_count, tile.pages)):
+                        first: T.let = page0 + block * tile.pages
+                        count: T.let = T.min(page_count - block * tile.pages, tile.pages)
                         # This block's pages and the next one's.
-                        for j in T.serial(2 * TILE.pages):
+                        for j in T.serial(2 * tile.pages):
                             page_of[j] = physical_page(
                                 page_table, first_page, token_seq[t],
                                 T.min(first + j, page0 + page_count - 1),
@@ -508,25 +507,28 @@ def _build(
 def _schedule(
     name: str,
     needs: frozenset[str],
-    word: int,
-    products_of: Callable[[int, int, int], Products],
+    formats: tuple[KVFormat, ...],
+    products_of: Callable[[AttentionTile, int, int, int], Products],
     within: Callable[[], Any] = nullcontext,
 ) -> Schedule:
-    """For caches of which `word` neighbours are multiplied at once."""
+    """For caches in these formats, which are all that the products read."""
+    names = {format_.name for format_ in formats}
     return Schedule(
         f"heads of tokens in parallel, online softmax, {name}",
         needs,
         partial(_build, products_of, within),
         TILE,
-        fits=lambda kv_dtype, **_: KV[kv_dtype].word == word,
+        fits=lambda kv_dtype, **_: kv_dtype in names,
     )
 
 
 SCHEDULES = (
-    _schedule("numbers", cpu(), 1, _singles),
+    _schedule("numbers", cpu(), (F32, F16), _singles),
     *(
-        _schedule(f"pairs, {isa.name}", isa.needs, 2, partial(_pairs, isa), partial(imported, isa))
+        _schedule(
+            f"pairs, {isa.name}", isa.needs, (BF16,), partial(_pairs, isa), partial(imported, isa)
+        )
         for isa in PAIR_ISAS
     ),
-    *(_schedule(f"quads, {isa.name}", isa.needs, 4, partial(_quads, isa)) for isa in ISAS),
+    *(_schedule(f"quads, {isa.name}", isa.needs, (INT8,), partial(_quads, isa)) for isa in ISAS),
 )

@@ -78,8 +78,8 @@ PAIR_ISAS = (
         permutes=True,
     ),
     *(
-        PairIsa(isa.name, isa.needs, tile, permutes="avx512bw" in isa.needs)
-        for isa, tile in _TILES.items()
+        PairIsa(isa.name, isa.needs, _TILES[isa], permutes="avx512bw" in isa.needs)
+        for isa in isas.ISAS
     ),
 )
 

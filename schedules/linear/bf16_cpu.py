@@ -8,6 +8,7 @@ g·tile.rows + r.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import tvm
@@ -27,9 +28,8 @@ class LinearTile(TileConfig):
 TILE = LinearTile(rows=64, tokens=4)
 
 
-def _pack(weight: np.ndarray) -> np.ndarray:
+def _pack(r: int, weight: np.ndarray) -> np.ndarray:
     rows, k = weight.shape
-    r = TILE.rows
     groups, rest = divmod(rows, r)
     packed = np.zeros((-(-rows // r), k, r), weight.dtype)
     packed[:groups] = weight[: groups * r].reshape(groups, r, k).transpose(0, 2, 1)
@@ -38,11 +38,13 @@ def _pack(weight: np.ndarray) -> np.ndarray:
     return packed
 
 
-INTERLEAVED = Layout(
-    shape=lambda shape: (-(-shape[0] // TILE.rows), shape[1], TILE.rows),
-    pack=_pack,
-    rows=TILE.rows,
-)
+def interleaved(rows: int) -> Layout:
+    """Groups of `rows` rows, as many as the tile of the schedule that reads them has."""
+    return Layout(
+        shape=lambda shape: (-(-shape[0] // rows), shape[1], rows),
+        pack=partial(_pack, rows),
+        rows=rows,
+    )
 
 
 def _build(
@@ -85,6 +87,10 @@ def _build(
 
 SCHEDULES = (
     Schedule(
-        "rows interleaved, tokens tiled", cpu(), _build, TILE, layouts={"weight": INTERLEAVED}
+        "rows interleaved, tokens tiled",
+        cpu(),
+        _build,
+        TILE,
+        layouts={"weight": interleaved(TILE.rows)},
     ),
 )

@@ -120,6 +120,6 @@ def _build(
 
 
 SCHEDULES = tuple(
-    Schedule(f"rows interleaved, {isa.name}", isa.needs, partial(_build, isa), tile, LAYOUTS)
-    for isa, tile in TILES.items()
+    Schedule(f"rows interleaved, {isa.name}", isa.needs, partial(_build, isa), TILES[isa], LAYOUTS)
+    for isa in isas.ISAS
 )

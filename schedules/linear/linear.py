@@ -63,7 +63,7 @@ def signature(
 
 
 def linear_ref(
-    kept: DenseWeight,
+    weight: DenseWeight,
     inputs: ActivationFormat,
     /,
     *,
@@ -74,8 +74,8 @@ def linear_ref(
     **arrays: Any,
 ) -> tuple[np.ndarray]:
     """y = x·Wᵀ + bias + residual in float64, of what x and W stand for."""
-    parts = [arrays[tensor.name] for tensor in kept.tensors("weight", rows, k)]
-    y = inputs.taken("x", k, arrays) @ kept.values(*parts).T
+    parts = [arrays[tensor.name] for tensor in weight.tensors("weight", rows, k)]
+    y = inputs.taken("x", k, arrays) @ weight.values(*parts).T
     if bias is not None:
         y = y + bias
     if residual is not None:

@@ -126,7 +126,7 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
 
 
 DOWN = {
-    "f32": _kernel("mxfp4w_moe_down", F32, one_thread_an_item(elements)),
-    "bf16": _kernel("mxfp4w_bf16_moe_down", BF16),
-    "i8": _kernel("mxfp4w_i8_moe_down", I8),
+    F32.name: _kernel("mxfp4w_moe_down", F32, one_thread_an_item(elements)),
+    BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16),
+    I8.name: _kernel("mxfp4w_i8_moe_down", I8),
 }

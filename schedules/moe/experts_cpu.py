@@ -94,8 +94,10 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
         for isa in PAIR_ISAS
     ),
     "i8": tuple(
-        Product(f"rows interleaved, {isa.name}", isa.needs, tile, QUADS, partial(_i8, isa))
-        for isa, tile in _I8_TILES.items()
+        Product(
+            f"rows interleaved, {isa.name}", isa.needs, _I8_TILES[isa], QUADS, partial(_i8, isa)
+        )
+        for isa in isas.ISAS
     ),
 }
 

@@ -125,7 +125,7 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
 
 
 GATE_UP = {
-    "f32": _kernel("mxfp4w_moe_gate_up_swiglu", F32, one_thread_an_item(elements)),
-    "bf16": _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16),
-    "i8": _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
+    F32.name: _kernel("mxfp4w_moe_gate_up_swiglu", F32, one_thread_an_item(elements)),
+    BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16),
+    I8.name: _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
 }

@@ -19,7 +19,7 @@ def elements(
     limit: float,
     **_: int,
 ) -> tvm.tirx.PrimFunc:
-    """One item is one output element: a slot's unit."""
+    """One item is one output element: a slot's row of h, an element of the intermediate."""
 
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h):

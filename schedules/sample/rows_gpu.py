@@ -1,6 +1,6 @@
-"""Passes over a row of logits on GPUs, by a block of THREADS threads.
+"""Passes over a row of logits on GPUs, by a block of threads.
 
-Thread t works on the columns t, t + THREADS, …; partial results are in shared memory, and every
+Thread t works on the columns t, t + threads, …; partial results are in shared memory, and every
 thread puts them together by itself.
 """
 
@@ -12,8 +12,7 @@ from ..gpu.items import GpuTile
 from ..kernel import T
 from ..math import KEY_NONE
 
-THREADS = 128  # of a block: what every GPU has
-BLOCK = GpuTile(threads=THREADS)
+BLOCK = GpuTile(threads=128)  # what every GPU has
 
 
 @T.inline
@@ -32,26 +31,26 @@ def metal_device_barrier():
     )
 
 
-def thread_columns(vocab: int) -> Any:
+def thread_columns(vocab: int, threads: int) -> Any:
     """The T.inline columns(step, tx): step(column) for the columns of thread `tx`, in order."""
 
     @T.inline
     def columns(step, tx):
-        for i in T.serial(-(-vocab // THREADS)):
-            if i * THREADS + tx < vocab:
-                step(i * THREADS + tx)
+        for i in T.serial(-(-vocab // threads)):
+            if i * threads + tx < vocab:
+                step(i * threads + tx)
 
     return columns
 
 
-def block_largest_finder(vocab: int) -> Any:
+def block_largest_finder(vocab: int, threads: int) -> Any:
     """The T.inline find(look, tx, keys, columns, key, column): the largest key that `look` gives.
 
     look(column) updates the thread's own key and column, i32 [1]; in the end all threads have the
     largest key of all and its first column, which is -1 where there is none. keys and columns are
-    shared i32 [THREADS].
+    shared i32 [threads].
     """
-    every = thread_columns(vocab)
+    every = thread_columns(vocab, threads)
 
     @T.inline
     def find(look, tx, keys, columns, key, column):
@@ -61,7 +60,7 @@ def block_largest_finder(vocab: int) -> Any:
         keys[tx] = key[0]
         columns[tx] = column[0]
         barrier()
-        for t in T.serial(THREADS):
+        for t in T.serial(threads):
             # Not by `if`: TVM takes no shared memory in a condition.
             column[0] = T.Select(
                 keys[t] > key[0],

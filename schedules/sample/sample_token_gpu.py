@@ -1,6 +1,6 @@
 """`sample_token` on GPUs: a block of threads works on one row.
 
-A step of a search tries seven thresholds at once. Correct, not tuned.
+A step of a search tries WAYS - 1 thresholds at once. Correct, not tuned.
 """
 
 # ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)
@@ -18,7 +18,6 @@ from ..math import KEY_MINUS_INF, KEY_PLUS_INF, ONE_BITS, exp_f32, order_key
 from .rows import usable
 from .rows_gpu import (
     BLOCK,
-    THREADS,
     barrier,
     block_largest_finder,
     metal_device_barrier,
@@ -26,8 +25,9 @@ from .rows_gpu import (
 )
 from .threefry import threefry
 
-WAYS = 8  # a step of the search leaves one part of so many
-STEPS = 11  # 8**11 > 2**32: as many leave one key
+BITS = 3  # of a key, found by a step of the search
+WAYS = 1 << BITS  # parts, of which a step leaves one
+STEPS = 11  # 3 · 11 > 32: as many leave one key
 
 
 def _build(
@@ -37,9 +37,10 @@ def _build(
 
     After `weights_barrier` threads see each other's weights, which are in device memory.
     """
-    every = thread_columns(vocab)
-    find_largest = block_largest_finder(vocab)
-    segment = -(-vocab // THREADS)  # columns in a row, for the draw
+    threads = tile.threads
+    every = thread_columns(vocab, threads)
+    find_largest = block_largest_finder(vocab, threads)
+    segment = -(-vocab // threads)  # columns in a row, for the draw
 
     @T.inline
     def body(m, logits, temperature, top_k, top_p, min_p, seed, step, ids, weights):
@@ -51,15 +52,15 @@ def _build(
                     seed[row, 0:2], step[row],
                 )  # fmt: skip
                 T.writes(ids[row], weights[row, 0:vocab])
-                keys = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
-                columns = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
-                parts = T.sblock_alloc_buffer((THREADS, WAYS - 1), "float32", scope="shared")
+                keys = T.sblock_alloc_buffer((threads,), "int32", scope="shared")
+                columns = T.sblock_alloc_buffer((threads,), "int32", scope="shared")
+                parts = T.sblock_alloc_buffer((threads, WAYS - 1), "float32", scope="shared")
                 totals = T.sblock_alloc_buffer((WAYS - 1,), "float32", scope="shared")
-                before = T.sblock_alloc_buffer((THREADS,), "float32", scope="shared")
-                for tx in T.thread_binding(THREADS, thread="threadIdx.x"):
+                before = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("thread"):
-                        T.reads(logits[row, 0:vocab], parts[0:THREADS, 0:7])
-                        T.writes(ids[row], weights[row, 0:vocab], parts[0:THREADS, 0:7])
+                        T.reads(logits[row, 0:vocab], parts[0:threads, 0 : WAYS - 1])
+                        T.writes(ids[row], weights[row, 0:vocab], parts[0:threads, 0 : WAYS - 1])
                         key = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         column = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         smallest = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -134,7 +135,7 @@ def _build(
                             # them take seven times the reads and seven times the code.
                             if tx < WAYS - 1:
                                 total[0] = T.float32(0)
-                                for t in T.serial(THREADS):
+                                for t in T.serial(threads):
                                     total[0] = total[0] + parts[t, tx]
                                 totals[tx] = total[0]
                             barrier()
@@ -149,8 +150,8 @@ def _build(
                                         "int32",
                                         T.shift_right(
                                             (T.Cast("int64", high[0]) - T.Cast("int64", low[0]))
-                                            * (j + 1) + 7,
-                                            T.int64(3),
+                                            * (j + 1) + (WAYS - 1),
+                                            T.int64(BITS),
                                         ),
                                     )  # fmt: skip
                                 sum_all(add)
@@ -170,7 +171,7 @@ def _build(
                         find_largest(look, tx, keys, columns, key, column)
                         keys[tx] = smallest[0]
                         barrier()
-                        for t in T.serial(THREADS):
+                        for t in T.serial(threads):
                             smallest[0] = T.min(smallest[0], keys[t])
                         drawn[0] = -1
                         if not usable(key[0], smallest[0]) or temperature[row] == T.float32(0):
@@ -213,7 +214,7 @@ def _build(
                             barrier()
                             total[0] = T.float32(0)
                             running[0] = T.float32(0)
-                            for t in T.serial(THREADS):
+                            for t in T.serial(threads):
                                 running[0] = T.Select(t == tx, total[0], running[0])
                                 total[0] = total[0] + parts[t, 0]
                             before[tx] = running[0]
@@ -234,7 +235,7 @@ def _build(
                             )
                             barrier()
                             chosen[0] = 0
-                            for t in T.serial(THREADS):
+                            for t in T.serial(threads):
                                 chosen[0] = T.max(chosen[0], keys[t])
                             running[0] = before[chosen[0]]
                             for i in T.serial(segment):

@@ -10,13 +10,14 @@ from ..gpu.items import GpuTile
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from ..math import KEY_MINUS_INF, KEY_PLUS_INF, exp_f32, log_f32, order_key
 from .rows import TOP, usable
-from .rows_gpu import BLOCK, THREADS, barrier, block_largest_finder, thread_columns
+from .rows_gpu import BLOCK, barrier, block_largest_finder, thread_columns
 
 
 def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.tirx.PrimFunc:
     """What is written as if by all threads is the same for all of them."""
-    every = thread_columns(vocab)
-    find_largest = block_largest_finder(vocab)
+    threads = tile.threads
+    every = thread_columns(vocab, threads)
+    find_largest = block_largest_finder(vocab, threads)
 
     @T.inline
     def body(m, logits, ids, chosen, top_ids, top_values):
@@ -25,10 +26,10 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
                 row = T.axis.spatial(m, r)
                 T.reads(logits[row, 0:vocab], ids[row])
                 T.writes(chosen[row], top_ids[row, 0:TOP], top_values[row, 0:TOP])
-                keys = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
-                columns = T.sblock_alloc_buffer((THREADS,), "int32", scope="shared")
-                parts = T.sblock_alloc_buffer((THREADS,), "float32", scope="shared")
-                for tx in T.thread_binding(THREADS, thread="threadIdx.x"):
+                keys = T.sblock_alloc_buffer((threads,), "int32", scope="shared")
+                columns = T.sblock_alloc_buffer((threads,), "int32", scope="shared")
+                parts = T.sblock_alloc_buffer((threads,), "float32", scope="shared")
+                for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("thread"):
                         T.reads(logits[row, 0:vocab], ids[row])
                         T.writes(chosen[row], top_ids[row, 0:TOP], top_values[row, 0:TOP])
@@ -68,7 +69,7 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
                         find_largest(look, tx, keys, columns, key, column)
                         keys[tx] = smallest[0]
                         barrier()
-                        for t in T.serial(THREADS):
+                        for t in T.serial(threads):
                             smallest[0] = T.min(smallest[0], keys[t])
                         if tx == 0:
                             chosen[row] = T.float32("-inf")
@@ -82,7 +83,7 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.t
                             parts[tx] = total[0]
                             total[0] = T.float32(0)
                             barrier()
-                            for t in T.serial(THREADS):
+                            for t in T.serial(threads):
                                 total[0] = total[0] + parts[t]
                             total[0] = log_f32(total[0])
                             # Not in one `and`, which would read past the row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from support.small import SMALL_SHAPE, small_checkpoint
 from mxforge import Engine, SamplingParams
 from mxforge.artifact import read_manifest, verify
 from mxforge.compile import compile_model
-from mxforge.compile.cli import main
+from mxforge.compile.cli import main, parser
+from mxforge.compile.targets import CPU_LEVELS, DEFAULT_CUDA_ARCH, VULKAN_PROFILES
 from mxforge.errors import UsageError
 
 COMPILE_MODEL = [
@@ -240,3 +242,9 @@ def test_the_function_checks_its_arguments_like_the_command(checkpoint: Path) ->
     for options in ({"numerics": "loose"}, {"max_batch": 1.5}, {"prefill_chunk": True}):
         with pytest.raises(UsageError, match="must be"):
             compile_model(checkpoint, **options)
+
+
+def test_the_help_names_every_target():
+    named = set(re.findall(r"[\w.-]+", parser().format_help()))
+    variants = [preset.name for preset in (*CPU_LEVELS, *VULKAN_PROFILES)]
+    assert {*variants, DEFAULT_CUDA_ARCH, "portable", "metal"} <= named

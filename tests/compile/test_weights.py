@@ -91,18 +91,18 @@ def test_the_published_20b_takes_the_bytes_of_the_published_20b():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_small_pieces_make_the_same_weights(layout, odd_checkpoint: Checkpoints, monkeypatch):
+def test_small_chunks_make_the_same_weights(layout, odd_checkpoint: Checkpoints, monkeypatch):
     checkpoint = HFCheckpoint(odd_checkpoint("odd-4"))
     whole = all_packed(checkpoint.config, *LAYOUTS[layout])
     expected = [content(weight, checkpoint) for weight in whole]
-    monkeypatch.setattr(weights, "PIECE_BYTES", 1)
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1)
     cut = 0
     for weight, truth in zip(
         all_packed(checkpoint.config, *LAYOUTS[layout]), expected, strict=True
     ):
-        pieces = list(weight.chunks(checkpoint))
-        cut += len(pieces) > 1
-        assert np.concatenate(pieces).tobytes() == truth.tobytes(), weight.name
+        chunks = list(weight.chunks(checkpoint))
+        cut += len(chunks) > 1
+        assert np.concatenate(chunks).tobytes() == truth.tobytes(), weight.name
     assert cut > 10
 
 
@@ -239,15 +239,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> HFCheckpoint:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packing_holds_a_piece_at_a_time(layout, wide: HFCheckpoint, monkeypatch):
-    monkeypatch.setattr(weights, "PIECE_BYTES", 1 << 20)
+def test_packing_holds_a_chunk_at_a_time(layout, wide: HFCheckpoint, monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1 << 20)
     listed = all_packed(wide.config, *LAYOUTS[layout])
     assert sum(weight.nbytes for weight in listed) > 23 << 20
     tracemalloc.start()
     try:
         for weight in listed:
-            for piece in weight.chunks(wide):
-                del piece
+            for chunk in weight.chunks(wide):
+                del chunk
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

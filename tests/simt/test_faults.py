@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.simt.bodies import compile_body
 from support.simt.harness import ORDERS, Fault
-from support.simt.kernels import KINDS, program_of, run_case
+from support.simt.kernels import TARGETS, program_of, run_case
 from support.simt.toolchain import CompileError
 
 from mxforge.schedules import KERNELS
@@ -224,7 +224,7 @@ def test_fault_is_found_and_nothing_else(simt, body):
             simt.run(program, [x, np.zeros_like(x)], {1}, order)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_guard_of_a_kernel_that_lets_one_thread_too_many_in(simt, kind):
     kernel = KERNELS["f32_rms_norm"]
     case = kernel.cases[0]
@@ -234,9 +234,10 @@ def test_guard_of_a_kernel_that_lets_one_thread_too_many_in(simt, kind):
         assert edits == 1
         return text
 
-    program = program_of(simt, kernel, kind, case, edit)
+    schedule = kernel.choose(TARGETS[kind], **case.static)
+    program = program_of(simt, kind, kernel, case, schedule, edit)
     with pytest.raises(Fault, match=r"read of 4 bytes at x\[\d+\], which has"):
-        run_case(simt, program, kernel, case)
+        run_case(simt, program, kernel, case, schedule)
 
 
 @pytest.mark.parametrize("declared", [SHARED, LOCAL])

@@ -56,8 +56,8 @@ def call_of(
     copied = {name: array.copy() for name, array in inputs.items()}
     packed = kernel.pack(target, copied, schedule, **static)
     fresh = [_unset(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]
-    names = list(inputs)
-    written = [*range(len(packed), len(packed) + len(fresh)), *map(names.index, kernel.updated)]
+    names, updated = list(inputs), kernel.signature(**static).updated
+    written = [*range(len(packed), len(packed) + len(fresh)), *map(names.index, updated)]
     return Call([*packed, *fresh], tuple(written))
 
 
