@@ -77,14 +77,14 @@ class Precision:
         activations, dense = ACTIVATIONS[self.activations], DENSE[self.dense]
         read_by = {
             f"activations {activations.option}": (
-                activations.kernel,
-                GATE_UP[activations.name],
-                DOWN[activations.name],
+                *activations.kernels,
+                GATE_UP.get(activations.name),
+                DOWN.get(activations.name),
             ),
-            f"dense {dense.option}": (dense.inputs.kernel, dense.kernel),
+            f"dense {dense.option}": (*dense.inputs.kernels, dense.kernel),
         }
         return [
             option
             for option, kernels in read_by.items()
-            if any(kernel is not None and not kernel.runs_on(target) for kernel in kernels)
+            if any(kernel is None or not kernel.runs_on(target) for kernel in kernels)
         ]

@@ -125,9 +125,17 @@ class CompileTarget:
         return precision
 
 
+# What all GPUs of a family have. "device_barrier": a block's barrier orders device memory too.
+FAMILIES = {
+    "cuda": ("device_barrier",),
+    "vulkan": ("device_barrier",),
+    "metal": ("simdgroup_matrix",),  # Apple7 (A14, M1) and later
+}
+
+
 def gpu_target(family: str, *features: str) -> Target:
     """What schedules for a GPU of this family may count on."""
-    return Target(family, frozenset({"gpu", family, *features}))
+    return Target(family, frozenset({"gpu", family, *FAMILIES[family], *features}))
 
 
 def cuda_features(arch: str) -> tuple[str, ...]:
@@ -269,7 +277,7 @@ def _metal(variant: str) -> CompileTarget:
         raise TargetError(f"The target metal has no variants, found 'metal:{variant}'; use metal.")
     return CompileTarget(
         name="metal",
-        kernels=gpu_target("metal", "simdgroup_matrix"),  # Apple7 (A14, M1) and later
+        kernels=gpu_target("metal"),
         tvm={"kind": "metal", "host": _host()},
     )
 

@@ -30,7 +30,7 @@ KERNELS: dict[str, Kernel] = {
         PAGED_ATTENTION,
         ROUTER_TOPK,
         MOE_PLAN,
-        *(format_.kernel for format_ in ACTIVATIONS.formats() if format_.kernel is not None),
+        *(kernel for format_ in ACTIVATIONS.formats() for kernel in format_.kernels),
         *GATE_UP.values(),
         *DOWN.values(),
         GATHER_ROWS,

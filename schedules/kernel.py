@@ -303,9 +303,9 @@ class Kernel:
         if not fitting:
             shape = ", ".join(f"{name}={value}" for name, value in static.items())
             raise UnscheduledError(
-                f"No schedule of {self.name} fits {target.kind} with the features "
-                f"{', '.join(sorted(target.features))} and {shape}; add one to its table in "
-                "schedules/, or compile for another target."
+                f"No schedule of {self.name} for {shape} fits {target.kind}, whose features are "
+                f"{', '.join(sorted(target.features))}; add one to its table in schedules/, or "
+                "compile for another target."
             )
         return fitting[0]
 

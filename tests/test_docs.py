@@ -27,6 +27,7 @@ from support.parsers import arguments, commands, options
 
 import mxforge
 from mxforge import errors
+from mxforge.compile.targets import known_targets
 from mxforge.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +38,6 @@ PYTHON = (ROOT / "docs" / "python.md").read_text()
 CHAT = (ROOT / "docs" / "chat.md").read_text()
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
 BLOCK = re.compile(r"(?:<!-- (run|prints) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-TARGET_KINDS = ("cpu", "cuda", "vulkan", "metal")
 
 
 class Block(NamedTuple):
@@ -217,7 +215,8 @@ def test_readme_begins_with_what_there_is():
     assert "./scripts/demo" in screen
     assert "<!-- prints -->" in screen
     rows = [line.split(" | ")[0] for line in screen.splitlines() if line.startswith("| `")]
-    assert {kind for row in rows for kind in re.findall("`(.*?)`", row)} == set(TARGET_KINDS)
+    kinds = {name.partition(":")[0] for name in known_targets()}
+    assert {kind for row in rows for kind in re.findall("`(.*?)`", row)} == kinds
 
 
 def test_readme_shows_where_speed_was_measured():

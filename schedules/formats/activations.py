@@ -29,6 +29,11 @@ class ActivationFormat:
     values: Callable[..., np.ndarray]
     kernel: Kernel | None
 
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """What has to run before a product."""
+        return () if self.kernel is None else (self.kernel,)
+
     def tensors(self, name: str, n: int | Size, k: int) -> tuple[Tensor, ...]:
         """The arguments that x called `name` becomes."""
         return tuple(

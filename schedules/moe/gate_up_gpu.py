@@ -23,9 +23,9 @@ def elements(
 
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h):
-        for slot, unit in T.grid(n * top_k, intermediate):
+        for slot, row in T.grid(n * top_k, intermediate):
             with T.sblock("item"):
-                vs, vu = T.axis.remap("SS", [slot, unit])
+                vs, vi = T.axis.remap("SS", [slot, row])
                 part = T.sblock_alloc_buffer((2,), "float32", scope="local")
                 acc = T.sblock_alloc_buffer((2,), "float32", scope="local")
                 for p in T.serial(2):
@@ -38,7 +38,7 @@ def elements(
                                 + nibble_value(
                                     T.Cast(
                                         "uint32",
-                                        blocks[ids[vs // top_k, vs % top_k], 2 * vu + p, b, i]
+                                        blocks[ids[vs // top_k, vs % top_k], 2 * vi + p, b, i]
                                         & T.uint8(15),
                                     )
                                 )
@@ -49,16 +49,16 @@ def elements(
                                 + nibble_value(
                                     T.Cast(
                                         "uint32",
-                                        blocks[ids[vs // top_k, vs % top_k], 2 * vu + p, b, i]
+                                        blocks[ids[vs // top_k, vs % top_k], 2 * vi + p, b, i]
                                         >> T.uint8(4),
                                     )
                                 )
                                 * x[vs // top_k, b * BLOCK + 2 * i + 1]
                             )
                         acc[p] = acc[p] + part[p] * scale_value(
-                            scales[ids[vs // top_k, vs % top_k], 2 * vu + p, b]
+                            scales[ids[vs // top_k, vs % top_k], 2 * vi + p, b]
                         )
-                    acc[p] = acc[p] + bias[ids[vs // top_k, vs % top_k], 2 * vu + p]
-                h[vs, vu] = swiglu(acc[0], acc[1], limit)
+                    acc[p] = acc[p] + bias[ids[vs // top_k, vs % top_k], 2 * vi + p]
+                h[vs, vi] = swiglu(acc[0], acc[1], limit)
 
     return prim_func(arguments, body)

@@ -259,5 +259,5 @@ SCHEDULES = (
         partial(_build, metal_device_barrier),
         BLOCK,
     ),
-    Schedule("one block a row", gpu(), partial(_build, barrier), BLOCK),
+    Schedule("one block a row", gpu("device_barrier"), partial(_build, barrier), BLOCK),
 )

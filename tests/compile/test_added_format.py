@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.targets import PLAIN_CPU
 from support.toy_format import KERNEL, TOY
 
 from mxforge import Engine, SamplingParams, compile_model
@@ -56,6 +57,15 @@ def test_what_it_does_not_fit_stays_bf16():
 def test_its_name_is_taken():
     with pytest.raises(FormatError, match="dense weight format called 'toy8' already"):
         DENSE.add(TOY)
+
+
+def test_activations_that_no_experts_kernel_reads_are_refused():
+    precision = Precision(activations="i16")  # of dense layers
+    assert precision.unscheduled(PLAIN_CPU) == ["activations None"]
+
+
+def test_the_plainest_format_of_an_option_comes_first():
+    assert [format_.name for format_ in DENSE.asked("bf16")] == ["bf16", "bf16xbf16"]
 
 
 def test_a_name_that_no_format_has():

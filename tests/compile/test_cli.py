@@ -214,6 +214,7 @@ def test_an_interrupted_compile_leaves_nothing(checkpoint: Path, tmp_path: Path)
     assert nothing_but(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_compile_is_cleaned_up_by_the_next(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def test_every_part_is_within_its_bound(
     assert report.close_calls <= {"exact": 0.02, "fast": 0.12}[numerics] * report.routed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["bf16", "int8"])
 @pytest.mark.parametrize("name", ["odd-1", "odd-4", "odd-5"])
 def test_activations_in_bfloat16_are_within_the_bound_of_fast(

@@ -367,6 +367,7 @@ def kill_at(moment: str, command: list[str]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_compilation_leaves_nothing_to_be_seen(
     odd_checkpoint: Checkpoints, tmp_path: Path
 ):

@@ -146,6 +146,7 @@ def portable(request, compiled: Compiled) -> Path:
     return compiled(SHAPE, request.param, target=PORTABLE)
 
 
+@pytest.mark.slow
 def test_the_manifest_lists_a_library_for_every_level(portable: Path):
     manifest = read_manifest(portable)
     assert (manifest.target.kind, manifest.target.name) == ("cpu", PORTABLE)
@@ -156,6 +157,7 @@ def test_the_manifest_lists_a_library_for_every_level(portable: Path):
     verify(portable, progress=False).check()
 
 
+@pytest.mark.slow
 def test_its_files_are_those_of_an_artifact_for_one_level(portable: Path, compiled: Compiled):
     """So whatever is true of cpu:LEVEL is true of that library, and of what it takes."""
     manifest = read_manifest(portable)
@@ -173,12 +175,14 @@ def test_its_files_are_those_of_an_artifact_for_one_level(portable: Path, compil
     assert manifest.memory.workspace_bytes == max(workspaces)
 
 
+@pytest.mark.slow
 def test_the_best_level_of_this_cpu_runs(portable: Path):
     assert open_artifact(portable).variant.target == f"cpu:{RUNNABLE[0].name}"
     with Engine.load(portable, context_length=64) as engine:
         assert engine.target == f"cpu:{RUNNABLE[0].name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
 def test_every_library_keeps_its_bound(
     level, portable: Path, odd_checkpoint: Checkpoints, golden, monkeypatch
@@ -199,12 +203,14 @@ def test_every_library_keeps_its_bound(
         assert error <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_measurement_names_the_library(portable: Path, monkeypatch):
     monkeypatch.setenv(CPU_VARIABLE, RUNNABLE[-1].name)
     result = measure(portable, prompt_tokens=4, new_tokens=2, context_length=64)
     assert result["target"] == f"cpu:{RUNNABLE[-1].name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
 def test_a_library_that_is_gone_is_named(level, portable: Path, tmp_path: Path):
     folder = shutil.copytree(portable, tmp_path / "artifact", copy_function=os.link)
@@ -214,6 +220,7 @@ def test_a_library_that_is_gone_is_named(level, portable: Path, tmp_path: Path):
         Engine.load(folder)
 
 
+@pytest.mark.slow
 def test_progress_names_the_level(odd_checkpoint: Checkpoints, tmp_path: Path, monkeypatch):
     """Two levels, and their dumps apart."""
     monkeypatch.setattr(targets, "CPU_LEVELS", (*LEVELS[:1], *LEVELS[-1:]))

@@ -102,6 +102,7 @@ def nano_artifacts(vulkan, nano: Path) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 def test_nano_writes_what_it_writes_on_the_cpu(nano_artifacts: dict[str, Path]):
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     written: dict[str, Any] = {}
@@ -123,6 +124,7 @@ def test_nano_agrees_with_transformers(nano: Path, nano_artifacts: dict[str, Pat
     assert relative_error(logits, truth) <= EXACT
 
 
+@pytest.mark.slow
 def test_nano_fast_is_right(vulkan, nano: Path, tmp_path: Path):
     artifact = compile_model(nano, "vulkan", tmp_path / "nano")
     with Engine.load(artifact, context_length=512) as engine:

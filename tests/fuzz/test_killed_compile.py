@@ -82,6 +82,7 @@ class Compilation:
         pytest.fail(f"it never packed: {''.join(said)}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.full)])
 def test_a_compilation_killed_at_any_moment_leaves_nothing_half(kills: int, tmp_path: Path) -> None:
     checkpoint = small_checkpoint(

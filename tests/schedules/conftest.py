@@ -16,7 +16,7 @@ import tvm
 from support.kernels import call_of
 
 from mxforge.compile.targets import CompileTarget, resolve
-from mxforge.schedules.kernel import Kernel
+from mxforge.schedules.kernel import Kernel, Schedule
 
 
 class Harness:
@@ -41,13 +41,14 @@ class Harness:
         inputs: Mapping[str, np.ndarray],
         static: Mapping[str, Any],
         target: CompileTarget | None = None,
+        schedule: Schedule | None = None,
     ) -> list[np.ndarray]:
-        """A CPU schedule, the best if not another is asked for: fresh outputs, then the new
-        values of the inputs it updates."""
+        """On this CPU, or a level of it; the level's best schedule, or the one given. Returns the
+        fresh outputs, then the new values of the inputs that the kernel updates."""
         target = target or self.cpu
-        call = call_of(kernel, target.kernels, inputs, static)
+        call = call_of(kernel, target.kernels, inputs, static, schedule)
         tensors = [tvm.runtime.tensor(array) for array in call.arrays]
-        self.compiled(kernel.build(target.kernels, **static), target)(*tensors)
+        self.compiled(kernel.build(target.kernels, schedule, **static), target)(*tensors)
         return [tensor.numpy() for tensor in call.results(tensors)]
 
     @contextmanager

@@ -67,7 +67,9 @@ def test_a_schedule_may_depend_on_shapes():
 
 
 def test_where_none_fits_kernel_and_features_are_named():
-    with pytest.raises(UnscheduledError, match="f32_round_bf16 fits metal.*gpu, metal.*and k=4"):
+    with pytest.raises(
+        UnscheduledError, match="of f32_round_bf16 for k=4 fits metal, whose.*gpu, metal"
+    ):
         ROUND_BF16.choose(METAL, k=4)
 
 

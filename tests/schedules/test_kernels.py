@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import tvm
-from support.kernels import compare, made_inputs
+from support.kernels import compare, made_inputs, run_name, runs
 from support.qemu import LEVELS, KernelCalls, open_cpu
 from support.targets import CUDA, GPUS, METAL
 
@@ -20,7 +20,7 @@ import mxforge.schedules
 from mxforge.compile.targets import CPU_LEVELS, resolve
 from mxforge.machine import architecture, missing_cpu_features
 from mxforge.schedules import KERNELS
-from mxforge.schedules.kernel import Case, Kernel
+from mxforge.schedules.kernel import Kernel
 from mxforge.schedules.linear import LINEAR_I8
 
 CASES = [
@@ -33,16 +33,23 @@ AARCH64_LEVELS = [level.name for level in CPU_LEVELS if level.machine == "aarch6
 TVM_CUDA = {"kind": "cuda", "arch": "sm_90a"}
 
 
-@pytest.mark.parametrize(("kernel", "case"), CASES)
-def test_cpu_schedule_agrees_with_reference(harness, kernel, case):
+HERE = resolve("cpu").kernels
+RUNS = [
+    pytest.param(
+        kernel,
+        case,
+        schedule,
+        id=run_name(kernel, case, schedule),
+        marks=() if schedule is kernel.choose(HERE, **case.static) else pytest.mark.slow,
+    )
+    for kernel, case, schedule in runs(HERE)
+]
+
+
+@pytest.mark.parametrize(("kernel", "case", "schedule"), RUNS)
+def test_every_schedule_for_this_cpu_agrees_with_reference(harness, kernel, case, schedule):
     inputs = made_inputs(case)
-    compare(kernel, case, inputs, harness.run(kernel, inputs, case.static))
-
-
-def chooses(kernel: Kernel, case: Case) -> bool:
-    """Whether levels have schedules of their own; most kernels leave instructions to LLVM."""
-    fitting = [s for s in kernel.schedules if "cpu" in s.needs and s.fits(**case.static)]
-    return len(fitting) > 1
+    compare(kernel, case, inputs, harness.run(kernel, inputs, case.static, schedule=schedule))
 
 
 LOWER_LEVELS = [
@@ -51,7 +58,8 @@ LOWER_LEVELS = [
         kernel,
         case,
         id=f"{level.name}, {kernel.name}: {case.name}",
-        marks=() if chooses(kernel, case) else pytest.mark.full,
+        # Of the others qemu runs all cases, on CPUs that have no AVX-512.
+        marks=pytest.mark.slow if "avx512f" in level.required else pytest.mark.full,
     )
     for level in CPU_LEVELS
     if level.machine == architecture()

@@ -43,7 +43,7 @@ def _four_elements(
 
 
 def _matrices(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
-    """A subgroup fills tiles of the result by way of a cooperative matrix."""
+    """A block of one thread copies a tile; the matrix is declared, and filled with zeros only."""
 
     @T.inline
     def body(m, x, rows, y):

@@ -20,7 +20,7 @@ def test_agrees_with_reference(simt, kind, kernel, case, schedule):
     compare(kernel, case, made_inputs(case), results)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), RUNS)
 def test_agrees_with_reference_in_other_orders_of_threads(

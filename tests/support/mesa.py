@@ -189,7 +189,7 @@ def _download(files: dict[Package, Path]) -> None:
     try:
         run(APT_HELPER, "-o", "APT::Sandbox::User=root", "download-file", *words)
     except SetupError as error:
-        if "404" in str(error):
+        if re.search(r"\b404\b", str(error)):  # and not within a hash
             raise Gone(
                 f"Debian's mirror no longer has all packages of Mesa {version()}; take what it has "
                 "now, and look at what changes, with: scripts/gpu_statistics --pin"

@@ -7,6 +7,6 @@ from mxforge.schedules.kernel import Target
 
 PLAIN_CPU = Target("cpu", frozenset({"cpu"}))
 CUDA = gpu_target("cuda", *cuda_features("sm_90a"))
-METAL = gpu_target("metal", "simdgroup_matrix")
+METAL = gpu_target("metal")
 VULKAN = gpu_target("vulkan", *VULKAN_PROFILES[0].features)
 GPUS = (CUDA, METAL, VULKAN)

@@ -65,14 +65,17 @@ def test_a_wild_address_is_told_of(watched):
     assert "out of bounds" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_generator(watched):
     check(watched, *ASSISTED, "test_dlight.py::test_matrix_products", without=UNASSISTED)
 
 
+@pytest.mark.slow
 def test_what_the_device_cannot_run_assisted(unassisted):
     check(unassisted, *UNASSISTED)
 
 
+@pytest.mark.slow
 def test_each_kernel(watched):
     check(watched, *(f"test_kernels.py::{cases[0]}" for cases in CASES.values()))
 
@@ -82,6 +85,7 @@ def test_every_case_of_each_kernel(watched):
     check(watched, "test_kernels.py::test_agrees_with_reference", "test_dlight.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(50), pytest.param(range(50, 550), marks=pytest.mark.full)])
 def test_random_programs(unassisted, seeds):
     code = (

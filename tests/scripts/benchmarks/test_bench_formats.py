@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from benchmarks import formats_report
 from benchmarks.results import NUMERICS, RESULTS, read_results, with_section
 from support.bench_runs import MACHINE, STAMP, interrupted, of_tiny, row, run
@@ -64,6 +65,7 @@ def test_the_page_shows_what_the_tracked_formats_give():
     assert with_section(page, section) == page, "run scripts/bench_formats --render"
 
 
+@pytest.mark.slow
 def test_interrupted_formats_keep_what_they_have(tmp_path):
     options = [*of_tiny(tmp_path / "work", tmp_path), "--quick", "--samples", "1000"]
     said, found = interrupted(
@@ -81,6 +83,7 @@ def test_interrupted_formats_keep_what_they_have(tmp_path):
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_one_choice_of_the_tiny_shape_is_measured_and_another_added(tmp_path):
     """Of the tiny shape; the second run keeps what the first one has found."""
     options = ["--shape", "tiny", "--quick", "--work", tmp_path / "work", "--results", tmp_path]

@@ -36,6 +36,7 @@ def test_tiny_shape_beside_llama_cpp(work, tmp_path):
     assert "not measured" not in "".join(row((tmp_path / "peers.md").read_text(), "prefill of 128"))
 
 
+@pytest.mark.slow
 @MEASURED
 def test_an_interrupted_run_keeps_what_it_has(work, tmp_path):
     model = RandomModel.of("tiny", work)

@@ -120,6 +120,7 @@ def test_the_demo_answers():
     assert f"artifact   {ROOT / 'artifacts' / 'nano-cpu'}" in result.stdout
 
 
+@pytest.mark.slow
 def test_fast_numerics_predict_what_exact_ones_do(nano: Path, tmp_path: Path, renderer: Any):
     from nano import evaluation
 

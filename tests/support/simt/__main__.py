@@ -44,9 +44,11 @@ def _options() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="default: all")
-    parser.add_argument("--kind", action="append", choices=tuple(TARGETS), help="default: both")
-    parser.add_argument("--case", help="part of a case's name; default: all but large ones")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="which (default: all)")
+    parser.add_argument(
+        "--kind", action="append", choices=tuple(TARGETS), help="as which text (default: both)"
+    )
+    parser.add_argument("--case", help="part of a case's name (default: all but large ones)")
     parser.add_argument("--text", action="store_true", help="print the device's text too")
     return parser.parse_args()
 
