@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 import tvm
 
-from .cpu.items import parallel_items
+from .cpu.items import items_in_parallel
 from .cpu.vectors import LANES
 from .gpu.items import one_thread_an_item
-from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
+from .kernel import Case, Kernel, Signature, Size, T, Tensor, f32, i32, prim_func
 
 NAME = "bf16w_embed"
 
@@ -36,7 +36,7 @@ def signature(*, hidden: int) -> Signature:
     )
 
 
-def _cpu(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
+def _rows(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one row."""
 
     @T.inline
@@ -54,7 +54,7 @@ def _cpu(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
                         "float32", table[tokens[vt], hidden // LANES * LANES + i]
                     )
 
-    return parallel_items(prim_func(arguments, body))
+    return prim_func(arguments, body)
 
 
 def _elements(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
@@ -92,5 +92,5 @@ EMBED = Kernel(
     signature,
     embed_ref,
     CASES,
-    (Schedule("parallel items", cpu(), _cpu), one_thread_an_item(_elements)),
+    (items_in_parallel(_rows), one_thread_an_item(_elements)),
 )

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import tvm
 
-from .cpu.items import parallel_items
+from .cpu.items import items_in_parallel
 from .cpu.vectors import LANES
 from .gpu.items import one_thread_an_item
-from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
+from .kernel import Case, Kernel, Signature, Size, T, Tensor, f32, i32, prim_func
 
 NAME = "f32_gather_rows"
 
@@ -31,7 +31,7 @@ def signature(*, hidden: int) -> Signature:
     return Signature((f32("x", n, hidden), i32("rows", m)), (f32("y", m, hidden),))
 
 
-def _cpu(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
+def _rows(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
     """One item is one row."""
 
     @T.inline
@@ -45,7 +45,7 @@ def _cpu(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
                 for i in T.serial(hidden % LANES):
                     y[vt, hidden // LANES * LANES + i] = x[rows[vt], hidden // LANES * LANES + i]
 
-    return parallel_items(prim_func(arguments, body))
+    return prim_func(arguments, body)
 
 
 def _elements(arguments: tuple[Tensor, ...], *, hidden: int) -> tvm.tirx.PrimFunc:
@@ -84,5 +84,5 @@ GATHER_ROWS = Kernel(
     signature,
     gather_rows_ref,
     CASES,
-    (Schedule("parallel items", cpu(), _cpu), one_thread_an_item(_elements)),
+    (items_in_parallel(_rows), one_thread_an_item(_elements)),
 )

@@ -19,7 +19,7 @@ import tvm
 
 from .cpu.vectors import LANES, add, horizontal
 from .formats.activations import ACTIVATIONS, ActivationFormat
-from .formats.blocks import BLOCK, DIGIT_BITS
+from .formats.blocks import BLOCK, DIGIT_BITS, TINY
 from .gpu.items import one_thread_an_item
 from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
 from .math import add_half
@@ -37,7 +37,7 @@ def quantize_ref(
     peak = np.abs(blocks).max(axis=-1).astype(np.float32)
     largest = np.float32(LARGEST[digits])
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(peak > 1e-30, largest / peak, np.float32(0)).astype(np.float32)
+        inverse = np.where(peak > TINY, largest / peak, np.float32(0)).astype(np.float32)
     scaled = (blocks * inverse[..., None]).astype(np.float32)
     whole = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int32)
     sums = whole.sum(axis=-1, dtype=np.int32)
@@ -153,7 +153,7 @@ def _cpu(digits: int, arguments: tuple[Tensor, ...], *, k: int) -> tvm.tirx.Prim
 
 
 def _inverse(peak: Any, largest: float) -> Any:
-    return T.if_then_else(peak > T.float32(1e-30), T.float32(largest) / peak, T.float32(0))
+    return T.if_then_else(peak > T.float32(TINY), T.float32(largest) / peak, T.float32(0))
 
 
 def _round(value: Any) -> Any:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import tvm
 
-from .cpu.items import parallel_items
+from .cpu.items import items_in_parallel
 from .cpu.vectors import LANES
 from .gpu.items import one_thread_an_item
-from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, prim_func
+from .kernel import Case, Kernel, Signature, Size, T, Tensor, f32, prim_func
 
 NAME = "f32_rms_norm"
 BLOCK = 64  # partial sums: four vectors, so that additions do not wait for each other
@@ -87,10 +87,6 @@ def _items(
     return prim_func(arguments, body)
 
 
-def _cpu(arguments: tuple[Tensor, ...], **static: Any) -> tvm.tirx.PrimFunc:
-    return parallel_items(_items(LANES, arguments, **static))
-
-
 def _case(name: str, n: int, hidden: int, scale: float = 1.0, spike: float = 1.0) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         x = rng.standard_normal((n, hidden), dtype=np.float32) * np.float32(scale)
@@ -117,7 +113,7 @@ RMS_NORM = Kernel(
     rms_norm_ref,
     CASES,
     (
-        Schedule("parallel items", cpu(), _cpu),
+        items_in_parallel(partial(_items, LANES)),
         one_thread_an_item(partial(_items, 1)),
     ),
 )

@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import tvm
 
-from .cpu.items import parallel_items
+from .cpu.items import items_in_parallel
 from .formats.activations import ACTIVATIONS, ActivationFormat
 from .formats.bf16 import rounded
-from .kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, prim_func
+from .kernel import Case, Kernel, Signature, Size, T, Tensor, f32, prim_func
 
 NAME = "f32_round_bf16"
 CHUNK = 32  # inputs of a work item
@@ -43,7 +43,7 @@ def signature(*, k: int) -> Signature:
     return Signature((f32("x", n, k),), (Tensor("bits", (n, width(k)), "uint16"),))
 
 
-def _cpu(arguments: tuple[Tensor, ...], *, k: int) -> tvm.tirx.PrimFunc:
+def _chunks(arguments: tuple[Tensor, ...], *, k: int) -> tvm.tirx.PrimFunc:
     """One item is CHUNK inputs, the last one of a row what is left."""
 
     @T.inline
@@ -60,7 +60,7 @@ def _cpu(arguments: tuple[Tensor, ...], *, k: int) -> tvm.tirx.PrimFunc:
                     for i in T.serial(k % 2):
                         bits[vt, k + i] = T.uint16(0)
 
-    return parallel_items(prim_func(arguments, body))
+    return prim_func(arguments, body)
 
 
 def _case(name: str, n: int, k: int, extremes: bool = False) -> Case:
@@ -84,7 +84,7 @@ CASES = (
     _case("20b hidden", 4, 2880),
 )
 
-ROUND_BF16 = Kernel(NAME, signature, round_ref, CASES, (Schedule("parallel items", cpu(), _cpu),))
+ROUND_BF16 = Kernel(NAME, signature, round_ref, CASES, (items_in_parallel(_chunks),))
 
 BF16 = ACTIVATIONS.add(
     ActivationFormat(

@@ -31,6 +31,7 @@ from ..cpu.bf16 import PAIR_ISAS, PairIsa, dot_pairs, imported, word_at
 from ..cpu.isa import ISAS, Isa, four
 from ..cpu.vectors import LANES, add, horizontal
 from ..formats.bf16 import rounded, widened
+from ..formats.blocks import TINY
 from ..formats.kv import BF16, F16, F32, I8_MAX, INT8, KV, KVFormat, scale
 from ..kernel import Schedule, T, Tensor, TileConfig, cpu, prim_func
 from ..math import LOWEST, add_half, exp_f32
@@ -200,7 +201,7 @@ def _quads(isa: Isa, tile: AttentionTile, g: int, head_dim: int, stride: int) ->
         horizontal(vector, T.max)
         scales[i] = vector[0] * T.float32(1 / I8_MAX)
         inverse: T.let = T.Select(
-            vector[0] > T.float32(1e-30), T.float32(I8_MAX) / vector[0], T.float32(0)
+            vector[0] > T.float32(TINY), T.float32(I8_MAX) / vector[0], T.float32(0)
         )
         for lane in T.vectorized(LANES):
             vector[lane] = T.float32(0)

@@ -4,3 +4,4 @@ from __future__ import annotations
 
 BLOCK = 32
 DIGIT_BITS = 7  # of numbers in two digits, one of hi is 128 of lo
+TINY = 1e-30  # a block whose largest number, or scale, is not above it counts as zeros

@@ -36,6 +36,7 @@ from mxforge.kv_layout import KV_BYTES, PAGE_TOKENS, row_elements
 from ..kernel import Size, T, Tensor
 from ..math import add_half
 from . import bf16
+from .blocks import TINY
 from .table import FormatTable
 
 F16_MAX = 65504.0
@@ -146,7 +147,7 @@ class KVFormat:
             bits = np.where(np.isnan(peak), np.uint16(0x7FC0), bits)
             wide = np.expand_dims(bits.view(ml_dtypes.bfloat16).astype(np.float32), axis)
             with np.errstate(divide="ignore", invalid="ignore"):
-                multiples = np.where(wide > 1e-30, x.astype(np.float32) / wide, np.float32(0))
+                multiples = np.where(wide > TINY, x.astype(np.float32) / wide, np.float32(0))
             whole = np.trunc(np.clip(multiples + np.copysign(0.5, multiples), -I8_MAX, I8_MAX))
             part[..., index] = np.nan_to_num(whole).astype(np.int8)
             part[..., begin : begin + 2 * PAGE_TOKENS] = bits.view(np.int8)
@@ -179,7 +180,7 @@ def scale_byte(bits: Any, byte: Any) -> Any:
 
 def quantized(value: Any, scale: Any) -> Any:
     """A float32 expression as int8, by a scale that may be zero or beyond all bounds."""
-    multiples = T.if_then_else(scale > T.float32(1e-30), value / scale, T.float32(0))
+    multiples = T.if_then_else(scale > T.float32(TINY), value / scale, T.float32(0))
     limit = T.float32(I8_MAX)
     return T.Cast("int8", T.max(T.min(add_half(multiples), limit), -limit))
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import tvm
 
-from ..cpu.items import parallel_items
+from ..cpu.items import items_in_parallel
 from ..gpu.items import one_thread_an_item
-from ..kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
+from ..kernel import Case, Kernel, Signature, Size, T, Tensor, f32, i32, prim_func
 from ..math import KEY_NONE, exp_f32, order_key
 
 NAME = "f32_router_topk"
@@ -74,10 +74,6 @@ def _tokens(arguments: tuple[Tensor, ...], *, experts: int, top_k: int) -> tvm.t
     return prim_func(arguments, body)
 
 
-def _cpu(arguments: tuple[Tensor, ...], **static: int) -> tvm.tirx.PrimFunc:
-    return parallel_items(_tokens(arguments, **static))
-
-
 def _case(name: str, n: int, experts: int, top_k: int, levels: int = 0, spike: float = 1.0) -> Case:
     """`levels` > 0 draws logits from that many values, so that many are equal."""
 
@@ -111,5 +107,5 @@ ROUTER_TOPK = Kernel(
     signature,
     router_topk_ref,
     CASES,
-    (Schedule("parallel items", cpu(), _cpu), one_thread_an_item(_tokens)),
+    (items_in_parallel(_tokens), one_thread_an_item(_tokens)),
 )

@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import tvm
 
-from ..cpu.items import parallel_items
+from ..cpu.items import items_in_parallel
 from ..cpu.vectors import LANES
 from ..gpu.items import one_thread_an_item
-from ..kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, f32, i32, prim_func
+from ..kernel import Case, Kernel, Signature, Size, T, Tensor, f32, i32, prim_func
 from ..math import KEY_MINUS_INF, order_key
 from .rows import random_logits
 
@@ -154,11 +154,6 @@ def _items(lanes: int, arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx
     return prim_func(arguments, body)
 
 
-def _cpu(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
-    items = _items(LANES, arguments, vocab=vocab)
-    return parallel_items(parallel_items(items, "item"), "edit")
-
-
 def _case(name: str, m: int, vocab: int, edits: int, masks: int) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         logits = random_logits(rng, m, vocab)
@@ -196,7 +191,7 @@ ADJUST_LOGITS = Kernel(
     adjust_logits_ref,
     CASES,
     (
-        Schedule("parallel items", cpu(), _cpu),
+        items_in_parallel(partial(_items, LANES), ("item", "edit")),
         one_thread_an_item(partial(_items, 1), ("item", "edit")),
     ),
 )

@@ -11,9 +11,9 @@ from typing import Any
 
 import tvm
 
-from ..cpu.items import parallel_items
+from ..cpu.items import items_in_parallel
 from ..cpu.vectors import LANES
-from ..kernel import Schedule, T, Tensor, cpu, prim_func
+from ..kernel import T, Tensor, prim_func
 from ..math import KEY_MINUS_INF, ONE_BITS, exp_f32, order_key
 from .rows import usable
 from .rows_cpu import Columns, largest_finder
@@ -25,7 +25,7 @@ def _middle(low: Any, high: Any) -> Any:
     return T.bitwise_or(low, high) - T.shift_right(T.bitwise_xor(low, high), 1)
 
 
-def _build(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
+def _rows(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
     lanes = LANES
     every = Columns(vocab, lanes)
     chunks = every.chunks
@@ -194,7 +194,7 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
                             ids[row] = every.begin(chunk[0]) + i
                         running[0] = running[0] + weights[row, every.begin(chunk[0]) + i]
 
-    return parallel_items(prim_func(arguments, body))
+    return prim_func(arguments, body)
 
 
-SCHEDULES = (Schedule("parallel items", cpu(), _build),)
+SCHEDULES = (items_in_parallel(_rows),)

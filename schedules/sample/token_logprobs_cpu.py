@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import tvm
 
-from ..cpu.items import parallel_items
+from ..cpu.items import items_in_parallel
 from ..cpu.vectors import LANES
-from ..kernel import Schedule, T, Tensor, cpu, prim_func
+from ..kernel import T, Tensor, prim_func
 from ..math import KEY_MINUS_INF, KEY_NONE, exp_f32, log_f32, order_key
 from .rows import TOP, usable
 from .rows_cpu import Columns, largest_finder
 
 
-def _build(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
+def _rows(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
     lanes = LANES
     every = Columns(vocab, lanes)
     chunks = every.chunks
@@ -103,7 +103,7 @@ def _build(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
                             last_key[0] = key[0]
                             last_column[0] = column[0]
 
-    return parallel_items(prim_func(arguments, body))
+    return prim_func(arguments, body)
 
 
-SCHEDULES = (Schedule("parallel items", cpu(), _build),)
+SCHEDULES = (items_in_parallel(_rows),)

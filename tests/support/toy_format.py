@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import tvm
 
-from mxforge.schedules.cpu.items import parallel_items
+from mxforge.schedules.cpu.items import items_in_parallel
 from mxforge.schedules.formats import DenseFormat, DenseWeight, Part
 from mxforge.schedules.formats.activations import F32
 from mxforge.schedules.gpu.items import one_thread_an_item
-from mxforge.schedules.kernel import Schedule, T, Tensor, cpu, prim_func
+from mxforge.schedules.kernel import T, Tensor, prim_func
 from mxforge.schedules.linear.linear import linear_kernel, plus_options
 
 BLOCK = 16
@@ -50,10 +50,6 @@ def _elements(
     return prim_func(arguments, body)
 
 
-def _cpu(arguments: tuple[Tensor, ...], **static: int) -> tvm.tirx.PrimFunc:
-    return parallel_items(_elements(arguments, **static))
-
-
 WEIGHT = DenseWeight(
     parts=(
         Part("", "int8", lambda _k: {"bytes": [0, 255]}),
@@ -67,6 +63,6 @@ KERNEL = linear_kernel(
     "toy8w_linear",
     WEIGHT,
     F32,
-    (Schedule("parallel items", cpu(), _cpu), one_thread_an_item(_elements)),
+    (items_in_parallel(_elements), one_thread_an_item(_elements)),
 )
 TOY = DenseFormat("toy8", "toy8", WEIGHT, F32, KERNEL)
