@@ -140,21 +140,17 @@ def _dense(weight: Weight, target: Target, format_: DenseFormat) -> list[PackedW
     """A dense weight [rows, k], its tensors stacked, in the parts of a format."""
     rows, k = weight.rows, weight.columns
     schedule = format_.kernel.choose(target, **weight.static)
+    tensors = format_.weight.tensors("weight", rows, k)
     packed = []
-    # Sources are let go of with the last weight made of them, the first part.
-    for index, (part, tensor) in reversed(
-        [
-            *enumerate(
-                zip(format_.weight.parts, format_.weight.tensors("weight", rows, k), strict=True)
-            )
-        ]
-    ):
-        layout = schedule.layout(tensor.name)
+    for index, part in reversed([*enumerate(format_.weight.parts)]):
+        layout = schedule.layout(tensors[index].name)
+        tensor = layout.packed(tensors[index])
         packed.append(
             PackedWeight(
                 weight.name + part.suffix,
-                layout.packed(tensor).static_shape,
-                layout.packed(tensor).dtype,
+                tensor.static_shape,
+                tensor.dtype,
+                # They are let go of with the last weight that is made of them.
                 weight.sources if index == 0 else (),
                 _rounded(weight, format_, index, layout),
                 part.fill(k),
