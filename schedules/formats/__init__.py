@@ -6,7 +6,9 @@
     mxfp4               the experts' weights, as every checkpoint has them
 
 A format joins its table (`DENSE`, `ACTIVATIONS`, `KV`) where it is made. Command line, manifest,
-weights, model and tests read these tables.
+weights, model and tests read these tables. A dense format is all in one file. An activation format
+has kernels of the experts too, in `moe.GATE_UP` and `moe.DOWN`; a format of the cache has its sizes
+in `mxforge.kv_layout`, since the runtime allocates it.
 """
 
 from __future__ import annotations
