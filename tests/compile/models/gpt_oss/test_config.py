@@ -168,12 +168,12 @@ def test_yarn_bounds_are_clipped():
 def test_frequencies_equal_those_of_transformers(name: str):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from transformers import GptOssConfig
+    from transformers import GptOssConfig as TheirConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
     raw = hf_config(name)
     raw.pop("quantization_config")
-    rotary = GptOssRotaryEmbedding(GptOssConfig.from_dict(raw))
+    rotary = GptOssRotaryEmbedding(TheirConfig.from_dict(raw))
     config = GptOssConfig.from_hf(raw)
     assert rotary.attention_scaling == config.rope_attention_factor
     ours, theirs = config.rope_inv_freq(), rotary.inv_freq.numpy()
