@@ -36,14 +36,21 @@ class _FormatOptions:
     def __init__(self, option: str) -> None:
         self.option = option
 
-    def __iter__(self) -> Iterator[str]:
-        with needs_compiler("The list of number formats"):
-            from .formats import TABLES
+    def _names(self) -> tuple[str, ...]:
+        from .formats import TABLES
 
-        return iter(TABLES[self.option].options())
+        return TABLES[self.option].options()
+
+    def __iter__(self) -> Iterator[str]:
+        """What the help text lists."""
+        try:
+            return iter(self._names())
+        except ImportError:  # help is for those too who have not installed everything yet
+            return iter(["listed where mxforge[compile] is installed"])
 
     def __contains__(self, name: object) -> bool:
-        return name in tuple(self)
+        with needs_compiler("Choosing a number format"):
+            return name in self._names()
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
