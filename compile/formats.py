@@ -76,12 +76,12 @@ class Precision:
         """The formats that `target` lacks a kernel for, as the command line has them."""
         activations, dense = ACTIVATIONS[self.activations], DENSE[self.dense]
         read_by = {
-            f"activations {activations.option}": (
+            f"activations {activations.option or activations.name}": (
                 *activations.kernels,
                 GATE_UP.get(activations.name),
                 DOWN.get(activations.name),
             ),
-            f"dense {dense.option}": (*dense.inputs.kernels, dense.kernel),
+            f"dense {dense.option or dense.name}": (*dense.inputs.kernels, dense.kernel),
         }
         return [
             option

@@ -19,6 +19,7 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── FormatError                 a number format is unknown, or its name is taken
     ├── VulkanCodegenError          a kernel cannot be written in SPIR-V for Vulkan
     ├── ScheduleTableError          a kernel's table of schedules contradicts itself
+    ├── SignatureError              a kernel is used with other arguments than it has
     ├── UnscheduledError            no schedule of a kernel fits the target
     ├── OutputError                 the output exists already, the disk is full or unwritable
     ├── ArtifactError               an artifact cannot be used
@@ -110,6 +111,10 @@ class VulkanCodegenError(MxforgeError):
 
 class ScheduleTableError(MxforgeError):
     """A kernel's table of schedules contradicts itself: a name twice, a layout without a packer."""
+
+
+class SignatureError(MxforgeError):
+    """A kernel is called, or its code written, with other arguments than its signature has."""
 
 
 class UnscheduledError(MxforgeError):

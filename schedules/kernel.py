@@ -22,7 +22,7 @@ import tvm
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from mxforge.errors import ScheduleTableError, UnscheduledError
+from mxforge.errors import ScheduleTableError, SignatureError, UnscheduledError
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def prim_func(arguments: Sequence[Tensor], body: Callable[..., Any]) -> tvm.tirx
     """The PrimFunc with these arguments around a T.inline `body`.
 
     The body's parameters are names of arguments and of their symbolic sizes, in any order; those
-    with a default are of optional arguments.
+    with a default are of optional arguments. SignatureError where there is none of a name.
     """
 
     @T.prim_func(s_tir=True, private=True)
@@ -150,6 +150,12 @@ def _declare(arguments: Sequence[Tensor], body: Callable[..., Any]) -> None:
     # T.inline hides the function that it wraps.
     (inline,) = (cell.cell_contents for cell in body.__closure__ or ())
     wanted = inspect.signature(inline.func).parameters
+    for name, parameter in wanted.items():
+        if name not in known and parameter.default is inspect.Parameter.empty:
+            raise SignatureError(
+                f"The body of a kernel asks for {name!r}, but the arguments and sizes are "
+                f"{', '.join(known)}; name one of them, or give the parameter a default."
+            )
     body(**{name: known.get(name, wanted[name].default) for name in wanted})
 
 

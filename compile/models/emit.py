@@ -28,6 +28,7 @@ import tvm
 from tvm import relax
 from tvm.relax import BlockBuilder, Expr, TensorType, Var
 
+from mxforge.errors import SignatureError
 from mxforge.schedules.attention import KV_COPY_PAGES
 from mxforge.schedules.formats import KV, ActivationFormat, DenseFormat
 from mxforge.schedules.gather import GATHER_ROWS
@@ -329,14 +330,20 @@ class Emitter(ABC, Generic[Config]):
 
         Returns its outputs, and then the new values of the inputs that it updates: one value, or a
         tuple. An updated input must be used by its new value, or the call is dropped as dead code.
+        SignatureError where the inputs are others than the kernel's.
         """
         schedule = kernel.choose(self.target, **static)
         function = kernel.build(self.target, schedule, **static)
         signature = kernel.packed_signature(schedule, **static)
-        arguments = [inputs[tensor.name] for tensor in signature.inputs]
+        names = [tensor.name for tensor in signature.inputs]
+        if set(inputs) != set(names):
+            raise SignatureError(
+                f"{kernel.name} takes {', '.join(names)}, but was called with "
+                f"{', '.join(inputs)}; pass each input by its name in the signature."
+            )
+        arguments = [inputs[name] for name in names]
         sizes = signature.solve([argument.ty.shape for argument in arguments])
         fresh = [TensorType(out.sizes(sizes), out.dtype) for out in signature.outputs]
-        names = [tensor.name for tensor in signature.inputs]
         updated = [names.index(name) for name in signature.updated]
         if updated:
             called = relax.op.call_tir_inplace(

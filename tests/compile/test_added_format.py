@@ -61,7 +61,7 @@ def test_its_name_is_taken():
 
 def test_activations_that_no_experts_kernel_reads_are_refused():
     precision = Precision(activations="i16")  # of dense layers
-    assert precision.unscheduled(PLAIN_CPU) == ["activations None"]
+    assert precision.unscheduled(PLAIN_CPU) == ["activations i16"]
 
 
 def test_the_plainest_format_of_an_option_comes_first():

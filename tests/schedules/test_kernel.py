@@ -9,7 +9,7 @@ import pytest
 from support.targets import CUDA, METAL, PLAIN_CPU, VULKAN
 
 from mxforge.compile.targets import CUDA_ARCHS, cuda_features, gpu_target
-from mxforge.errors import ScheduleTableError, UnscheduledError
+from mxforge.errors import ScheduleTableError, SignatureError, UnscheduledError
 from mxforge.schedules.gather import GATHER_ROWS
 from mxforge.schedules.kernel import (
     AS_STORED,
@@ -18,9 +18,11 @@ from mxforge.schedules.kernel import (
     Schedule,
     Signature,
     Size,
+    T,
     cpu,
     f32,
     gpu,
+    prim_func,
 )
 from mxforge.schedules.linear import LINEAR
 from mxforge.schedules.rms_norm import RMS_NORM
@@ -132,3 +134,23 @@ def test_equal_calls_build_one_function():
     first = RMS_NORM.build(PLAIN_CPU, hidden=64, eps=1e-5)
     assert RMS_NORM.build(PLAIN_CPU, eps=1e-5, hidden=64) is first
     assert RMS_NORM.build(CUDA, hidden=64, eps=1e-5) is RMS_NORM.build(METAL, hidden=64, eps=1e-5)
+
+
+def test_a_body_that_asks_for_what_is_no_argument_is_refused():
+    @T.inline
+    def body(n, wieght):
+        T.evaluate(n)
+
+    with pytest.raises(SignatureError, match="asks for 'wieght', but .* are n, x; name one"):
+        _declared((f32("x", N),), body)
+
+
+def _declared(arguments, body):
+    """TVMScript reports an error of what it calls by a text of its own, and keeps the cause."""
+    try:
+        prim_func(arguments, body)
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, SignatureError):
+            found = found.__cause__ or found.__context__
+        raise found or error from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from support.kernels import call_of, compare, made_inputs, run_name, runs
 from support.spirv_programs import checked, generate, kernels, lowered, run
@@ -39,14 +37,12 @@ def test_attention_fits_the_shared_memory_of_every_device(head_dim):
         assert code.reflection["shared_bytes"] <= min(p.shared_bytes for p in VULKAN_PROFILES)
 
 
-def test_generating_all_kernels_takes_seconds_and_gives_equal_bytes_twice():
+def test_generating_all_kernels_gives_equal_bytes_twice():
     modules = [
         lowered(kernel.build(VULKAN, **kernel.cases[0].static))
         for kernel in KERNELS.values()
         if kernel.runs_on(VULKAN)
     ]
-    start = time.perf_counter()
     first = [generate(module) for module in modules]
-    assert time.perf_counter() - start < 20
     assert first == [generate(module) for module in modules]
     assert all(checked(data) for data in first)
