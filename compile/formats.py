@@ -56,15 +56,16 @@ class Precision:
         """The formats in the command line's names, by its options."""
         return {option: table[getattr(self, option)].option for option, table in TABLES.items()}
 
-    def with_asked(self, asked: Formats) -> Precision:
-        """This, where nothing else is asked for."""
+    def with_asked(self, asked: Formats, target: Target) -> Precision:
+        """This, where nothing else is asked for; of equals, what `target` has a kernel for."""
         kv = KV.asked(asked.kv)[0].name if asked.kv else self.kv
         activations = (
             ACTIVATIONS.asked(asked.activations)[0].name if asked.activations else self.activations
         )
-        # Of the dense formats of one option, that which takes the experts' activations too.
         same = DENSE.asked(asked.dense or DENSE[self.dense].option)
-        dense = next((one for one in same if one.inputs.name == activations), same[0])
+        # Of the dense formats of one option, that which takes the experts' activations too.
+        known = [one for one in same if one.kernel.runs_on(target)] or list(same)
+        dense = next((one for one in known if one.inputs.name == activations), known[0])
         return Precision(kv, activations, dense.name)
 
     def dense_of(self, k: int) -> DenseFormat:

@@ -115,7 +115,7 @@ class CompileTarget:
             # One expert is nearly the whole layer: rounding its inputs to 8 bits costs more than
             # the 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
             best = replace(best, activations="f32")
-        precision = best.with_asked(formats or Formats())
+        precision = best.with_asked(formats or Formats(), self.kernels)
         lacking = precision.unscheduled(self.kernels)
         if lacking:
             raise TargetError(

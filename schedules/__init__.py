@@ -12,7 +12,7 @@ from .embedding import EMBED
 from .formats import ACTIVATIONS, DENSE
 from .gather import GATHER_ROWS
 from .kernel import Case, Kernel, Schedule, Target
-from .linear import LINEAR, LINEAR_BF16, LINEAR_I8  # noqa: F401 (their formats join DENSE)
+from .linear import LINEAR_I8_F32  # noqa: F401 (the formats of `linear` join DENSE)
 from .moe import DOWN, GATE_UP, MOE_PLAN, ROUTER_TOPK
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE

@@ -204,6 +204,7 @@ class Schedule:
 
     build(arguments, **static) -> PrimFunc: its code, for arguments in the layout of `layouts`,
         which are AS_STORED where they are not named; `tile=` is passed too where there is one.
+    unused: inputs that its code does without, and which are not among its arguments
     """
 
     name: str
@@ -212,6 +213,7 @@ class Schedule:
     tile: TileConfig | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     fits: Callable[..., bool] = _always
+    unused: frozenset[str] = frozenset()
 
     def layout(self, argument: str) -> Layout:
         return self.layouts.get(argument, AS_STORED)
@@ -290,6 +292,11 @@ class Kernel:
                         f"The layout of {argument!r} in {where} lacks a packer; give it both "
                         "`shape` and `pack`."
                     )
+            for argument in schedule.unused - inputs:
+                raise ScheduleTableError(
+                    f"The schedule {schedule.name!r} of {self.name} does without {argument!r}, "
+                    f"which is no input; the inputs are {', '.join(sorted(inputs))}."
+                )
 
     def runs_on(self, target: Target) -> bool:
         """Whether a schedule fits the target for some shapes."""
@@ -323,9 +330,13 @@ class Kernel:
         return _built(self, schedule, tuple(sorted(static.items())))
 
     def packed_signature(self, schedule: Schedule, **static: Any) -> Signature:
-        """The signature, with weights in the layout of a schedule."""
+        """The signature of a schedule's code: weights in its layout, no input that it ignores."""
         signature = self.signature(**static)
-        inputs = tuple(schedule.layout(t.name).packed(t) for t in signature.inputs)
+        inputs = tuple(
+            schedule.layout(t.name).packed(t)
+            for t in signature.inputs
+            if t.name not in schedule.unused
+        )
         return replace(signature, inputs=inputs)
 
     def pack(
@@ -334,10 +345,15 @@ class Kernel:
         inputs: Mapping[str, np.ndarray],
         schedule: Schedule | None = None,
         **static: Any,
-    ) -> list[np.ndarray]:
-        """The inputs in order, laid out for the best schedule, or for the one given."""
+    ) -> dict[str, np.ndarray]:
+        """What the code of the best schedule, or of the one given, takes of the inputs, in order
+        and in its layouts."""
         schedule = schedule or self.choose(target, **static)
-        return [schedule.layout(name).pack(array) for name, array in inputs.items()]
+        return {
+            name: schedule.layout(name).pack(array)
+            for name, array in inputs.items()
+            if name not in schedule.unused
+        }
 
     def outputs(
         self, inputs: Mapping[str, np.ndarray], **static: Any

@@ -330,17 +330,19 @@ class Emitter(ABC, Generic[Config]):
 
         Returns its outputs, and then the new values of the inputs that it updates: one value, or a
         tuple. An updated input must be used by its new value, or the call is dropped as dead code.
+        An input that the schedule does without is dropped, and with it the calls that made it.
         SignatureError where the inputs are others than the kernel's.
         """
         schedule = kernel.choose(self.target, **static)
         function = kernel.build(self.target, schedule, **static)
-        signature = kernel.packed_signature(schedule, **static)
-        names = [tensor.name for tensor in signature.inputs]
-        if set(inputs) != set(names):
+        known = [tensor.name for tensor in kernel.signature(**static).inputs]
+        if set(inputs) != set(known):
             raise SignatureError(
-                f"{kernel.name} takes {', '.join(names)}, but was called with "
+                f"{kernel.name} takes {', '.join(known)}, but was called with "
                 f"{', '.join(inputs)}; pass each input by its name in the signature."
             )
+        signature = kernel.packed_signature(schedule, **static)
+        names = [tensor.name for tensor in signature.inputs]
         arguments = [inputs[name] for name in names]
         sizes = signature.solve([argument.ty.shape for argument in arguments])
         fresh = [TensorType(out.sizes(sizes), out.dtype) for out in signature.outputs]

@@ -232,4 +232,6 @@ FUNCTIONS: dict[str, Any] = {
     "subgroupBroadcastFirst": _broadcast_first,
     "subgroupSize": _number(BuiltIn.SUBGROUP_SIZE),
     "subgroupInvocation": _number(BuiltIn.SUBGROUP_LOCAL_INVOCATION_ID),
+    "subgroupCount": _number(BuiltIn.NUM_SUBGROUPS),
+    "subgroupNumber": _number(BuiltIn.SUBGROUP_ID),
 }

@@ -49,7 +49,7 @@ def test_the_command_line_offers_it():
 
 @pytest.mark.usefixtures("toy")
 def test_what_it_does_not_fit_stays_bf16():
-    precision = Precision().with_asked(Formats.of("fast", dense="toy8"))
+    precision = Precision().with_asked(Formats.of("fast", dense="toy8"), PLAIN_CPU)
     assert (precision.dense_of(48).name, precision.dense_of(50).name) == ("toy8", "bf16")
 
 

@@ -100,12 +100,17 @@ def test_a_layout_without_a_packer_is_refused():
         with_table(RMS_NORM, named("half", layouts={"weight": layout}))
 
 
+def test_an_unused_input_that_is_none_is_refused():
+    with pytest.raises(ScheduleTableError, match="'half' of f32_rms_norm does without 'wieght'"):
+        with_table(RMS_NORM, named("half", unused=frozenset({"wieght"})))
+
+
 def test_code_and_weights_come_from_the_same_entry():
     static = {"rows": 130, "k": 32, "with_bias": False, "with_residual": False}
     weight = np.arange(130 * 32, dtype=np.float32).reshape(130, 32).astype("bfloat16")
     inputs = {"x": np.zeros((1, 32), np.float32), "weight": weight}
     for target in (PLAIN_CPU, CUDA):
-        _, packed = LINEAR.pack(target, inputs, **static)
+        packed = LINEAR.pack(target, inputs, **static)["weight"]
         func = LINEAR.build(target, **static)
         buffer = func.params[1]
         assert tuple(int(extent) for extent in buffer.shape) == packed.shape

@@ -56,9 +56,9 @@ def call_of(
     copied = {name: array.copy() for name, array in inputs.items()}
     packed = kernel.pack(target, copied, schedule, **static)
     fresh = [_unset(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]
-    names, updated = list(inputs), kernel.signature(**static).updated
+    names, updated = list(packed), kernel.signature(**static).updated
     written = [*range(len(packed), len(packed) + len(fresh)), *map(names.index, updated)]
-    return Call([*packed, *fresh], tuple(written))
+    return Call([*packed.values(), *fresh], tuple(written))
 
 
 def made_inputs(case: Case) -> dict[str, np.ndarray]:

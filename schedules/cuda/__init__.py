@@ -1,0 +1,1 @@
+"""What CUDA schedules share: instructions of the tensor cores and of the memory pipeline."""

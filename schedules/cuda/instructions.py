@@ -1,0 +1,50 @@
+"""PTX instructions as T.inline, named after what they do. sm_80 and later.
+
+Fragments of mma m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), lane = 4·g + t: registers
+of a hold (row g | g+8 by turns, inputs 2t, 2t+1), then the same with inputs + 8; b: column g,
+inputs 2t, 2t+1 and 2t+8, 2t+9; d: (row g, columns 2t, 2t+1), (row g+8, columns 2t, 2t+1). Inputs
+may be numbered in any order that is the same for a and b.
+"""
+
+from __future__ import annotations
+
+from ..kernel import T
+
+LANES = 32
+MMA_ROWS, MMA_COLUMNS, MMA_INPUTS = 16, 8, 16
+
+
+@T.inline
+def mma_bf16(d, d_at, a, a_at, b, b_at):
+    """d f32 [4] += a · b, of bfloat16 pairs as uint32: a [4], b [2], each from an index on."""
+    T.ptx["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"](
+        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+        a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3],
+        b[b_at], b[b_at + 1],
+        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+    )  # fmt: skip
+
+
+@T.inline
+def mma_s8(d, d_at, a, a_at, b, b_at):
+    """d i32 [4] += a · b, of four int8 a uint32: a [4], b [2]. m16n8k32: as above with four inputs
+    4t … 4t+3, and + 16, in place of two."""
+    T.ptx["mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"](
+        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+        a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3],
+        b[b_at], b[b_at + 1],
+        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+    )  # fmt: skip
+
+
+@T.inline
+def copy_async(to, start):
+    """16 bytes from the address `start` in global memory to the address `to` in shared memory."""
+    T.ptx["cp.async.cg.shared.global"](to, start, 16)
+
+
+@T.inline
+def copies_done():
+    """The thread's own copies have arrived; a barrier has to follow for others to see them."""
+    T.ptx["cp.async.commit_group"]()
+    T.ptx["cp.async.wait_group"](0)

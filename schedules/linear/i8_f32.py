@@ -1,0 +1,18 @@
+"""Dense layer with 8-bit weights and float32 inputs; see `linear`.
+
+Where inputs cost little beside the weights, as on GPUs, they are rounded inside the kernel or not
+at all, which takes no launch.
+"""
+
+from __future__ import annotations
+
+from ..formats.activations import F32
+from ..formats.dense import DENSE, DenseFormat
+from ..gpu.items import one_thread_an_item
+from .i8 import I8_WEIGHT
+from .i8_f32_gpu import elements
+from .linear import linear_kernel
+
+LINEAR_I8_F32 = linear_kernel("i8w_linear", I8_WEIGHT, F32, (one_thread_an_item(elements),))
+
+I8_F32 = DENSE.add(DenseFormat("i8xf32", "int8", I8_WEIGHT, F32, LINEAR_I8_F32))
