@@ -25,7 +25,8 @@ targets:
                    x86-64: avx512bf16, avx512vnni, avx512, avx2, x86-64-v2, x86-64
                    aarch64: neon-i8mm, neon-dotprod, neon
   cpu:portable     every CPU of this architecture: a library for each level, chosen at load
-  cuda[:sm_XX]     NVIDIA GPUs (default: sm_80); compiling needs nvcc
+  cuda             NVIDIA GPUs of sm_80 (Ampere) and later; compiling needs nvcc
+  cuda:sm_XX       one architecture, such as sm_75, sm_90a or sm_120a
   vulkan[:PROFILE] GPUs with Vulkan 1.2: desktop (default), mobile, minimum
   metal            Apple GPUs"""
 

@@ -391,7 +391,9 @@ class _Parts:
         self._family = family
         manifest: Manifest = artifact.manifest
         Library.use_threads(default_threads())
-        self._library = Library(artifact.library, manifest.target.kind)
+        self._library = Library(
+            artifact.library, artifact.variant.target, device_code=artifact.device_code
+        )
         self._weights, _ = load_weights(self._library, artifact)
         self._order = manifest.weights_order
         self._kinds = layer_kinds(manifest)

@@ -26,6 +26,7 @@ from mxforge.artifact import device_code_name
 from mxforge.errors import TargetError
 from mxforge.machine import host_system
 
+from . import cuda
 from .targets import CompileTarget
 
 _COMPILERS = ("cc", "gcc", "clang")
@@ -60,11 +61,10 @@ def device_code(
 
     `folder` is for what nvcc needs meanwhile. Raises TargetError where nvcc fails.
     """
-    arch = target.tvm.get("arch")
-    if target.kernels.kind != "cuda" or arch is None:
-        return {}
     sources = [str(module.inspect_source()) for module in _imports(executable.mod, "cuda")]
-    return {device_code_name(source): _nvcc(source, arch, folder) for source in sources}
+    return {
+        device_code_name(source): cuda.compiled(source, target.archs, folder) for source in sources
+    }
 
 
 def _imports(module: tvm.runtime.Module, kind: str) -> list[tvm.runtime.Module]:
@@ -72,30 +72,6 @@ def _imports(module: tvm.runtime.Module, kind: str) -> list[tvm.runtime.Module]:
     for imported in module.imports:
         found += _imports(imported, kind)
     return found
-
-
-def _nvcc(source: str, arch: str, folder: Path) -> bytes:
-    """A fatbin of machine code for `arch` and, where that is portable, PTX for later ones."""
-    virtual = arch.replace("sm_", "compute_")
-    codes = arch if arch.endswith("a") else f"{arch},{virtual}"
-    with tempfile.TemporaryDirectory(prefix="nvcc-", dir=folder) as scratch:
-        text, binary = Path(scratch, "device.cu"), Path(scratch, "device.fatbin")
-        text.write_text(source)
-        # No fast math: denormals, division and square roots stay exact.
-        command = ["nvcc", "--fatbin", "-O3", f"-gencode=arch={virtual},code=[{codes}]"]
-        command += ["-o", binary.name, text.name]
-        result = _run(command, scratch)
-        if result.returncode != 0:
-            raise TargetError(
-                f"nvcc could not compile the kernels for {arch}: {_errors(result.stderr)}"
-            )
-        return binary.read_bytes()
-
-
-def _errors(log: str) -> str:
-    """The first lines of nvcc's output that speak of errors; warnings come by the dozen."""
-    lines = [line.strip() for line in log.splitlines() if "error" in line]
-    return "; ".join(lines[:2]) or log.strip()[-400:]
 
 
 def _link(host: str, output: str, objects: Sequence[str], **_options: object) -> None:

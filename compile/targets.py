@@ -5,7 +5,8 @@ The names:
     cpu                 the best level that this machine has
     cpu:<level>         one of CPU_LEVELS, also for another machine
     cpu:portable        a library for each level of this architecture, chosen at load
-    cuda, cuda:sm_XX    NVIDIA GPUs; needs nvcc to build
+    cuda                NVIDIA GPUs of sm_80 and later; needs nvcc to build
+    cuda:sm_XX          one architecture, and later ones unless it ends in `a`
     vulkan              GPUs with Vulkan 1.2: the first of VULKAN_PROFILES
     vulkan:<profile>    one of VULKAN_PROFILES
     metal               Apple GPUs; the shaders are compiled when the artifact is loaded
@@ -13,16 +14,16 @@ The names:
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mxforge import vulkan
+from mxforge.cuda import OLDEST
 from mxforge.errors import TargetError
 from mxforge.machine import architecture, host_system, missing_cpu_features
 from mxforge.schedules.kernel import Target
 
-from . import spirv
+from . import cuda, spirv
 from .config import ModelConfig
 from .formats import Formats, Precision
 
@@ -85,13 +86,6 @@ VULKAN_PROFILES: tuple[VulkanProfile, ...] = (
     VulkanProfile("minimum", 128, 16 << 10),  # the limits that every device has
 )
 
-# The oldest architecture whose code still runs on the cards that gpt-oss fits.
-DEFAULT_CUDA_ARCH = "sm_80"
-CUDA_ARCHS = (
-    "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a",
-    "sm_103", "sm_103a", "sm_110", "sm_120", "sm_120a", "sm_121",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class CompileTarget:
@@ -103,6 +97,7 @@ class CompileTarget:
     required_features: tuple[str, ...] = ()
     host: str = field(default_factory=host_system)  # what loads the library, in its words
     fast: Precision = field(default_factory=lambda: Precision(kv="float16"))
+    archs: tuple[str, ...] = ()  # what CUDA text is compiled for
 
     def precision(
         self, numerics: Numerics, config: ModelConfig, formats: Formats | None = None
@@ -136,16 +131,6 @@ FAMILIES = {
 def gpu_target(family: str, *features: str) -> Target:
     """What schedules for a GPU of this family may count on."""
     return Target(family, frozenset({"gpu", family, *FAMILIES[family], *features}))
-
-
-def cuda_features(arch: str) -> tuple[str, ...]:
-    """An architecture, and the older ones whose instructions it has.
-
-    Those of an `a`, as in sm_90a, are of that architecture alone.
-    """
-    number = int(arch.removeprefix("sm_").rstrip("a"))
-    older = [a for a in CUDA_ARCHS if a.removeprefix("sm_").isdecimal()]
-    return (arch, *(a for a in older if int(a.removeprefix("sm_")) <= number))
 
 
 def resolve(name: str) -> CompileTarget:
@@ -231,19 +216,16 @@ def _host() -> dict[str, Any]:
 
 
 def _cuda(variant: str) -> CompileTarget:
-    arch = variant or DEFAULT_CUDA_ARCH
-    if arch not in CUDA_ARCHS:
-        known = ", ".join(CUDA_ARCHS)
-        raise TargetError(f"Unknown CUDA target {arch!r}; the known ones are {known}.")
-    if shutil.which("nvcc") is None:
-        raise TargetError(
-            f"Compiling for cuda:{arch} needs NVIDIA's compiler nvcc, which is not on PATH; "
-            "install the CUDA toolkit (13.0 or later) and try again."
-        )
+    if variant and variant not in cuda.ARCHS:
+        known = ", ".join(cuda.ARCHS)
+        raise TargetError(f"Unknown CUDA target {variant!r}; the known ones are {known}.")
+    cuda.find_nvcc()  # missed now rather than after minutes
+    arch = variant or OLDEST
     return CompileTarget(
-        name=f"cuda:{arch}",
-        kernels=gpu_target("cuda", *cuda_features(arch)),
+        name=f"cuda:{variant}" if variant else "cuda",
+        kernels=gpu_target("cuda", *cuda.features(arch)),
         tvm={"kind": "cuda", "arch": arch, "host": _host()},
+        archs=(variant,) if variant else cuda.PORTABLE_ARCHS,
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from dataclasses import dataclass
 
-from . import vulkan
-from .errors import VulkanError
+from . import cuda, vulkan
+from .errors import ArtifactTargetError, VulkanError
 from .kv import available_memory
 from .library import usable_cores
 from .machine import architecture, cpu_features, cpu_name
@@ -61,33 +60,15 @@ def _vulkan() -> list[Device]:
     ]
 
 
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-
-
 def _cuda() -> list[Device]:
-    """NVIDIA's driver, asked through its C interface: TVM's needs no toolkit either."""
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    none = Device("cuda", 0, "none", problem=f"NVIDIA's driver ({library}) is not installed")
     try:
-        driver = ctypes.CDLL(library)
-    except OSError:
-        return [none]
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return [Device("cuda", 0, "none", problem="NVIDIA's driver finds no device")]
-    found = []
-    for index in range(count.value):
-        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        driver.cuDeviceGetName(name, len(name), index)
-        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), index)
-        driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, index)
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, index)
-        arch = f"sm_{major.value}{minor.value}"
-        found.append(
-            Device("cuda", index, name.value.decode(errors="replace"), memory.value, (arch,))
-        )
-    return found or [none]
+        found = cuda.devices()
+    except ArtifactTargetError as error:
+        return [Device("cuda", 0, "none", problem=str(error))]
+    return [
+        Device("cuda", index, device.name, device.memory_bytes, (device.arch,))
+        for index, device in enumerate(found)
+    ]
 
 
 def _metal() -> list[Device]:

@@ -469,7 +469,7 @@ def _fit(
     window = int(manifest.config["sliding_window"])
     page_bytes = (memory.kv_bytes_per_page_full, memory.kv_bytes_per_page_sliding)
     kind = manifest.target.kind
-    available = _available(kind)
+    available = _available(manifest.target.name)
     rest = memory.workspace_bytes + OVERHEAD_BYTES
     weights = memory.weights_bytes
 
@@ -492,11 +492,12 @@ def _fit(
     return batch, needed
 
 
-def _available(kind: str) -> int | None:
+def _available(target: str) -> int | None:
     """Bytes that the model may take of the memory that its tensors lie in."""
+    kind = target.partition(":")[0]
     if kind in ("cpu", "metal"):  # Apple's GPUs have the host's memory, and TVM does not say more
         return available_memory()
-    device = device_memory(kind)
+    device = device_memory(target)
     if kind == "vulkan" and vulkan.check().type in ("integrated", "cpu"):
         # Its heaps are the host's memory, of which it may not know what others have taken.
         known = [bytes_ for bytes_ in (device, available_memory()) if bytes_ is not None]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from . import cuda
 from .artifact import device_code_name
 from .errors import ArtifactTargetError, MxforgeError
 from .manifest import short
@@ -50,7 +51,10 @@ _CPU = 1
 
 @dataclass(frozen=True)
 class _DeviceKind:
-    """DLPack's device number, and what brings TVM's device API for it into the process."""
+    """DLPack's device number, and what brings TVM's device API for it into the process.
+
+    load(target, index) raises ArtifactTargetError where the device cannot run the target's code
+    """
 
     number: int
     load: Callable[[str, int], None]
@@ -83,27 +87,30 @@ def _map(path: Path) -> None:
         ) from error
 
 
-def _load_device(kind: str, index: int) -> _DeviceKind:
+def _load_device(target: str, index: int) -> _DeviceKind:
     load_runtime()
+    kind = target.partition(":")[0]
     device = _DEVICES.get(kind)
     if device is None:
         raise ArtifactTargetError(
             f"This runtime has the devices {', '.join(_DEVICES)}, but the artifact is for "
             f"{short(kind)}."
         )
-    device.load(kind, index)
+    device.load(target, index)
     return device
 
 
 _TOTAL_GLOBAL_MEMORY, _AVAILABLE_GLOBAL_MEMORY = 14, 15  # TVM's DeviceAttrKind
 
 
-def device_memory(kind: str, index: int = 0) -> int | None:
+def device_memory(target: str, index: int = 0) -> int | None:
     """Bytes that tensors may still take on a GPU; all that it has where TVM knows no better.
+
+    ArtifactTargetError where it cannot run code for the target.
 
     Vulkan's drivers know with VK_EXT_memory_budget. None: not even the whole is known.
     """
-    device = _load_device(kind, index)
+    device = _load_device(target, index)
     ask = tvm_ffi.get_global_func("runtime.GetDeviceAttr")
     for attribute in (_AVAILABLE_GLOBAL_MEMORY, _TOTAL_GLOBAL_MEMORY):
         answer = ask(device.number, index, attribute)
@@ -112,12 +119,13 @@ def device_memory(kind: str, index: int = 0) -> int | None:
     return None
 
 
-def _load_nothing(_kind: str, _index: int) -> None:
+def _load_nothing(_target: str, _index: int) -> None:
     """The CPU is in TVM's runtime itself."""
 
 
-def _load_from_wheel(kind: str, _index: int) -> None:
+def _load_from_wheel(target: str, _index: int) -> None:
     """A library of the apache-tvm wheel."""
+    kind = target.partition(":")[0]
     name = f"device_api.{kind}"
     if tvm_ffi.get_global_func(name, allow_missing=True) is not None:
         return
@@ -134,7 +142,12 @@ def _load_from_wheel(kind: str, _index: int) -> None:
         )
 
 
-def _load_vulkan(_kind: str, index: int) -> None:
+def _load_cuda(target: str, index: int) -> None:
+    _load_from_wheel(target, index)
+    cuda.check(target, index)
+
+
+def _load_vulkan(_target: str, index: int) -> None:
     """A library of mxforge's."""
     from . import vulkan
 
@@ -144,7 +157,7 @@ def _load_vulkan(_kind: str, index: int) -> None:
 
 _DEVICES = {
     "cpu": _DeviceKind(_CPU, _load_nothing),
-    "cuda": _DeviceKind(2, _load_from_wheel),
+    "cuda": _DeviceKind(2, _load_cuda),
     "vulkan": _DeviceKind(7, _load_vulkan),
     "metal": _DeviceKind(8, _load_from_wheel),
 }
@@ -197,16 +210,16 @@ def default_threads() -> int:
 
 
 class Library:
-    """A loaded `model.so` on one device."""
+    """A loaded `model.so`, compiled for `target`, such as cuda:sm_90a, on one device."""
 
     def __init__(
         self,
         path: Path,
-        device_kind: str,
+        target: str,
         device_index: int = 0,
         device_code: Mapping[str, Path] | None = None,
     ) -> None:
-        kind = _load_device(device_kind, device_index)
+        kind, device_kind = _load_device(target, device_index), target.partition(":")[0]
         _offer_device_code(device_code or {})
         self.on_cpu = kind.number == _CPU
         self.device = tvm_ffi.device(device_kind, device_index)

@@ -32,7 +32,7 @@ class Model:
     def __init__(self, artifact: Artifact, needs: PageNeeds) -> None:
         manifest = artifact.manifest
         self.library = Library(
-            artifact.library, manifest.target.kind, device_code=artifact.device_code
+            artifact.library, artifact.variant.target, device_code=artifact.device_code
         )
         self.kinds = layer_kinds(manifest)
         self.vocab_size = int(manifest.config["vocab_size"])

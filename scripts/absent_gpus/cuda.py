@@ -48,8 +48,9 @@ def measure(scratch: Path) -> results.Results:
 def _find_tools() -> None:
     """Put the pinned tools on PATH, fetched where they are missing. Not from .venv: torch brings
     other versions of the same packages."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    packages = groups["gpu-compilers"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    compiler = project["project"]["optional-dependencies"]["cuda"]
+    packages = [*compiler, *project["dependency-groups"]["gpu-compilers"]]
 
     def install(new: Path) -> None:
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")

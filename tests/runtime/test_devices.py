@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.cuda_driver import CudaDriver
 
 from mxforge import devices, machine, vulkan
 from mxforge.cli import main
@@ -54,27 +55,7 @@ def test_a_missing_cuda_driver_is_the_reason(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_cuda_devices_by_the_drivers_word(monkeypatch: pytest.MonkeyPatch):
-    class Driver:
-        """What libcuda says of one H200."""
-
-        def __getattr__(self, name: str) -> object:
-            return lambda *args: getattr(self, f"do_{name}")(*args) or 0
-
-        def do_cuInit(self, flags: int) -> None: ...
-
-        def do_cuDeviceGetCount(self, count: object) -> None:
-            count._obj.value = 1  # type: ignore[attr-defined]
-
-        def do_cuDeviceGetName(self, name: object, size: int, device: int) -> None:
-            name.value = b"NVIDIA H200"  # type: ignore[attr-defined]
-
-        def do_cuDeviceTotalMem_v2(self, memory: object, device: int) -> None:
-            memory._obj.value = 139 << 30  # type: ignore[attr-defined]
-
-        def do_cuDeviceGetAttribute(self, value: object, attribute: int, device: int) -> None:
-            value._obj.value = {75: 9, 76: 0}[attribute]  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: CudaDriver())
     assert devices._cuda() == [Device("cuda", 0, "NVIDIA H200", 139 << 30, ("sm_90",))]
 
 

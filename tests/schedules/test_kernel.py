@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support.targets import CUDA, METAL, PLAIN_CPU, VULKAN
 
-from mxforge.compile.targets import CUDA_ARCHS, cuda_features, gpu_target
+from mxforge.compile import cuda
+from mxforge.compile.targets import gpu_target
 from mxforge.errors import ScheduleTableError, SignatureError, UnscheduledError
 from mxforge.schedules.gather import GATHER_ROWS
 from mxforge.schedules.kernel import (
@@ -50,7 +51,7 @@ def test_the_first_schedule_whose_needs_are_met_is_chosen():
     static = RMS_NORM.cases[0].static
 
     def chosen(arch: str) -> str:
-        return kernel.choose(gpu_target("cuda", *cuda_features(arch)), **static).name
+        return kernel.choose(gpu_target("cuda", *cuda.features(arch)), **static).name
 
     assert [chosen(arch) for arch in ("sm_75", "sm_80", "sm_89", "sm_90", "sm_90a", "sm_100a")] == [
         "of any GPU", "of later ones", "of later ones", "of later ones", "of one architecture",
@@ -76,7 +77,7 @@ def test_where_none_fits_kernel_and_features_are_named():
 
 
 def test_no_two_architectures_have_the_same_features():
-    assert len({frozenset(cuda_features(arch)) for arch in CUDA_ARCHS}) == len(CUDA_ARCHS)
+    assert len({frozenset(cuda.features(arch)) for arch in cuda.ARCHS}) == len(cuda.ARCHS)
 
 
 def test_a_table_with_two_schedules_of_one_name_is_refused():

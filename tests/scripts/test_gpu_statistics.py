@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,8 @@ def test_tracked_results_are_of_the_pinned_compilers():
     assert vulkan_tracked["compiler"] == f"Mesa {mesa.version()}"
     assert list(vulkan_tracked["gpus"]) == [gpu.name for gpu in vulkan.GPUS]
     release = cuda_tracked["compiler"].removeprefix("nvcc ")
-    group = (ROOT / "pyproject.toml").read_text().partition("gpu-compilers = [")[2]
-    assert f"nvidia-cuda-nvcc=={release}" in group.partition("]")[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert f"nvidia-cuda-nvcc=={release}" in project["project"]["optional-dependencies"]["cuda"]
     assert tuple(cuda_tracked["gpus"]) == cuda.ARCHS
 
 

@@ -10,7 +10,8 @@ from support.kernels import compare, made_inputs
 from support.simt.kernels import program_of, run_case
 from support.targets import CUDA, METAL, PLAIN_CPU, VULKAN
 
-from mxforge.compile.targets import cuda_features, gpu_target
+from mxforge.compile import cuda
+from mxforge.compile.targets import gpu_target
 from mxforge.schedules.gather import GATHER_ROWS
 from mxforge.schedules.gpu.items import GpuTile
 from mxforge.schedules.kernel import Schedule, T, Tensor, gpu, prim_func
@@ -89,8 +90,8 @@ KERNEL = replace(
     [
         (CUDA, 64, "four elements a thread"),
         (CUDA, 50, "one thread an item"),
-        (gpu_target("cuda", *cuda_features("sm_89")), 64, "one thread an item"),
-        (gpu_target("cuda", *cuda_features("sm_120a")), 64, "one thread an item"),
+        (gpu_target("cuda", *cuda.features("sm_89")), 64, "one thread an item"),
+        (gpu_target("cuda", *cuda.features("sm_120a")), 64, "one thread an item"),
         (MATRICES, 64, "matrices"),
         (VULKAN, 64, "one thread an item"),
         (METAL, 64, "one thread an item"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mxforge.compile.targets import VULKAN_PROFILES, cuda_features, gpu_target
+from mxforge.compile import cuda
+from mxforge.compile.targets import VULKAN_PROFILES, gpu_target
 from mxforge.schedules.kernel import Target
 
 PLAIN_CPU = Target("cpu", frozenset({"cpu"}))
-CUDA = gpu_target("cuda", *cuda_features("sm_90a"))
+CUDA = gpu_target("cuda", *cuda.features("sm_90a"))
 METAL = gpu_target("metal")
 VULKAN = gpu_target("vulkan", *VULKAN_PROFILES[0].features)
 GPUS = (CUDA, METAL, VULKAN)

@@ -1,0 +1,82 @@
+"""NVIDIA's compiler: its architectures, where it is, and from CUDA text to machine code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from mxforge.cuda import OLDEST, number
+from mxforge.errors import TargetError
+
+ARCHS = (
+    "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a",
+    "sm_103", "sm_103a", "sm_110", "sm_120", "sm_120a", "sm_121",
+)  # fmt: skip
+# What the target `cuda` is compiled for. Cards of sm_75 have no bfloat16 on their tensor cores;
+# weights are laid out for these.
+PORTABLE_ARCHS = tuple(a for a in ARCHS if not a.endswith("a") and number(a) >= number(OLDEST))
+
+
+def features(arch: str) -> tuple[str, ...]:
+    """An architecture, and the older ones whose instructions it has.
+
+    Those of an `a`, as in sm_90a, are of that architecture alone.
+    """
+    older = [a for a in ARCHS if not a.endswith("a") and number(a) <= number(arch)]
+    return (arch, *older)
+
+
+def find_nvcc() -> str:
+    """nvcc of the package nvidia-cuda-nvcc, or else the first on PATH; TargetError without one."""
+    packages = find_spec("nvidia")  # a namespace that NVIDIA's packages share
+    for folder in packages.submodule_search_locations or () if packages else ():
+        for found in sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True):
+            return str(found)
+    if found_on_path := shutil.which("nvcc"):
+        return found_on_path
+    raise TargetError(
+        "Compiling for CUDA needs NVIDIA's compiler nvcc, and it is not here; install it with "
+        "pip install 'mxforge[compile,cuda]', or put a CUDA toolkit (13.0 or later) on PATH."
+    )
+
+
+def compiled(source: str, archs: Sequence[str], folder: Path) -> bytes:
+    """A fatbin: machine code for each architecture and, for later ones, PTX of the last.
+
+    An `a` has no PTX that others could run. `folder` is for what nvcc needs meanwhile. TargetError
+    where nvcc fails.
+    """
+    options = [_code(arch, with_ptx=arch == archs[-1]) for arch in archs]
+    with tempfile.TemporaryDirectory(prefix="nvcc-", dir=folder) as scratch:
+        text, binary = Path(scratch, "device.cu"), Path(scratch, "device.fatbin")
+        text.write_text(source)
+        # No fast math: denormals, division and square roots stay exact.
+        command = [find_nvcc(), "--fatbin", "-O3", "--threads", "0", *options]
+        result = subprocess.run(
+            [*command, "-o", binary.name, text.name],
+            cwd=scratch, env={**os.environ, "TMPDIR": str(Path(scratch).resolve())},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if result.returncode != 0:
+            raise TargetError(
+                f"nvcc could not compile the kernels for {', '.join(archs)}: "
+                f"{_errors(result.stderr)}"
+            )
+        return binary.read_bytes()
+
+
+def _code(arch: str, with_ptx: bool) -> str:
+    virtual = arch.replace("sm_", "compute_")
+    codes = f"{arch},{virtual}" if with_ptx and not arch.endswith("a") else arch
+    return f"-gencode=arch={virtual},code=[{codes}]"
+
+
+def _errors(log: str) -> str:
+    """The first lines of nvcc's output that speak of errors; warnings come by the dozen."""
+    lines = [line.strip() for line in log.splitlines() if "error" in line]
+    return "; ".join(lines[:2]) or log.strip()[-400:]
