@@ -1,0 +1,192 @@
+"""What one decoded token of gpt-oss takes: its launches, their blocks, the bytes that they read.
+
+Counted in the code that is compiled for a target, not assumed: calls of kernels in the library's
+function `decode`, device functions of each, and their grids at given sizes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from checkpoints.shapes import hf_config
+from tvm import relax, tirx
+
+from mxforge.compile import pipeline
+from mxforge.compile.models.emit import Limits
+from mxforge.compile.models.gpt_oss import GPT_OSS
+from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.models.gpt_oss.tensors import EMBEDDING
+from mxforge.compile.targets import resolve
+from mxforge.compile.weights import packed_weights
+from mxforge.kv_layout import PAGE_TOKENS, page_bytes
+
+from .shipped import short
+
+FUNCTIONS = ("decode", "sample")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a device function.
+
+    weight_bytes, cache_bytes   what it reads of weights, and of keys and values
+    """
+
+    function: str
+    blocks: int
+    threads: int
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+
+
+def launches(
+    target_name: str, model: str, numerics: str, sequences: int = 1, context: int = 1024
+) -> list[Launch]:
+    """Every launch of one decoded token of so many sequences, that many tokens into the context,
+    in order: the model, then sampling."""
+    target, config = resolve(target_name), GptOssConfig.from_hf(hf_config(model))
+    precision = target.precision(numerics, config)
+    weights = packed_weights(GPT_OSS.weights(config), target.kernels, precision)
+    module = GPT_OSS.module(config, target.kernels, precision, Limits(16, 512), weights)
+    planned, hosts = _lowered(module, target)
+    read = {
+        weight.name.replace(".", "_"): int(weight.nbytes * _share(weight.name, config, sequences))
+        for weight in weights
+    }
+    sizes = _sizes(sequences, context)
+    page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv)
+    found = []
+    for name in FUNCTIONS:
+        for kernel, arguments in _calls(planned[name]):
+            inputs = [a.name for a in arguments if isinstance(a, relax.Var)]
+            cache = 0
+            if "attention" in kernel:
+                table = next(name for name in inputs if name.endswith("_table"))
+                cache = sequences * sizes[table.replace("table", "columns")] * page
+            bytes_ = sum(read.get(name, 0) for name in inputs)
+            for function, axes in _started(hosts[kernel], arguments, sizes):
+                blocks, threads = (
+                    math.prod(extent for axis, extent in axes.items() if axis.startswith(kind))
+                    for kind in ("block", "thread")
+                )
+                found.append(Launch(short(function), blocks, threads, bytes_, cache))
+                bytes_ = cache = 0  # the first of several reads them
+    return found
+
+
+def _share(name: str, config: GptOssConfig, sequences: int) -> float:
+    """What part of a weight is read: one row a token of the embedding, and of experts those that
+    are chosen, as many as that are expected of chance."""
+    if name == EMBEDDING:
+        return sequences / config.vocab_size
+    if ".experts." in name:
+        chance = 1 - config.num_experts_per_tok / config.num_local_experts
+        return 1 - chance**sequences
+    return 1.0
+
+
+def _lowered(module: tvm.IRModule, target: Any) -> tuple[tvm.IRModule, dict[str, Any]]:
+    """The module with its calls in order, and the host's part of each kernel, by name."""
+    kept: dict[str, tvm.IRModule] = {}
+
+    @tvm.instrument.pass_instrument
+    class AfterSplit:
+        def run_after_pass(self, split: tvm.IRModule, info: Any) -> None:
+            if info.name == "tirx.SplitHostDevice":
+                kept.setdefault("split", split)
+
+    with tvm.target.Target(target.tvm):
+        for phase in pipeline.PHASES:
+            for step in phase.passes():
+                module = step(module)
+            if phase.name == "memory-plan":
+                kept["planned"] = module
+    with tvm.transform.PassContext(instruments=[AfterSplit()]):
+        pipeline.build(module, target)
+    hosts = {var.name_hint: function for var, function in kept["split"].functions.items()}
+    return kept["planned"], hosts
+
+
+def _calls(function: relax.Function) -> list[tuple[str, list[Any]]]:
+    """The kernels that a function calls, in order, with their arguments."""
+    found = []
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
+                found.append((value.op.name_hint, list(value.args)))
+    return found
+
+
+def _started(
+    host: tirx.PrimFunc, arguments: list[Any], sizes: Mapping[str, int]
+) -> list[tuple[str, dict[str, int]]]:
+    """The device functions that the host's part of a kernel starts, and their extents by axis."""
+    values: dict[Any, int] = {}
+    for parameter, argument in zip(host.params, arguments, strict=True):
+        for own, theirs in zip(parameter.ty.shape, argument.ty.shape, strict=True):
+            values.setdefault(own, _value(theirs, sizes))
+    found = []
+
+    def walk(statement: Any) -> None:
+        kind = type(statement).__name__
+        if kind == "SeqStmt":
+            for one in statement.seq:
+                walk(one)
+        elif kind == "Bind":
+            values[statement.var] = _value(statement.value, values)
+        elif kind == "IfThenElse":
+            taken = _value(statement.condition, values)
+            walk(statement.then_case if taken else statement.else_case)
+        elif kind == "AttrStmt":
+            walk(statement.body)
+        elif kind == "Evaluate":
+            call = statement.value
+            axes = [str(axis) for axis in call.attrs["launch_params"]]
+            extents = [_value(extent, values) for extent in list(call.args)[-len(axes) :]]
+            found.append((call.args[0].value, dict(zip(axes, extents, strict=True))))
+        elif kind != "DeclBuffer" and statement is not None:
+            raise TypeError(f"no rule for {kind} in the host's part of a kernel")
+
+    walk(host.body)
+    return found
+
+
+_OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "FloorDiv": operator.floordiv,
+    "FloorMod": operator.mod, "Max": max, "Min": min, "LT": operator.lt, "LE": operator.le,
+    "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne,
+}  # fmt: skip
+
+
+def _value(expression: Any, values: Mapping[Any, int]) -> int:
+    """An integer expression, where its variables, or their names, have these values."""
+    kind = type(expression).__name__
+    if kind == "int":
+        return int(expression)
+    if kind == "IntImm":
+        return int(expression.value)
+    if kind == "Var":
+        return values[expression] if expression in values else values[expression.name]
+    if kind == "Cast":
+        return _value(expression.value, values)
+    if kind == "Select":
+        taken = _value(expression.condition, values)
+        return _value(expression.true_value if taken else expression.false_value, values)
+    return _OPERATORS[kind](_value(expression.a, values), _value(expression.b, values))
+
+
+def _sizes(sequences: int, context: int) -> dict[str, int]:
+    """The library's symbolic sizes."""
+    columns = -(-context // PAGE_TOKENS)
+    window = min(columns, 9)  # 128 keys that begin anywhere in a page
+    return {
+        "b": sequences, "m": sequences, "e": 0, "g": 0,
+        "full_columns": columns, "sliding_columns": window,
+        "full_pages": sequences * columns, "sliding_pages": sequences * window,
+    }  # fmt: skip
