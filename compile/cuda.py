@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+import tvm_ffi
 
 from mxforge.cuda import OLDEST, number
 from mxforge.errors import TargetError
@@ -68,6 +72,50 @@ def compiled(source: str, archs: Sequence[str], folder: Path) -> bytes:
                 f"{_errors(result.stderr)}"
             )
         return binary.read_bytes()
+
+
+# -- launches that overlap -------------------------------------------------------------------------
+
+LAUNCH = "tirx.kernel_launch_params"
+OVERLAP = "tirx.use_programtic_dependent_launch"  # TVM's spelling
+_KERNEL = re.compile(r'^(extern "C" __global__ void [^;{]*\{)$', re.MULTILINE)
+_START, _WAIT = (
+    f'  asm volatile("griddepcontrol.{what};" ::: "memory");'
+    for what in ("launch_dependents", "wait")
+)
+
+
+def overlaps(arch: str) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    return number(arch) >= 90
+
+
+def with_overlap(source: str) -> str:
+    """CUDA text whose kernels let the next one begin at once, and wait for the one before.
+
+    The wait comes first in a kernel, unless it has one of its own: further down, after reading
+    what no launch writes. As every kernel waits, a launch never runs beside the second before it.
+    """
+    parts = _KERNEL.split(source)
+    for index in range(1, len(parts), 2):
+        own = "griddepcontrol.wait" in parts[index + 1]
+        parts[index] += f"\n{_START}" if own else f"\n{_START}\n{_WAIT}"
+    return "".join(parts)
+
+
+@contextlib.contextmanager
+def overlapping() -> Iterator[None]:
+    """TVM writes CUDA text `with_overlap` meanwhile."""
+    name = "tvm_callback_cuda_postproc"
+    before = tvm_ffi.get_global_func(name, allow_missing=True)
+    tvm_ffi.register_global_func(name, lambda source, _target: with_overlap(source), override=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            tvm_ffi.remove_global_func(name)
+        else:
+            tvm_ffi.register_global_func(name, before, override=True)
 
 
 def _code(arch: str, with_ptx: bool) -> str:

@@ -7,6 +7,7 @@ without a schedule: `check_scheduled` names the one that would.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,16 @@ from tvm import relax
 from mxforge.errors import OutputError, UnscheduledError
 from mxforge.manifest import KernelInfo
 
+from . import cuda
 from .targets import CompileTarget
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A named step; `passes` makes the TVM passes that it runs, in order."""
+    """A named step; `passes` makes the TVM passes that it runs for a target, in order."""
 
     name: str
-    passes: Callable[[], list[Any]]
+    passes: Callable[[CompileTarget], list[Any]]
 
 
 @tvm.transform.module_pass(opt_level=0, name="SortShapeStores")
@@ -51,26 +53,35 @@ def _is_shape_function(function: tvm.ir.BaseFunc) -> bool:
     return isinstance(function, tvm.tirx.PrimFunc) and "tirx.is_host_func" in (function.attrs or {})
 
 
+@tvm.transform.module_pass(opt_level=0, name="OverlapLaunches")
+def overlap_launches(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """Have every kernel launched before the one before it has ended; see `cuda.with_overlap`."""
+    for var, function in dict(module.functions).items():
+        if "mxforge.kernel" in (function.attrs or {}):
+            module.update_func(var, function.with_attr(cuda.LAUNCH, [cuda.OVERLAP]))
+    return module
+
+
 PHASES: tuple[Phase, ...] = (
     # The model as written: calls of scheduled kernels on tensors with symbolic shapes.
-    Phase("model", list),
+    Phase("model", lambda _target: []),
     # Kernels that no function calls, and values that nobody reads.
-    Phase("dead-code", lambda: [relax.transform.DeadCodeElimination()]),
+    Phase("dead-code", lambda _target: [relax.transform.DeadCodeElimination()]),
     # Calls in destination-passing style: every output becomes an allocation and an argument.
     Phase(
         "destination-passing",
-        lambda: [
+        lambda _target: [
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
         ],
     ),
     # One plan for all intermediate tensors, from the upper bounds of the symbolic sizes.
-    Phase("memory-plan", lambda: [relax.transform.StaticPlanBlockMemory()]),
+    Phase("memory-plan", lambda _target: [relax.transform.StaticPlanBlockMemory()]),
     # Down to what the Relax virtual machine executes.
     Phase(
         "virtual-machine",
-        lambda: [
+        lambda _target: [
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),
@@ -80,6 +91,8 @@ PHASES: tuple[Phase, ...] = (
             relax.transform.AttachGlobalSymbol(),
         ],
     ),
+    # How kernels are launched.
+    Phase("launches", lambda target: [overlap_launches] if overlaps(target) else []),
 )
 
 
@@ -93,7 +106,7 @@ def lower(
     with tvm.target.Target(target.tvm):
         for number, phase in enumerate(PHASES):
             announce(phase.name)
-            for step in phase.passes():
+            for step in phase.passes(target):
                 module = step(module)
             relax.analysis.well_formed(module)  # raises, naming the function
             if dump is not None:
@@ -106,9 +119,10 @@ def build(
     module: tvm.IRModule, target: CompileTarget, dump: Path | None = None
 ) -> relax.VMExecutable:
     """Machine code of a lowered module: TVM's standard lowering, then its code generator."""
-    executable = relax.build(
-        module, tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default"
-    )
+    with cuda.overlapping() if overlaps(target) else contextlib.nullcontext():
+        executable = relax.build(
+            module, tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default"
+        )
     if dump is not None:
         _dump(dump / "vm.txt", executable.as_text())
         for index, device_code in enumerate(executable.mod.imports):
@@ -117,6 +131,11 @@ def build(
                 if text:
                     _dump(dump / f"code-{index}-{sub.kind}.txt", text)
     return executable
+
+
+def overlaps(target: CompileTarget) -> bool:
+    """Whether launches may overlap: on GPUs of NVIDIA's, where all that code is for can do it."""
+    return bool(target.archs) and all(map(cuda.overlaps, target.archs))
 
 
 def check_scheduled(module: tvm.IRModule) -> None:

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +71,90 @@ def parse(used: str, sass: str) -> dict[str, Any]:
             "scratch_bytes": has["STACK"] + has["LOCAL"],
             "shared_bytes": has["SHARED"],
         }
-    for name, opcodes in _functions(sass):
+    for name, code in _functions(sass):
+        opcodes = [instruction.opcode for instruction in code]
         count = Counter(opcodes)
         loads = {opcode: n for opcode, n in count.items() if opcode.startswith("LDG")}
         found[shipped.short(name)] |= {
             "instructions": count.total(),
             "loads": sum(loads.values()),
             "wide_loads": sum(n for opcode, n in loads.items() if ".128" in opcode),
-            "local_accesses": sum(n for code, n in count.items() if code[:3] in ("LDL", "STL")),
+            "early_loads": _early_loads(opcodes),
+            "local_accesses": sum(n for op, n in count.items() if op[:3] in ("LDL", "STL")),
+            **_main_loop(shipped.short(name), code),
         }
     return dict(sorted(found.items()))
 
 
-def _functions(sass: str) -> Iterator[tuple[str, list[str]]]:
-    """The opcodes of each function, without the padding."""
+def _early_loads(opcodes: list[str]) -> int:
+    """Loads that the compiler put before the wait for the launch before (griddepcontrol.wait is
+    ACQBULK): of what it may write, they would be wrong."""
+    if "ACQBULK" not in opcodes:
+        return 0
+    before = opcodes[: opcodes.index("ACQBULK")]
+    return sum(opcode.startswith(("LDG", "LD.", "LDGSTS")) for opcode in before)
+
+
+# Weights in a load of 128 bits, by how kernels that read weights are called.
+WEIGHTS = {"mxfp4w": 32, "bf16w": 8, "i8w": 16}
+
+
+def _main_loop(name: str, code: list[Instruction]) -> dict[str, float]:
+    """Of kernels that read weights by 128 bits: instructions of a thread a weight, in the loop that
+    reads them (the cheapest, where several do for several numbers of tokens); and how many of these
+    loads a thread has sent before it needs the first."""
+    weights = next((n for kind, n in WEIGHTS.items() if name.startswith(kind)), 0)
+    wide = [_is_wide(instruction) for instruction in code]
+    if not weights or not any(wide):
+        return {}
+    loops = [(start, end) for start, end in _loops(code) if any(wide[start:end])]
+    inner = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
+    ] or [(0, len(code))]
+    each = ((end - start) / (weights * sum(wide[start:end])) for start, end in inner)
+    uses = [i for i, one in enumerate(code) if one.opcode.startswith(("HMMA", "IMMA", "FFMA"))]
+    ahead = sum(wide[: uses[0]]) if uses else sum(wide)
+    return {"instructions_a_weight": round(min(each), 2), "wide_loads_ahead": ahead}
+
+
+def _is_wide(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith("LDG") and ".128" in instruction.opcode
+
+
+def _loops(code: list[Instruction]) -> list[tuple[int, int]]:
+    """[start, end) of the loops, by their branches backwards."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    return [
+        (index[instruction.target], i + 1)
+        for i, instruction in enumerate(code)
+        if instruction.target is not None and index.get(instruction.target, i + 1) <= i
+    ]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`target` is the address that a branch goes to."""
+
+    address: int
+    opcode: str
+    target: int | None
+
+
+_INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE
+)
+
+
+def _functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
+    """The instructions of each function, without the padding."""
     parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)[1:]
     for name, text in zip(parts[::2], parts[1::2], strict=True):
-        instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-        opcodes = re.findall(instruction, text, re.MULTILINE)
-        yield name, [opcode for opcode in opcodes if opcode != "NOP"]
+        found = []
+        for address, opcode, operands in _INSTRUCTION.findall(text):
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode[:3] == "BRA" else None
+            if opcode != "NOP":
+                to = int(target[1], 16) if target else None
+                found.append(Instruction(int(address, 16), opcode, to))
+        yield name, found

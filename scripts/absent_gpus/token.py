@@ -16,7 +16,7 @@ import tvm
 from checkpoints.shapes import hf_config
 from tvm import relax, tirx
 
-from mxforge.compile import pipeline
+from mxforge.compile import cuda, pipeline
 from mxforge.compile.models.emit import Limits
 from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
@@ -102,7 +102,7 @@ def _lowered(module: tvm.IRModule, target: Any) -> tuple[tvm.IRModule, dict[str,
 
     with tvm.target.Target(target.tvm):
         for phase in pipeline.PHASES:
-            for step in phase.passes():
+            for step in phase.passes(target):
                 module = step(module)
             if phase.name == "memory-plan":
                 kept["planned"] = module
@@ -147,7 +147,7 @@ def _started(
             walk(statement.body)
         elif kind == "Evaluate":
             call = statement.value
-            axes = [str(axis) for axis in call.attrs["launch_params"]]
+            axes = [str(axis) for axis in call.attrs["launch_params"] if axis != cuda.OVERLAP]
             extents = [_value(extent, values) for extent in list(call.args)[-len(axes) :]]
             found.append((call.args[0].value, dict(zip(axes, extents, strict=True))))
         elif kind != "DeclBuffer" and statement is not None:

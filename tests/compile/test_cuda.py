@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mxforge.compile import cuda
+from mxforge.compile import cuda, pipeline
 from mxforge.compile.targets import resolve
 from mxforge.errors import TargetError
 
@@ -60,3 +60,39 @@ def test_what_nvcc_complains_of_is_told(packages: Path, tmp_path: Path):
     tool(tmp_path / "bin" / "nvcc", "echo 'device.cu(3): error: no such thing' >&2; exit 2")
     with pytest.raises(TargetError, match=r"for sm_80: device.cu\(3\): error: no such thing"):
         cuda.compiled("text", ["sm_80"], tmp_path)
+
+
+KERNELS = """
+extern "C" __global__ void __launch_bounds__(128) one_kernel(float* __restrict__ x_ptr);
+extern "C" __global__ void __launch_bounds__(128) one_kernel(float* __restrict__ x_ptr) {
+  x_ptr[threadIdx.x] = 1;
+}
+extern "C" __global__ void __launch_bounds__(64) two_kernel(float* __restrict__ x_ptr) {
+  float weight = x_ptr[threadIdx.x];
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+"""
+
+
+def test_every_kernel_waits_for_the_one_before_it_once():
+    one, two = cuda.with_overlap(KERNELS).split("{\n")[1:]
+    assert [line for line in one.splitlines() if "griddep" in line][1].endswith(
+        'asm volatile("griddepcontrol.wait;" ::: "memory");'
+    )
+    assert (one.count(".wait"), two.count(".wait")) == (1, 1)
+    assert two.index("launch_dependents") < two.index("x_ptr") < two.index(".wait")
+
+
+@pytest.mark.parametrize(
+    ("target", "overlap"),
+    [("cuda:sm_90a", True), ("cuda:sm_120", True), ("cuda:sm_89", False), ("cuda", False)],
+)
+def test_launches_overlap_where_all_cards_can(
+    target: str, overlap: bool, packages: Path, tmp_path: Path
+):
+    tool(tmp_path / "bin" / "nvcc", "")
+    assert pipeline.overlaps(resolve(target)) == overlap
+
+
+def test_cpus_have_no_launches_to_overlap():
+    assert not pipeline.overlaps(resolve("cpu"))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from mxforge.schedules.linear import LINEAR
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
 
-PHASE_NAMES = ["model", "dead-code", "destination-passing", "memory-plan", "virtual-machine"]
+PHASE_NAMES = [
+    "model", "dead-code", "destination-passing", "memory-plan", "virtual-machine", "launches",
+]  # fmt: skip
 FUNCTIONS = {
     "forward",
     "decode",
@@ -84,7 +87,7 @@ def after(phase: str, cpu: targets.CompileTarget) -> tvm.IRModule:
     module = four_doubles(scheduled(double, "double", "by hand"))
     with tvm.target.Target(cpu.tvm):
         for step in pipeline.PHASES[: PHASE_NAMES.index(phase) + 1]:
-            for transform in step.passes():
+            for transform in step.passes(cpu):
                 module = transform(module)
             relax.analysis.well_formed(module)
     return module
@@ -200,7 +203,7 @@ def test_a_function_that_loses_its_schedule_on_the_way_is_named(cpu, monkeypatch
         module["double"] = double
         return module
 
-    phases = (*pipeline.PHASES[:2], pipeline.Phase("forgetful", lambda: [forget]))
+    phases = (*pipeline.PHASES[:2], pipeline.Phase("forgetful", lambda _target: [forget]))
     monkeypatch.setattr(pipeline, "PHASES", phases)
     with pytest.raises(UnscheduledError, match="double"):
         pipeline.lower(four_doubles(scheduled(double, "double", "by hand")), cpu)
@@ -215,7 +218,7 @@ def test_ill_formed_ir_ends_the_compilation(cpu, monkeypatch):
         module["broken"] = function.with_attr("global_symbol", "broken")
         return module
 
-    phases = (pipeline.PHASES[0], pipeline.Phase("careless", lambda: [damage]))
+    phases = (pipeline.PHASES[0], pipeline.Phase("careless", lambda _target: [damage]))
     monkeypatch.setattr(pipeline, "PHASES", phases)
     with pytest.raises(Exception, match="(?i)stranger|broken|well.formed"):
         pipeline.lower(four_doubles(scheduled(double, "double", "by hand")), cpu)
@@ -376,3 +379,11 @@ def test_a_runtime_process_never_sees_the_compiler(compiled: Compiled):
     assert not [name for name in seen["maps"] if "tvm_compiler" in name or "LLVM" in name]
     compiler = ("mxforge.compile", "mxforge.schedules", "torch")
     assert not [name for name in seen["modules"] if name == "tvm" or name.startswith(compiler)]
+
+
+def test_launches_overlap_only_where_the_target_can(cpu):
+    hopper = replace(cpu, archs=("sm_90a",))
+    for target, expected in ((cpu, None), (hopper, ["tirx.use_programtic_dependent_launch"])):
+        kernel = after("launches", target)["double"]
+        launch = kernel.attrs.get("tirx.kernel_launch_params")
+        assert (launch and list(launch)) == expected

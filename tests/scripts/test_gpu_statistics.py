@@ -206,13 +206,39 @@ def test_statistics_of_cuda_code():
     assert cuda.parse(USED, SASS) == {
         "kv_copy_pages": {
             "registers": 14, "scratch_bytes": 0, "shared_bytes": 512, "instructions": 5, "loads": 2,
-            "wide_loads": 1, "local_accesses": 0,
+            "wide_loads": 1, "early_loads": 0, "local_accesses": 0,
         },
         "moe_plan": {
             "registers": 40, "scratch_bytes": 176, "shared_bytes": 0, "instructions": 2, "loads": 0,
-            "wide_loads": 0, "local_accesses": 2,
+            "wide_loads": 0, "early_loads": 0, "local_accesses": 2,
         },
     }  # fmt: skip
+
+
+LOOPS = """
+\t\tFunction : bf16w_linear_kernel
+        /*0000*/                   LDG.E.128.CONSTANT R4, desc[UR6][R6.64] ;
+        /*0010*/                   ACQBULK ;
+        /*0020*/                   LDG.E R8, desc[UR6][R4.64] ;
+        /*0030*/                   LDG.E.128 R12, desc[UR6][R6.64] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R16, R4, R2, R16 ;
+        /*0050*/               @P0 BRA 0x30 ;
+        /*0060*/                   LDG.E.128 R12, desc[UR6][R6.64] ;
+        /*0070*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0080*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0090*/                   HMMA.16816.F32.BF16 R16, R4, R2, R16 ;
+        /*00a0*/                   BRA `(.L_x_1) 0x60 ;
+        /*00b0*/               @P1 BRA 0x20 ;
+"""
+
+
+def test_main_loop_is_the_cheapest_inner_one_that_reads_weights():
+    used = USED.replace("moe_plan_kernel", "bf16w_linear_kernel")
+    found = cuda.parse(used, SASS.replace("moe_plan_kernel", "other_kernel").partition(
+        "\t\tFunction : other")[0] + LOOPS)["bf16w_linear"]  # fmt: skip
+    assert found["instructions_a_weight"] == round(3 / 8, 2)
+    assert found["wide_loads_ahead"] == 2
+    assert found["early_loads"] == 1
 
 
 # ------------------------------------------------------------------------------- the pinned Mesa
