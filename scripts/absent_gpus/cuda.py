@@ -9,6 +9,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ EXCEPTIONS = {
     **{(arch, "moe_plan"): "the 32 places of a thread stay in memory" for arch in ARCHS},
     ("sm_120a", "f32_paged_attention1"): "8 bytes are spilled and read back once",
 }
+
+gates = partial(results.broken_gates, exceptions=EXCEPTIONS)
+page = partial(results.page, TITLE, ABOUT, exceptions=EXCEPTIONS)
 
 
 def measure(scratch: Path) -> results.Results:

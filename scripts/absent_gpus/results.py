@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.results import table
 
 KIND = "gpu-statistics"
-ESTIMATES = frozenset({"cycles"})
+ESTIMATES = frozenset({"cycles", "predicted_us"})
 # What no kernel should have any of.
 UNWANTED = ("spills", "scratch_bytes", "local_accesses")
 
@@ -105,6 +105,16 @@ COLUMNS = (
     ("instructions", "Instructions", "of the whole kernel, loops once"),
     ("cycles", "Cycles", "the compiler's estimate; never compared across compilers or GPUs"),
     ("wide_loads", "Loads of 128 bits", "of global memory, beside those of any width"),
+    (
+        "instructions_a_weight",
+        "Instructions a weight",
+        "of a thread, in the loop that reads the weights; of kernels that read them by 128 bits",
+    ),
+    (
+        "wide_loads_ahead",
+        "Loads ahead",
+        "loads of 128 bits that a thread has sent when it needs the first",
+    ),
 )
 
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ EXCEPTIONS = {
         ("moe_plan", "the 32 places"),
     )
 }
+
+gates = partial(results.broken_gates, exceptions=EXCEPTIONS)
+page = partial(results.page, TITLE, ABOUT, exceptions=EXCEPTIONS)
 
 
 def measure(scratch: Path) -> results.Results:

@@ -91,9 +91,9 @@ def test_tracked_results(name: str):
     path = ROOT / "docs" / "bench" / f"{name}-absent-gpus.json"
     tracked = json.loads(path.read_text())
     assert path.read_text() == results.text(tracked)
-    page = results.page(compiler.TITLE, compiler.ABOUT, tracked, compiler.EXCEPTIONS)
+    page = compiler.page(tracked)
     assert path.with_suffix(".md").read_text() == page
-    assert results.broken_gates(tracked, compiler.EXCEPTIONS) == []
+    assert compiler.gates(tracked) == []
     kernels = [set(found) for found in tracked["gpus"].values()]
     assert all(one == kernels[0] for one in kernels)
     assert {"sample_token", "mxfp4w_moe_down"} <= kernels[0]
