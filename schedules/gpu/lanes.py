@@ -24,6 +24,8 @@ class Lanes:
     total(value), largest(value)  f32 of all lanes, for all lanes
     number(tx)                    i32: which of its block's warps a thread belongs to
     first(tx)                     one lane of each warp, true for that one alone
+    lane(tx), size()              i32: a thread's place in its warp, and how many threads this has;
+                                  to be asked where all of them are
     count(threads)                i32: how many warps a block of so many threads has
     most(threads)                 int: at most so many
     """
@@ -32,6 +34,8 @@ class Lanes:
     largest: Callable[[Any], Any]
     number: Callable[[Any], Any]
     first: Callable[[Any], Any]
+    lane: Callable[[Any], Any]
+    size: Callable[[], Any]
     count: Callable[[int], Any]
     most: Callable[[int], int]
 
@@ -42,6 +46,8 @@ def _warp(total: Callable[[Any], Any], largest: Callable[[Any], Any]) -> Lanes:
         largest,
         number=lambda tx: tx // WARP,
         first=lambda tx: tx % WARP == 0,
+        lane=lambda tx: tx % WARP,
+        size=lambda: WARP,
         count=lambda threads: -(-threads // WARP),
         most=lambda threads: -(-threads // WARP),
     )
@@ -77,6 +83,9 @@ LANES = {
         _called("subgroupMax"),
         number=lambda _tx: T.call_extern("int32", "subgroupNumber"),
         first=lambda _tx: T.call_extern("bool", "subgroupElect"),
+        # Counted: a subgroup need not be full.
+        lane=lambda _tx: T.call_extern("int32", "subgroupExclusiveAdd", T.int32(1)),
+        size=lambda: T.call_extern("int32", "subgroupAdd", T.int32(1)),
         count=lambda _threads: T.call_extern("int32", "subgroupCount"),
         most=lambda threads: -(-threads // FEWEST_LANES),
     ),
