@@ -70,7 +70,8 @@ class VulkanProfile:
     """What Vulkan code may count on, beyond Vulkan 1.2 with buffer device addresses, 8- and 16-bit
     storage and integers, and 64-bit integers.
 
-    `features` are those of its `Target`: "float16" is arithmetic.
+    `features` are those of its `Target`: "float16" is arithmetic; "threads256" are blocks of 256
+    threads with 32 KB of shared memory, where others have 128 and 16 KB.
     """
 
     name: str
@@ -81,7 +82,7 @@ class VulkanProfile:
 
 # The first is what `vulkan` means.
 VULKAN_PROFILES: tuple[VulkanProfile, ...] = (
-    VulkanProfile("desktop", 256, 32 << 10, ("float16",)),
+    VulkanProfile("desktop", 256, 32 << 10, ("float16", "threads256")),
     VulkanProfile("mobile", 128, 16 << 10, ("float16",)),
     VulkanProfile("minimum", 128, 16 << 10),  # the limits that every device has
 )

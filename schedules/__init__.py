@@ -13,7 +13,7 @@ from .formats import ACTIVATIONS, DENSE
 from .gather import GATHER_ROWS
 from .kernel import Case, Kernel, Schedule, Target
 from .linear import LINEAR_I8_F32  # noqa: F401 (the formats of `linear` join DENSE)
-from .moe import DOWN, GATE_UP, MOE_PLAN, ROUTER_TOPK
+from .moe import DOWN, GATE_UP, MOE_PLAN, ROUTE, ROUTER_TOPK
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE
 from .sample import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
@@ -29,6 +29,7 @@ KERNELS: dict[str, Kernel] = {
         ROPE_KV_INSERT,
         PAGED_ATTENTION,
         ROUTER_TOPK,
+        *ROUTE.values(),
         MOE_PLAN,
         *(kernel for format_ in ACTIVATIONS.formats() for kernel in format_.kernels),
         *GATE_UP.values(),

@@ -20,6 +20,7 @@ from .cpu.items import items_in_parallel
 from .cpu.vectors import LANES
 from .gpu.items import one_thread_an_item
 from .kernel import Case, Kernel, Signature, Size, T, Tensor, f32, prim_func
+from .rms_norm_gpu import SCHEDULES
 
 NAME = "f32_rms_norm"
 BLOCK = 64  # partial sums: four vectors, so that additions do not wait for each other
@@ -105,6 +106,7 @@ CASES = (
     _case("one channel 1000 times the others", 5, 2880, spike=1000.0),
     _case("smaller than eps", 2, 64, scale=1e-4),
     _case("20b hidden, a chunk", 100, 2880),
+    _case("hidden of more than a block's registers", 2, 8200),
 )
 
 RMS_NORM = Kernel(
@@ -114,6 +116,7 @@ RMS_NORM = Kernel(
     CASES,
     (
         items_in_parallel(partial(_items, LANES)),
+        *SCHEDULES,
         one_thread_an_item(partial(_items, 1)),
     ),
 )

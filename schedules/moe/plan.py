@@ -4,8 +4,8 @@ The slots (token t's choice j is slot t·top_k + j) sorted by expert, stably.
 
     ids i32 [n, top_k] -> offsets i32 [experts + 1], order i32 [n·top_k]
 
-Expert e's slots are order[offsets[e] : offsets[e + 1]]. It is a counting sort in one work item:
-a chunk has a few thousand slots, and more items would race for places.
+Expert e's slots are order[offsets[e] : offsets[e + 1]]. It is a counting sort by one work item or
+one block of threads: a chunk has a few thousand slots, and more would race for places.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tvm
 
 from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, T, Tensor, cpu, i32, prim_func
+from . import plan_gpu
 
 NAME = "moe_plan"
 
@@ -81,6 +82,7 @@ CASES = (
     _case("all tokens on the last expert", 33, 8, 1, only=1),
     _case("20b, a chunk", 512, 32, 4),
     _case("120b, a partial chunk", 77, 128, 4),
+    _case("more experts than a block has threads", 9, 300, 3),
 )
 
 MOE_PLAN = Kernel(
@@ -88,5 +90,5 @@ MOE_PLAN = Kernel(
     signature,
     moe_plan_ref,
     CASES,
-    (Schedule("serial", cpu(), _sort), one_thread_an_item(_sort)),
+    (Schedule("serial", cpu(), _sort), *plan_gpu.SCHEDULES, one_thread_an_item(_sort)),
 )

@@ -20,6 +20,7 @@ from ..cpu.items import items_in_parallel
 from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Signature, Size, T, Tensor, f32, i32, prim_func
 from ..math import KEY_NONE, exp_f32, order_key
+from . import router_topk_gpu
 
 NAME = "f32_router_topk"
 
@@ -100,6 +101,7 @@ CASES = (
     _case("one expert", 2, 1, 1),
     _case("one expert's logit 1000 times the others'", 9, 24, 4, spike=1000.0),
     _case("120b, a chunk", 512, 128, 4),
+    _case("more experts, and more of them chosen, than a block has threads", 2, 300, 130),
 )
 
 ROUTER_TOPK = Kernel(
@@ -107,5 +109,5 @@ ROUTER_TOPK = Kernel(
     signature,
     router_topk_ref,
     CASES,
-    (items_in_parallel(_tokens), one_thread_an_item(_tokens)),
+    (items_in_parallel(_tokens), *router_topk_gpu.SCHEDULES, one_thread_an_item(_tokens)),
 )

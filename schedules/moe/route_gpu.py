@@ -1,0 +1,211 @@
+"""`route` on GPUs: a block of threads works on one token, a warp on some experts at a time.
+
+The normed x is staged in shared memory. A lane's vector of weights is 16 bytes, 4 inputs of the
+first half of a row and 4 of the second: so the lanes of a warp read neighbouring weights and
+neighbouring inputs, whatever the number of lanes is.
+"""
+
+# ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tvm
+
+from ..formats.bf16 import rounded
+from ..gpu.lanes import LANES
+from ..kernel import Layout, Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..math import order_key
+from ..rms_norm_gpu import BlockNorm
+from .router_topk_gpu import chooser
+
+VECTOR = 8  # weights of 16 bytes
+# By the names of formats of activations: an element of h from a float32 expression, and the loop
+# over a vector of them; TVM's cast of vectors to 16 bits is not Metal.
+STORED: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "f32": (lambda value: value, T.vectorized),
+    "bf16": (rounded, T.unroll),
+}
+
+
+@dataclass(frozen=True)
+class RouteTile(TileConfig):
+    threads: int  # of a block
+    experts: int  # of a warp at a time
+    shared_bytes: int  # that the target's blocks have
+
+
+def _pack(weight: np.ndarray) -> np.ndarray:
+    """bf16 [experts, hidden] -> u32 [experts, hidden / 8, 4]: the module's vectors."""
+    experts, hidden = weight.shape
+    halves = weight.view(np.uint16).reshape(experts, 2, hidden // VECTOR, VECTOR // 2)
+    vectors = np.ascontiguousarray(halves.swapaxes(1, 2))
+    return vectors.view(np.uint32).reshape(experts, hidden // VECTOR, 4)
+
+
+VECTORS = Layout(shape=lambda shape: (shape[0], shape[1] // VECTOR, 4), pack=_pack, dtype="uint32")
+
+
+def _norm(family: str, tile: RouteTile, hidden: int, eps: float) -> BlockNorm:
+    return BlockNorm(family, tile.threads, hidden, eps)
+
+
+def _fits(
+    family: str, tile: RouteTile, *, experts: int, top_k: int, hidden: int, eps: float
+) -> bool:
+    norm = _norm(family, tile, hidden, eps)
+    numbers = hidden + norm.sums.elements + 2 * experts + top_k
+    return hidden % VECTOR == 0 and norm.fits and 4 * numbers <= tile.shared_bytes
+
+
+def _build(
+    family: str,
+    activations: str,
+    arguments: tuple[Tensor, ...],
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    eps: float,
+    tile: RouteTile,
+) -> tvm.tirx.PrimFunc:
+    threads, together = tile.threads, tile.experts
+    lanes, norm = LANES[family], _norm(family, tile, hidden, eps)
+    stored, loop = STORED[activations]
+    scale, each, width = norm.scale, norm.each, norm.width
+    choose = chooser(experts, top_k, threads)
+    vectors = hidden // VECTOR
+    groups = -(-experts // together)
+    warps = lanes.count(threads)
+
+    @T.inline
+    def body(n, x, norm_weight, weight, bias, h, ids, weights):
+        for t in T.thread_binding(n, thread="blockIdx.x"):
+            with T.sblock("token"):
+                vt = T.axis.spatial(n, t)
+                parts = T.sblock_alloc_buffer((norm.sums.elements,), "float32", scope="shared")
+                staged = T.sblock_alloc_buffer((hidden,), "float32", scope="shared")
+                logits = T.sblock_alloc_buffer((experts,), "float32", scope="shared")
+                keys = T.sblock_alloc_buffer((experts,), "int32", scope="shared")
+                chosen = T.sblock_alloc_buffer((top_k,), "float32", scope="shared")
+                for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("thread"):
+                        T.reads(
+                            x[vt, 0:hidden], norm_weight[0:hidden],
+                            weight[0:experts, 0:vectors, 0:4], bias[0:experts],
+                        )  # fmt: skip
+                        T.writes(h[vt, 0:hidden], ids[vt, 0:top_k], weights[vt, 0:top_k])
+                        kept = T.sblock_alloc_buffer((norm.elements,), "float32", scope="local")
+                        factor = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        inputs = T.sblock_alloc_buffer((VECTOR,), "float32", scope="local")
+                        words = T.sblock_alloc_buffer((together * 4,), "uint32", scope="local")
+                        acc = T.sblock_alloc_buffer((together,), "float32", scope="local")
+                        warp = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        lane = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        size = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        rank = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        largest = T.sblock_alloc_buffer((1,), "float32", scope="local")
+
+                        @T.inline
+                        def put(first, place):
+                            for i in T.vectorized(width):
+                                kept[place + i] = (
+                                    kept[place + i] * factor[0] * norm_weight[first + i]
+                                )
+                            for i in T.vectorized(width):
+                                staged[first + i] = kept[place + i]
+                            for i in loop(width):
+                                h[vt, first + i] = stored(kept[place + i])
+
+                        @T.inline
+                        def multiply(group, v):
+                            for half in T.unroll(2):
+                                inputs[T.ramp(half * 4, 1, 4)] = staged[
+                                    T.ramp(half * (hidden // 2) + v * 4, 1, 4)
+                                ]
+                            for e in T.unroll(together):
+                                # The last group's experts may be too many: one is taken again.
+                                words[T.ramp(e * 4, 1, 4)] = weight[
+                                    T.min(group * together + e, experts - 1), v, T.ramp(0, 1, 4)
+                                ]
+                            for e in T.unroll(together):
+                                for word in T.unroll(4):
+                                    acc[e] = (
+                                        acc[e]
+                                        + T.reinterpret(
+                                            "float32",
+                                            T.shift_left(words[e * 4 + word], T.uint32(16)),
+                                        )
+                                        * inputs[word * 2]
+                                    )
+                                    acc[e] = (
+                                        acc[e]
+                                        + T.reinterpret(
+                                            "float32",
+                                            T.bitwise_and(
+                                                words[e * 4 + word], T.uint32(0xFFFF0000)
+                                            ),
+                                        )
+                                        * inputs[word * 2 + 1]
+                                    )
+
+                        warp[0] = lanes.number(tx)
+                        lane[0] = lanes.lane(tx)
+                        size[0] = lanes.size()
+                        scale(x, vt, kept, factor, parts, tx)
+                        each(put, tx)
+                        T.tvm_storage_sync("shared")
+                        for i in T.serial((groups + warps - 1) // warps):
+                            if i * warps + warp[0] < groups:
+                                for e in T.unroll(together):
+                                    acc[e] = T.float32(0)
+                                for j in T.serial((vectors + size[0] - 1) // size[0]):
+                                    if j * size[0] + lane[0] < vectors:
+                                        multiply(i * warps + warp[0], j * size[0] + lane[0])
+                                for e in T.unroll(together):
+                                    acc[e] = lanes.total(acc[e])
+                                if lanes.first(tx):
+                                    for e in T.unroll(together):
+                                        if (i * warps + warp[0]) * together + e < experts:
+                                            acc[e] = (
+                                                acc[e] + bias[(i * warps + warp[0]) * together + e]
+                                            )
+                                            logits[(i * warps + warp[0]) * together + e] = acc[e]
+                                            keys[(i * warps + warp[0]) * together + e] = order_key(
+                                                acc[e]
+                                            )
+                        T.tvm_storage_sync("shared")
+                        choose(logits, keys, chosen, rank, total, largest, ids, weights, vt, tx)
+
+    return prim_func(arguments, body)
+
+
+# (family, what its devices have to offer, tile), best first. 184 KB of 20b's weights by one block:
+# loads in flight count, and so do few barriers.
+_TABLE = (
+    ("cuda", (), RouteTile(threads=512, experts=2, shared_bytes=48 << 10)),
+    ("metal", (), RouteTile(threads=512, experts=2, shared_bytes=32 << 10)),
+    ("vulkan", ("threads256",), RouteTile(threads=256, experts=4, shared_bytes=32 << 10)),
+    ("vulkan", (), RouteTile(threads=128, experts=4, shared_bytes=16 << 10)),
+)
+
+
+def schedules(activations: str) -> tuple[Schedule, ...]:
+    """Of the kernel whose h is in this format of activations."""
+    return tuple(
+        Schedule(
+            f"a block of {tile.threads} threads a token, {family}",
+            gpu(family, *features),
+            partial(_build, family, activations),
+            tile,
+            {"weight": VECTORS},
+            fits=partial(_fits, family, tile),
+        )
+        for family, features, tile in _TABLE
+    )
