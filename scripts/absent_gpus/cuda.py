@@ -43,9 +43,12 @@ def measure(scratch: Path) -> results.Results:
     assert release is not None
     gpus = {}
     for arch in ARCHS:
-        (code,) = shipped.artifact(f"cuda:{arch}", scratch).glob("device-*.fatbin")
-        used = run("cuobjdump", "--dump-resource-usage", code)
-        gpus[arch] = parse(used, run("cuobjdump", "--dump-sass", code))
+        kernels: dict[str, Any] = {}
+        for artifact in shipped.artifacts(f"cuda:{arch}", scratch):
+            (code,) = artifact.glob("device-*.fatbin")
+            used = run("cuobjdump", "--dump-resource-usage", code)
+            kernels = parse(used, run("cuobjdump", "--dump-sass", code)) | kernels
+        gpus[arch] = dict(sorted(kernels.items()))
     compiler = f"nvcc {release[1]}"
     return results.results(compiler, shipped.MODEL, shipped.NUMERICS, gpus)
 

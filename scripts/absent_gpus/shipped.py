@@ -14,14 +14,20 @@ from mxforge.compile.spirv.container import MAGIC
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, NUMERICS = "20b", "fast"
+DENSE = ("int8", "bf16")  # formats of dense weights; kernels of both are judged
 
 
-def artifact(target: str, scratch: Path) -> Path:
-    """gpt-oss-20b compiled for `target`, without weights, into a folder below `scratch`."""
+def artifacts(target: str, scratch: Path) -> list[Path]:
+    """gpt-oss-20b compiled for `target`, without weights, into folders below `scratch`."""
     config = scratch / "config.json"
     config.write_text(json.dumps(hf_config(MODEL)))
-    folder = scratch / target.replace(":", "-")
-    return compile_model(config, target, folder, NUMERICS, random_weights=True)
+    return [
+        compile_model(
+            config, target, scratch / f"{target.replace(':', '-')}-{dense}", NUMERICS,
+            dense=dense, random_weights=True,
+        )
+        for dense in DENSE
+    ]  # fmt: skip
 
 
 def spirv_kernels(artifact: Path) -> list[KernelCode]:

@@ -140,13 +140,14 @@ def _program() -> Path:
 def _list(target: str, scratch: Path) -> str:
     """The program's input: the kernels of the model for `target`, whose SPIR-V is written below
     `scratch`."""
-    artifact = shipped.artifact(target, scratch)
-    lines = []
-    for kernel in shipped.spirv_kernels(artifact):
-        path = artifact / f"{kernel.name}.spv"
-        path.write_bytes(kernel.spirv)
-        lines.append(f"{kernel.name} {' '.join(map(str, _launch(kernel)))} {path}")
-    return "\n".join(lines)
+    lines: dict[str, str] = {}
+    for artifact in shipped.artifacts(target, scratch):
+        for kernel in shipped.spirv_kernels(artifact):
+            path = artifact / f"{kernel.name}.spv"
+            path.write_bytes(kernel.spirv)
+            line = f"{kernel.name} {' '.join(map(str, _launch(kernel)))} {path}"
+            lines.setdefault(kernel.name, line)
+    return "\n".join(lines[name] for name in sorted(lines))
 
 
 def _launch(kernel: KernelCode) -> tuple[int, int, int]:
