@@ -22,6 +22,7 @@ class Lanes:
     """A family's words; each takes and gives TensorIR expressions.
 
     total(value), largest(value)  f32 of all lanes, for all lanes
+    largest_int(value)            the same of i32
     number(tx)                    i32: which of its block's warps a thread belongs to
     first(tx)                     one lane of each warp, true for that one alone
     lane(tx), size()              i32: a thread's place in its warp, and how many threads this has;
@@ -32,6 +33,7 @@ class Lanes:
 
     total: Callable[[Any], Any]
     largest: Callable[[Any], Any]
+    largest_int: Callable[[Any], Any]
     number: Callable[[Any], Any]
     first: Callable[[Any], Any]
     lane: Callable[[Any], Any]
@@ -40,10 +42,15 @@ class Lanes:
     most: Callable[[int], int]
 
 
-def _warp(total: Callable[[Any], Any], largest: Callable[[Any], Any]) -> Lanes:
+def _warp(
+    total: Callable[[Any], Any],
+    largest: Callable[[Any], Any],
+    largest_int: Callable[[Any], Any],
+) -> Lanes:
     return Lanes(
         total,
         largest,
+        largest_int,
         number=lambda tx: tx // WARP,
         first=lambda tx: tx % WARP == 0,
         lane=lambda tx: tx % WARP,
@@ -53,34 +60,40 @@ def _warp(total: Callable[[Any], Any], largest: Callable[[Any], Any]) -> Lanes:
     )
 
 
-def _shuffled(name: str, combined: str) -> Callable[[Any], Any]:
+def _shuffled(name: str, combined: str, type_: str = "float") -> Callable[[Any], Any]:
     """The butterfly over a warp's lanes: five shuffles, which an expression would write 31 times.
 
     `combined` is C for a and b, one of which came from the other lane.
     """
     source = f"""
-__forceinline__ __device__ float {name}(float a) {{
+__forceinline__ __device__ {type_} {name}({type_} a) {{
 #pragma unroll
   for (int distance = {WARP // 2}; distance > 0; distance /= 2) {{
-    float b = __shfl_xor_sync(0xFFFFFFFFu, a, distance, {WARP});
+    {type_} b = __shfl_xor_sync(0xFFFFFFFFu, a, distance, {WARP});
     a = {combined};
   }}
   return a;
 }}
 """
-    return lambda value: T.cuda.func_call(name, value, source_code=source, return_type="float32")
+    dtype = {"float": "float32", "int": "int32"}[type_]
+    return lambda value: T.cuda.func_call(name, value, source_code=source, return_type=dtype)
 
 
-def _called(name: str) -> Callable[[Any], Any]:
-    return lambda value: T.call_extern("float32", name, value)
+def _called(name: str, dtype: str = "float32") -> Callable[[Any], Any]:
+    return lambda value: T.call_extern(dtype, name, value)
 
 
 LANES = {
-    "cuda": _warp(_shuffled("warp_total", "a + b"), _shuffled("warp_largest", "fmaxf(a, b)")),
-    "metal": _warp(_called("simd_sum"), _called("simd_max")),
+    "cuda": _warp(
+        _shuffled("warp_total", "a + b"),
+        _shuffled("warp_largest", "fmaxf(a, b)"),
+        _shuffled("warp_largest_int", "max(a, b)", "int"),
+    ),
+    "metal": _warp(_called("simd_sum"), _called("simd_max"), _called("simd_max", "int32")),
     "vulkan": Lanes(
         _called("subgroupAdd"),
         _called("subgroupMax"),
+        _called("subgroupMax", "int32"),
         number=lambda _tx: T.call_extern("int32", "subgroupNumber"),
         first=lambda _tx: T.call_extern("bool", "subgroupElect"),
         # Counted: a subgroup need not be full.

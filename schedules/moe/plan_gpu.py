@@ -59,8 +59,8 @@ def _build(
                         @T.inline
                         def fill(e):
                             place[0] = 0
-                            for before in T.serial(e):
-                                place[0] = place[0] + counts[before]
+                            for other in T.serial(experts):
+                                place[0] = place[0] + T.Select(other < e, counts[other], 0)
                             offsets[e] = place[0]
 
                             @T.inline

@@ -37,6 +37,7 @@ STORED: dict[str, tuple[Callable[[Any], Any], Any]] = {
 class RouteTile(TileConfig):
     threads: int  # of a block
     experts: int  # of a warp at a time
+    depth: int  # vectors that a lane loads of each before it uses the first
     shared_bytes: int  # that the target's blocks have
 
 
@@ -74,7 +75,7 @@ def _build(
     eps: float,
     tile: RouteTile,
 ) -> tvm.tirx.PrimFunc:
-    threads, together = tile.threads, tile.experts
+    threads, together, depth = tile.threads, tile.experts, tile.depth
     lanes, norm = LANES[family], _norm(family, tile, hidden, eps)
     stored, loop = STORED[activations]
     scale, each, width = norm.scale, norm.each, norm.width
@@ -103,7 +104,9 @@ def _build(
                         kept = T.sblock_alloc_buffer((norm.elements,), "float32", scope="local")
                         factor = T.sblock_alloc_buffer((1,), "float32", scope="local")
                         inputs = T.sblock_alloc_buffer((VECTOR,), "float32", scope="local")
-                        words = T.sblock_alloc_buffer((together * 4,), "uint32", scope="local")
+                        words = T.sblock_alloc_buffer(
+                            (depth * together * 4,), "uint32", scope="local"
+                        )
                         acc = T.sblock_alloc_buffer((together,), "float32", scope="local")
                         warp = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         lane = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -124,36 +127,56 @@ def _build(
                                 h[vt, first + i] = stored(kept[place + i])
 
                         @T.inline
-                        def multiply(group, v):
+                        def load(group, v, place):
+                            for e in T.unroll(together):
+                                # The last group's experts may be too many: one is taken again.
+                                words[T.ramp(place + e * 4, 1, 4)] = weight[
+                                    T.min(group * together + e, experts - 1), v, T.ramp(0, 1, 4)
+                                ]
+
+                        @T.inline
+                        def multiply(v, place):
                             for half in T.unroll(2):
                                 inputs[T.ramp(half * 4, 1, 4)] = staged[
                                     T.ramp(half * (hidden // 2) + v * 4, 1, 4)
                                 ]
                             for e in T.unroll(together):
-                                # The last group's experts may be too many: one is taken again.
-                                words[T.ramp(e * 4, 1, 4)] = weight[
-                                    T.min(group * together + e, experts - 1), v, T.ramp(0, 1, 4)
-                                ]
-                            for e in T.unroll(together):
                                 for word in T.unroll(4):
-                                    acc[e] = (
-                                        acc[e]
-                                        + T.reinterpret(
-                                            "float32",
-                                            T.shift_left(words[e * 4 + word], T.uint32(16)),
-                                        )
-                                        * inputs[word * 2]
+                                    pair: T.let = words[place + e * 4 + word]
+                                    acc[e] = acc[e] + inputs[word * 2] * T.reinterpret(
+                                        "float32", T.shift_left(pair, T.uint32(16))
                                     )
-                                    acc[e] = (
-                                        acc[e]
-                                        + T.reinterpret(
-                                            "float32",
-                                            T.bitwise_and(
-                                                words[e * 4 + word], T.uint32(0xFFFF0000)
-                                            ),
-                                        )
-                                        * inputs[word * 2 + 1]
+                                    acc[e] = acc[e] + inputs[word * 2 + 1] * T.reinterpret(
+                                        "float32", T.bitwise_and(pair, T.uint32(0xFFFF0000))
                                     )
+
+                        @T.inline
+                        def dot(group):  # acc: the warp's experts' sums
+                            for e in T.unroll(together):
+                                acc[e] = T.float32(0)
+                            for j in T.serial((vectors + size[0] * depth - 1) // (size[0] * depth)):
+                                for d in T.unroll(depth):
+                                    # Past the end, the last one: no branch between loads.
+                                    load(
+                                        group,
+                                        T.min((j * depth + d) * size[0] + lane[0], vectors - 1),
+                                        d * together * 4,
+                                    )
+                                for d in T.unroll(depth):
+                                    if (j * depth + d) * size[0] + lane[0] < vectors:
+                                        multiply(
+                                            (j * depth + d) * size[0] + lane[0], d * together * 4
+                                        )
+                            for e in T.unroll(together):
+                                acc[e] = lanes.total(acc[e])
+
+                        @T.inline
+                        def keep(group):
+                            for e in T.unroll(together):
+                                if group * together + e < experts:
+                                    acc[e] = acc[e] + bias[group * together + e]
+                                    logits[group * together + e] = acc[e]
+                                    keys[group * together + e] = order_key(acc[e])
 
                         warp[0] = lanes.number(tx)
                         lane[0] = lanes.lane(tx)
@@ -163,23 +186,9 @@ def _build(
                         T.tvm_storage_sync("shared")
                         for i in T.serial((groups + warps - 1) // warps):
                             if i * warps + warp[0] < groups:
-                                for e in T.unroll(together):
-                                    acc[e] = T.float32(0)
-                                for j in T.serial((vectors + size[0] - 1) // size[0]):
-                                    if j * size[0] + lane[0] < vectors:
-                                        multiply(i * warps + warp[0], j * size[0] + lane[0])
-                                for e in T.unroll(together):
-                                    acc[e] = lanes.total(acc[e])
+                                dot(i * warps + warp[0])
                                 if lanes.first(tx):
-                                    for e in T.unroll(together):
-                                        if (i * warps + warp[0]) * together + e < experts:
-                                            acc[e] = (
-                                                acc[e] + bias[(i * warps + warp[0]) * together + e]
-                                            )
-                                            logits[(i * warps + warp[0]) * together + e] = acc[e]
-                                            keys[(i * warps + warp[0]) * together + e] = order_key(
-                                                acc[e]
-                                            )
+                                    keep(i * warps + warp[0])
                         T.tvm_storage_sync("shared")
                         choose(logits, keys, chosen, rank, total, largest, ids, weights, vt, tx)
 
@@ -189,10 +198,10 @@ def _build(
 # (family, what its devices have to offer, tile), best first. 184 KB of 20b's weights by one block:
 # loads in flight count, and so do few barriers.
 _TABLE = (
-    ("cuda", (), RouteTile(threads=512, experts=2, shared_bytes=48 << 10)),
-    ("metal", (), RouteTile(threads=512, experts=2, shared_bytes=32 << 10)),
-    ("vulkan", ("threads256",), RouteTile(threads=256, experts=4, shared_bytes=32 << 10)),
-    ("vulkan", (), RouteTile(threads=128, experts=4, shared_bytes=16 << 10)),
+    ("cuda", (), RouteTile(threads=512, experts=2, depth=4, shared_bytes=48 << 10)),
+    ("metal", (), RouteTile(threads=512, experts=2, depth=4, shared_bytes=32 << 10)),
+    ("vulkan", ("threads256",), RouteTile(threads=256, experts=4, depth=2, shared_bytes=32 << 10)),
+    ("vulkan", (), RouteTile(threads=128, experts=4, depth=2, shared_bytes=16 << 10)),
 )
 
 
