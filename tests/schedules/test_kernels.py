@@ -14,7 +14,7 @@ import pytest
 import tvm
 from support.kernels import compare, made_inputs, run_name, runs
 from support.qemu import LEVELS, KernelCalls, open_cpu
-from support.targets import CUDA, GPUS, METAL
+from support.targets import CUDA, GPUS, METAL, PLAIN_CPU
 
 import mxforge.schedules
 from mxforge.compile.targets import CPU_LEVELS, resolve
@@ -29,6 +29,14 @@ CASES = [
     for case in kernel.cases
 ]
 EVERY = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
+# Some are for GPUs only; those of plain CPUs run on every level.
+ON_CPUS = [kernel for kernel in KERNELS.values() if kernel.runs_on(PLAIN_CPU)]
+EVERY_ON_CPUS = [pytest.param(kernel, id=kernel.name) for kernel in ON_CPUS]
+CASES_ON_CPUS = [
+    pytest.param(kernel, case, id=f"{kernel.name}: {case.name}")
+    for kernel in ON_CPUS
+    for case in kernel.cases
+]
 AARCH64_LEVELS = [level.name for level in CPU_LEVELS if level.machine == "aarch64"]
 TVM_CUDA = {"kind": "cuda", "arch": "sm_90a"}
 
@@ -63,7 +71,7 @@ LOWER_LEVELS = [
     )
     for level in CPU_LEVELS
     if level.machine == architecture()
-    for kernel in KERNELS.values()
+    for kernel in ON_CPUS
     for case in kernel.cases
 ]
 
@@ -85,7 +93,7 @@ def emulated(
 ) -> Iterator[Callable[[str], dict[str, list[np.ndarray]]]]:
     """emulated(level) -> the results of every case, by kernel and case."""
     calls = KernelCalls(tmp_path_factory.mktemp("emulated"))
-    for kernel in KERNELS.values():
+    for kernel in ON_CPUS:
         for case in kernel.cases:
             calls.add(kernel, case)
     calls.write()
@@ -105,7 +113,7 @@ EMULATED = [pytest.param(level, marks=pytest.mark.xdist_group(level)) for level 
 
 @pytest.mark.full
 @pytest.mark.parametrize("level", EMULATED)
-@pytest.mark.parametrize(("kernel", "case"), CASES)
+@pytest.mark.parametrize(("kernel", "case"), CASES_ON_CPUS)
 def test_schedules_of_every_emulated_level_agree_with_reference(emulated, level, kernel, case):
     results = emulated(level)[f"{kernel.name}: {case.name}"]
     compare(kernel, case, made_inputs(case), results)
@@ -129,7 +137,7 @@ def test_the_cpu_of_a_lower_level_cannot_run_it(tmp_path, level, lower):
     calls.run(cpu, calls.compile(lower))
 
 
-@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("kernel", EVERY_ON_CPUS)
 def test_cpu_results_do_not_depend_on_thread_count(harness, kernel):
     case = max(kernel.cases, key=lambda case: case.bytes)
     inputs = made_inputs(case)
@@ -167,7 +175,7 @@ def test_cases_and_reference_follow_the_signature(kernel, case):
     assert set(signature.updated) <= set(inputs)
 
 
-@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("kernel", EVERY_ON_CPUS)
 def test_some_schedule_fits_every_cpu(kernel):
     for level in CPU_LEVELS:
         for case in kernel.cases:
@@ -185,7 +193,7 @@ def test_registry_holds_every_kernel_once():
 
 
 @pytest.mark.parametrize("level", AARCH64_LEVELS)
-@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("kernel", EVERY_ON_CPUS)
 def test_cpu_code_generates_for_aarch64(harness, kernel, level):
     target = resolve(f"cpu:{level}")
     func = kernel.build(target.kernels, **kernel.cases[0].static)
