@@ -7,7 +7,13 @@ and `gpu` have what schedules of one family share, `formats` the number formats.
 
 from __future__ import annotations
 
-from .attention import KV_COPY_PAGES, PAGED_ATTENTION, ROPE_KV_INSERT
+from .attention import (
+    COMBINE_ATTENTION,
+    KV_COPY_PAGES,
+    PAGED_ATTENTION,
+    ROPE_KV_INSERT,
+    SPLIT_ATTENTION,
+)
 from .embedding import EMBED
 from .formats import ACTIVATIONS, DENSE
 from .gather import GATHER_ROWS
@@ -28,6 +34,8 @@ KERNELS: dict[str, Kernel] = {
         *(format_.kernel for format_ in DENSE.formats()),
         ROPE_KV_INSERT,
         PAGED_ATTENTION,
+        SPLIT_ATTENTION,
+        COMBINE_ATTENTION,
         ROUTER_TOPK,
         *ROUTE.values(),
         MOE_PLAN,

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from .combine_attention import COMBINE_ATTENTION
 from .kv_copy import KV_COPY_PAGES
 from .kv_insert import ROPE_KV_INSERT
 from .paged_attention import PAGED_ATTENTION
+from .split_attention import SPLIT_ATTENTION
+from .splits import SPLITS
 
-__all__ = ["KV_COPY_PAGES", "PAGED_ATTENTION", "ROPE_KV_INSERT"]
+__all__ = [
+    "COMBINE_ATTENTION",
+    "KV_COPY_PAGES",
+    "PAGED_ATTENTION",
+    "ROPE_KV_INSERT",
+    "SPLITS",
+    "SPLIT_ATTENTION",
+]

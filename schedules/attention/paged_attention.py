@@ -80,7 +80,7 @@ def signature(
     )
 
 
-def _case(
+def attention_case(
     name: str,
     spans: list[tuple[int, int]],
     *,
@@ -160,44 +160,52 @@ def _case(
 
 
 CASES = (
-    _case("first token", [(0, 1)]),
-    _case("15 keys, a page less one", [(14, 15)]),
-    _case("16 keys, a full page", [(15, 16)]),
-    _case("17 keys, a page and one", [(16, 17)]),
-    _case("block edge of the online softmax", [(126, 130)]),
-    _case("window edge", [(0, 40)], window=20),
-    _case("window a multiple of a page", [(30, 34), (63, 66)], window=32),
-    _case("window smaller than a page", [(0, 35)], window=5),
-    _case("window of one key", [(17, 19)], window=1),
-    _case("ragged batch", [(0, 7), (40, 41), (16, 33), (99, 100)], heads=6, kv_heads=3),
-    _case("chunk in the middle of a sequence", [(37, 70)], window=24),
-    _case("ungrouped heads", [(20, 23)], heads=3, kv_heads=3, head_dim=24),
-    _case("head of 40", [(45, 48)], heads=10, kv_heads=2, head_dim=40),
-    _case("head of 6, group of 12", [(45, 48)], heads=12, kv_heads=1, head_dim=6),
-    _case("head of 160, more than a GPU's block has threads", [(140, 142)], head_dim=160),
-    _case("group of 11", [(18, 20)], heads=11, kv_heads=1, head_dim=32),
-    _case("large scores", [(30, 36)], scores=1e4),
-    _case("sink above all scores", [(30, 36)], sink=60.0),
-    _case("no sink", [(30, 36)], sink=float("-inf")),
-    _case("one channel 1000 times the others", [(30, 36)], spike=1000.0),
-    _case("float16", [(5, 25), (300, 301)], head_dim=64, kv_dtype="float16"),
-    _case("float16, sliding, head of 40", [(5, 25)], head_dim=40, window=9, kv_dtype="float16"),
-    _case("bfloat16", [(5, 25), (300, 301)], head_dim=64, kv_dtype="bfloat16"),
-    _case("bfloat16, sliding, head of 40", [(5, 25)], head_dim=40, window=9, kv_dtype="bfloat16"),
-    _case("bfloat16, head of 6", [(45, 48)], heads=12, kv_heads=1, head_dim=6, kv_dtype="bfloat16"),
-    _case("bfloat16, no sink", [(30, 36)], sink=float("-inf"), kv_dtype="bfloat16"),
-    _case("int8", [(5, 25), (300, 301)], head_dim=64, kv_dtype="int8"),
-    _case("int8, sliding, head of 40", [(5, 25)], head_dim=40, window=9, kv_dtype="int8"),
-    _case("int8, head of 6", [(45, 48)], heads=12, kv_heads=1, head_dim=6, kv_dtype="int8"),
-    _case("int8, one channel 1000 times", [(30, 36)], spike=1000.0, kv_dtype="int8"),
-    _case("position 131,071 of a sliding layer", [(131_071, 131_072)], window=128),
-    _case(
+    attention_case("first token", [(0, 1)]),
+    attention_case("15 keys, a page less one", [(14, 15)]),
+    attention_case("16 keys, a full page", [(15, 16)]),
+    attention_case("17 keys, a page and one", [(16, 17)]),
+    attention_case("block edge of the online softmax", [(126, 130)]),
+    attention_case("window edge", [(0, 40)], window=20),
+    attention_case("window a multiple of a page", [(30, 34), (63, 66)], window=32),
+    attention_case("window smaller than a page", [(0, 35)], window=5),
+    attention_case("window of one key", [(17, 19)], window=1),
+    attention_case("ragged batch", [(0, 7), (40, 41), (16, 33), (99, 100)], heads=6, kv_heads=3),
+    attention_case("chunk in the middle of a sequence", [(37, 70)], window=24),
+    attention_case("ungrouped heads", [(20, 23)], heads=3, kv_heads=3, head_dim=24),
+    attention_case("head of 40", [(45, 48)], heads=10, kv_heads=2, head_dim=40),
+    attention_case("head of 6, group of 12", [(45, 48)], heads=12, kv_heads=1, head_dim=6),
+    attention_case("head of 160, more than a GPU's block has threads", [(140, 142)], head_dim=160),
+    attention_case("group of 11", [(18, 20)], heads=11, kv_heads=1, head_dim=32),
+    attention_case("large scores", [(30, 36)], scores=1e4),
+    attention_case("sink above all scores", [(30, 36)], sink=60.0),
+    attention_case("no sink", [(30, 36)], sink=float("-inf")),
+    attention_case("one channel 1000 times the others", [(30, 36)], spike=1000.0),
+    attention_case("float16", [(5, 25), (300, 301)], head_dim=64, kv_dtype="float16"),
+    attention_case(
+        "float16, sliding, head of 40", [(5, 25)], head_dim=40, window=9, kv_dtype="float16"
+    ),
+    attention_case("bfloat16", [(5, 25), (300, 301)], head_dim=64, kv_dtype="bfloat16"),
+    attention_case(
+        "bfloat16, sliding, head of 40", [(5, 25)], head_dim=40, window=9, kv_dtype="bfloat16"
+    ),
+    attention_case(
+        "bfloat16, head of 6", [(45, 48)], heads=12, kv_heads=1, head_dim=6, kv_dtype="bfloat16"
+    ),
+    attention_case("bfloat16, no sink", [(30, 36)], sink=float("-inf"), kv_dtype="bfloat16"),
+    attention_case("int8", [(5, 25), (300, 301)], head_dim=64, kv_dtype="int8"),
+    attention_case("int8, sliding, head of 40", [(5, 25)], head_dim=40, window=9, kv_dtype="int8"),
+    attention_case(
+        "int8, head of 6", [(45, 48)], heads=12, kv_heads=1, head_dim=6, kv_dtype="int8"
+    ),
+    attention_case("int8, one channel 1000 times", [(30, 36)], spike=1000.0, kv_dtype="int8"),
+    attention_case("position 131,071 of a sliding layer", [(131_071, 131_072)], window=128),
+    attention_case(
         "position 131,071 of a full layer",
         [(131_071, 131_072)],
         kv_heads=1,
         physical_pages=7,
     ),
-    _case(
+    attention_case(
         "20b full layer, one token",
         [(4000, 4001)],
         heads=64,
@@ -205,7 +213,7 @@ CASES = (
         head_dim=64,
         kv_dtype="float16",
     ),
-    _case(
+    attention_case(
         "20b full layer, one token, bfloat16",
         [(4000, 4001)],
         heads=64,
@@ -213,7 +221,7 @@ CASES = (
         head_dim=64,
         kv_dtype="bfloat16",
     ),
-    _case(
+    attention_case(
         "20b full layer, one token, int8",
         [(4000, 4001)],
         heads=64,
@@ -221,7 +229,7 @@ CASES = (
         head_dim=64,
         kv_dtype="int8",
     ),
-    _case(
+    attention_case(
         "20b sliding layer, 32 tokens",
         [(4000, 4032)],
         heads=64,

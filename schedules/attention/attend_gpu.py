@@ -1,0 +1,589 @@
+"""Attention on GPUs of every family: a block of threads takes one token and eight heads of one
+KV head over a range of keys, and reads each of these keys and values once.
+
+The cache is read as 32-bit words, four at a time (Words). The keys go by in chunks of two for
+each thread. Of a chunk,
+
+1. four threads a page and half of head_dim score its 16 keys, 32 sums each;
+2. a thread for each head and 1/16 of the chunk turns scores into weights;
+3. head_dim / 4 threads read a value, 32 sums each, and as many rows of threads as there is room
+   for share the chunk's values.
+
+In 1 and 3 every number from the cache meets eight heads, and every one from shared memory four or
+eight numbers from the cache: of each ten instructions eight are multiply-adds. All arithmetic is
+float32, whatever the cache holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import tvm
+
+from mxforge.kv_layout import PAGE_TOKENS
+
+from ..formats.kv import KV, scale_at
+from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..math import LOWEST, exp_f32
+from .pages import first_visible, physical_page
+from .splits import SPLITS, split_pages
+
+HEADS = 8  # of a block: query heads of one KV head; where there are fewer, some stay idle
+PLANE = 4  # heads whose scores lie side by side: 16 bytes
+WORDS = 4  # that a thread reads at once
+
+
+@dataclass(frozen=True)
+class AttendTile(TileConfig):
+    threads: int  # of a block
+    loads: int  # of 16 bytes that a thread has in flight
+
+    @property
+    def keys(self) -> int:
+        """Of a chunk."""
+        return 2 * self.threads
+
+    @property
+    def pages(self) -> int:
+        return self.keys // PAGE_TOKENS
+
+    @property
+    def plane(self) -> int:
+        """Numbers from one plane of scores to the next: half of the banks further."""
+        return PLANE * self.keys + 16
+
+
+# 128 threads, 16 KiB of shared memory: what every device has. Not measured.
+TILE = AttendTile(threads=128, loads=8)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What four words of a cache in one format hold.
+
+    Of keys: `wide` slots beside each other, `word` elements of each. Of values: `wide` elements
+    beside each other, of `word` slots each. Number i of the first kind and j of the second is
+    element i·word + j of the four words (formats/kv.py).
+    """
+
+    kv_dtype: str
+    head_dim: int
+
+    @property
+    def word(self) -> int:
+        return KV[self.kv_dtype].word
+
+    @property
+    def elements(self) -> int:
+        """In four words."""
+        return 4 * WORDS // KV[self.kv_dtype].element_bytes
+
+    @property
+    def wide(self) -> int:
+        return self.elements // self.word
+
+    @property
+    def heads(self) -> int:
+        """That a thread takes: so that it has 32 sums."""
+        return 32 // self.wide
+
+    @property
+    def key_units(self) -> int:
+        """Reads of a page's keys, for one group of `wide` slots."""
+        return -(-self.head_dim // self.word)
+
+    @property
+    def slot_groups(self) -> int:
+        return PAGE_TOKENS // self.wide
+
+    @property
+    def row(self) -> int:
+        """Words of a page's row."""
+        elements = KV[self.kv_dtype].shape(1, 1, self.head_dim)[-1]
+        return elements * KV[self.kv_dtype].element_bytes // 4
+
+    @property
+    def scales(self) -> int:
+        """The word of a row with the scales of the first two slots."""
+        return scale_at(self.head_dim, 0) // 4
+
+    def view(self, kv: Any, kv_heads: int, pages: Any) -> Any:
+        """The cache [2, Hkv, pages, row] as uint32."""
+        return T.decl_buffer((2, kv_heads, pages, self.row), "uint32", data=kv.data)
+
+    def key_at(self, unit: Any, slot_group: Any) -> Any:
+        return unit * (self.slot_groups * WORDS) + slot_group * WORDS
+
+    def value_at(self, unit: Any, column: Any) -> Any:
+        """Of slots unit·word and following, elements column·wide and following."""
+        return unit * (self.head_dim // self.wide * WORDS) + column * WORDS
+
+    def number(self, words: Any, at: Any, i: Any, j: Any) -> Any:
+        """float32 number i, j of the four words from `at` on; of int8 without its scale."""
+        element = i * self.word + j
+        per_word = self.elements // WORDS
+        shift = T.Cast("uint32", element % per_word * (32 // per_word))
+        return _NUMBER[self.kv_dtype](words[at + element // per_word], shift)
+
+
+def _half(word: Any, shift: Any) -> Any:
+    bits = T.Cast("uint16", T.shift_right(word, shift))
+    return T.Cast("float32", T.reinterpret("float16", bits))
+
+
+def _upper(word: Any, shift: Any) -> Any:
+    """float32 of a bfloat16: the upper half of its bits."""
+    bits = T.shift_right(word, shift)
+    return T.reinterpret("float32", T.shift_left(bits, T.uint32(16)))
+
+
+def _byte(word: Any, shift: Any) -> Any:
+    # In place of a conversion, of which NVIDIA's GPUs do 16 in the time of 128 others: as the last
+    # bits of 2²³ + 128.
+    low = T.bitwise_and(T.shift_right(word, shift), T.uint32(0xFF))
+    bits = T.bitwise_or(T.bitwise_xor(low, T.uint32(0x80)), T.uint32(0x4B000000))
+    return T.reinterpret("float32", bits) - T.float32(8388736)
+
+
+_NUMBER: dict[str, Callable[[Any, Any], Any]] = {
+    "float32": lambda word, _shift: T.reinterpret("float32", word),
+    "float16": _half,
+    "bfloat16": _upper,
+    "int8": _byte,
+}
+
+
+def fits(*, head_dim: int, **_static: Any) -> bool:
+    """Whether rows of values begin at a multiple of 16 bytes, and a block has room for one."""
+    return head_dim % 8 == 0 and head_dim <= 4 * TILE.threads
+
+
+class Arrays(NamedTuple):
+    """Of a block, in shared memory; then those that each thread has of its own."""
+
+    query: Any  # f32 [D, 8 heads]
+    score: Any  # f32 [2 planes, keys, 4 heads]: scores, then weights, of a chunk's keys by place
+    value_scale: Any  # f32 [keys], by place
+    largest: Any  # f32 [threads]
+    factor: Any  # f32 [8 heads]
+    page_of: Any  # i32 [pages of a chunk]: physical ones
+    acc: Any  # f32 [heads taken, wide]: sums of values
+    top: Any  # f32: largest score of a head so far
+    total: Any  # f32: sum of weights, of this thread's part of the keys
+    page: Any  # i64: the physical page whose keys it scores
+    read: Any  # u32: words of the cache
+    sums: Any  # f32 [wide, heads taken]: scores
+    part: Any  # f32: scores of a head
+    four: Any  # f32: of four heads
+    running: Any  # f32
+
+
+class Seen(NamedTuple):
+    """Of a chunk."""
+
+    key0: Any  # its first key: a page's first
+    pages: Any
+    low: Any  # of all chunks, the first key that is visible
+    high: Any  # and the last
+
+
+def build(
+    split: bool,
+    arguments: tuple[Tensor, ...],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    kv_dtype: str,
+    window: int = 0,
+    tile: AttendTile,
+) -> tvm.tirx.PrimFunc:
+    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION.
+
+    Barriers are TVM's: it puts one wherever a thread reads what another one wrote to shared memory.
+    """
+    words = Words(kv_dtype, head_dim)
+    scaled = KV[kv_dtype].scaled
+    group = heads // kv_heads
+    per_kv_head = -(-group // HEADS)
+    threads, keys, plane = tile.threads, tile.keys, tile.plane
+    word, wide, taken = words.word, words.wide, words.heads
+    slot_groups, planes = words.slot_groups, words.heads // PLANE
+    # Scores: a thread is a slot group and some heads of a page, and half of the units.
+    units = words.key_units // 2
+    # Weights: a thread is a head and a part of the keys.
+    parts = threads // HEADS
+    # Values: `across` threads are the elements and heads of a value, and `rows` times so many.
+    across, columns = head_dim // PLANE, head_dim // wide
+    rows = threads // across
+    page_units = PAGE_TOKENS // word
+    key_loads = min(tile.loads, units)
+    value_loads = min(tile.loads, 16 // word)  # of four slots each, four are 512 multiply-adds
+    rounds = (rows - 1).bit_length()
+
+    def place(page, slot):
+        """Of a key among the scores: lanes beside each other have places beside each other."""
+        return slot % wide * (keys // wide) + page * slot_groups + slot // wide
+
+    def slot_of(unit):
+        """The first slot of value unit 0 … page_units - 1 of a page, by the same rule."""
+        return unit % slot_groups * wide + unit // slot_groups * word
+
+    def once(low, high):
+        """Iterations of a loop that stands for a condition, in which TVM puts no barriers."""
+        return T.Select(low > high, 0, 1) if split else 1
+
+    def score_of(tx, k):
+        """A head's score of key place k·parts + …, where heads are lanes."""
+        return tx % HEADS // PLANE * plane + (k * parts + tx // HEADS) * PLANE + tx % PLANE
+
+    def first_plane_of_score(tx):
+        return tx % 4 // slot_groups * planes
+
+    def first_plane_of_value(tx):
+        return tx % across // columns * planes
+
+    def allocated():
+        """Arrays of a block, in shared memory, and of each thread."""
+
+        def shared(*shape, dtype="float32"):
+            return T.sblock_alloc_buffer(shape, dtype, scope="shared")
+
+        def local(*shape, dtype="float32"):
+            return T.sblock_alloc_buffer(shape, dtype, scope="local")
+
+        return Arrays(
+            query=shared(head_dim * HEADS),
+            score=shared(HEADS // PLANE * plane),
+            value_scale=shared(keys if scaled else 1),
+            largest=shared(threads),
+            factor=shared(HEADS),
+            page_of=shared(tile.pages, dtype="int32"),
+            acc=local(32),
+            top=local(1),
+            total=local(1),
+            page=local(1, dtype="int64"),
+            read=local(tile.loads * WORDS, dtype="uint32"),
+            sums=local(32),
+            part=local(keys // parts),
+            four=local(PLANE),
+            running=local(1),
+        )
+
+    @T.inline
+    def take_query(own, q, t, head, exists, tx):
+        """query[d, head] = q / √D, and 0 for heads that do not exist."""
+        for i in T.serial(T.ceildiv(head_dim * HEADS // 4 - tx, threads)):
+            d: T.let = (i * threads + tx) // HEADS * 4
+            own.four[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
+            if exists:
+                own.four[T.ramp(0, 1, 4)] = q[t, T.ramp(head * head_dim + d, 1, 4)]
+            for j in T.unroll(4):
+                own.query[(d + j) * HEADS + tx % HEADS] = own.four[j] * T.float32(head_dim**-0.5)
+
+    @T.inline
+    def add_keys(own, cache, kv_head, tx, first, count):
+        """sums += query · keys, over `count` units from number `first` of this thread's half on."""
+        unit0: T.let = tx // (threads // 2) * units + first
+        for u in T.unroll(count):
+            at: T.let = words.key_at(unit0 + u, tx % 4 % slot_groups)
+            own.read[T.ramp(u * WORDS, 1, WORDS)] = cache[
+                0, kv_head, own.page[0], T.ramp(at, 1, WORDS)
+            ]
+        for u in T.unroll(count):
+            for j in T.unroll(word):
+                for h4 in T.unroll(planes):
+                    d: T.let = (unit0 + u) * word + j
+                    own.four[T.ramp(0, 1, PLANE)] = own.query[
+                        T.ramp(d * HEADS + (first_plane_of_score(tx) + h4) * PLANE, 1, PLANE)
+                    ]
+                    for i in T.unroll(wide):
+                        number: T.let = words.number(own.read, u * WORDS, i, j)
+                        for h in T.unroll(PLANE):
+                            sum_at: T.let = i * taken + h4 * PLANE + h
+                            own.sums[sum_at] = own.sums[sum_at] + own.four[h] * number
+
+    @T.inline
+    def put_scores(own, tx, i0, s0):
+        """Sums of half of this thread's slots, from i0 on, into places of slots from s0 on."""
+        for i in T.unroll(wide // 2):
+            for h4 in T.unroll(planes):
+                at: T.let = place(tx // 4 % tile.pages, tx % 4 % slot_groups * wide + s0 + i)
+                own.score[
+                    T.ramp((first_plane_of_score(tx) + h4) * plane + at * PLANE, 1, PLANE)
+                ] = own.sums[T.ramp((i0 + i) * taken + h4 * PLANE, 1, PLANE)]
+
+    @T.inline
+    def add_scores(own, tx, i0, s0):
+        """Sums of half of this thread's slots, from i0 on, += places of slots from s0 on."""
+        for i in T.unroll(wide // 2):
+            for h4 in T.unroll(planes):
+                at: T.let = place(tx // 4 % tile.pages, tx % 4 % slot_groups * wide + s0 + i)
+                own.four[T.ramp(0, 1, PLANE)] = own.score[
+                    T.ramp((first_plane_of_score(tx) + h4) * plane + at * PLANE, 1, PLANE)
+                ]
+                for h in T.unroll(PLANE):
+                    sum_at: T.let = (i0 + i) * taken + h4 * PLANE + h
+                    own.sums[sum_at] = own.sums[sum_at] + own.four[h]
+
+    @T.inline
+    def end_scores(own, cache, kv_head, tx, i0, seen):
+        """Scores of half of this thread's slots, from i0 on: scaled where keys have scales, LOWEST
+        where the key is not seen; and the scales of values, for later."""
+        for i in T.unroll(wide // 2):
+            slot: T.let = tx % 4 % slot_groups * wide + i0 + i
+            key: T.let = seen.key0 + tx // 4 % tile.pages * PAGE_TOKENS + slot
+            if key < seen.low or key > seen.high:
+                for h in T.unroll(taken):
+                    own.sums[(i0 + i) * taken + h] = T.float32(LOWEST)
+            elif scaled:
+                at: T.let = words.scales + slot // 2
+                shift: T.let = T.Cast("uint32", i % 2 * 16)
+                of_key: T.let = _upper(cache[0, kv_head, own.page[0], at], shift)
+                for h in T.unroll(taken):
+                    own.sums[(i0 + i) * taken + h] = own.sums[(i0 + i) * taken + h] * of_key
+                own.value_scale[place(tx // 4 % tile.pages, slot)] = _upper(
+                    cache[1, kv_head, own.page[0], at], shift
+                )
+        put_scores(own, tx, i0, i0)
+
+    @T.inline
+    def score_keys(own, cache, kv_head, page_table, first_page, sequence, tx, seen):
+        """score = q·k / √D of the chunk's keys. Two threads have the sums of the same slots, over
+        half of head_dim each: each of them ends half of the slots."""
+        for i in T.unroll(32):
+            own.sums[i] = T.float32(0)
+        if tx // 4 % tile.pages < seen.pages:
+            own.page[0] = physical_page(
+                page_table, first_page, sequence,
+                seen.key0 // PAGE_TOKENS + tx // 4 % tile.pages,
+            )  # fmt: skip
+            if tx < threads // 2 and tx % 4 == 0:
+                own.page_of[tx // 4] = T.Cast("int32", own.page[0])
+            for step in T.serial(units // key_loads):
+                add_keys(own, cache, kv_head, tx, step * key_loads, key_loads)
+            if units % key_loads > 0:
+                add_keys(own, cache, kv_head, tx, units - units % key_loads, units % key_loads)
+        if tx < threads // 2:
+            put_scores(own, tx, wide // 2, 0)
+        else:
+            put_scores(own, tx, 0, wide // 2)
+        if tx < threads // 2:
+            add_scores(own, tx, 0, wide // 2)
+        else:
+            add_scores(own, tx, wide // 2, 0)
+        if tx < threads // 2:
+            end_scores(own, cache, kv_head, tx, 0, seen)
+        else:
+            end_scores(own, cache, kv_head, tx, wide // 2, seen)
+
+    @T.inline
+    def weigh(own, tx):
+        """score = exp(score - top), times the value's scale where there is one; factor corrects
+        older sums. Heads are lanes here, and a thread takes each `parts`-th key."""
+        own.running[0] = T.float32(LOWEST)
+        for k in T.unroll(keys // parts):
+            own.part[k] = own.score[score_of(tx, k)]
+            own.running[0] = T.max(own.running[0], own.part[k])
+        own.largest[tx] = own.running[0]
+        own.running[0] = own.top[0]
+        for k in T.unroll(parts):
+            own.running[0] = T.max(own.running[0], own.largest[k * HEADS + tx % HEADS])
+        own.total[0] = own.total[0] * exp_f32(own.top[0] - own.running[0])
+        if tx < HEADS:
+            own.factor[tx] = exp_f32(own.top[0] - own.running[0])
+        own.top[0] = own.running[0]
+        for k in T.unroll(keys // parts):
+            own.part[k] = T.Select(
+                own.part[k] > T.float32(LOWEST), exp_f32(own.part[k] - own.top[0]), T.float32(0)
+            )
+            own.total[0] = own.total[0] + own.part[k]
+            if scaled and own.part[k] > T.float32(0):
+                own.part[k] = own.part[k] * own.value_scale[k * parts + tx // HEADS]
+            own.score[score_of(tx, k)] = own.part[k]
+
+    @T.inline
+    def add_values(own, cache, kv_head, tx, seen, first, count):
+        """acc += weights · values, over `count` of this thread's units from number `first` on."""
+        for u in T.unroll(count):
+            unit: T.let = (first + u) * rows + tx // across
+            slot: T.let = slot_of(unit % page_units)
+            key: T.let = seen.key0 + unit // page_units * PAGE_TOKENS + slot
+            own.read[T.ramp(u * WORDS, 1, WORDS)] = T.broadcast(T.uint32(0), WORDS)
+            if key + word > seen.low and key <= seen.high:
+                page: T.let = T.Cast("int64", own.page_of[unit // page_units])
+                at: T.let = words.value_at(slot // word, tx % across % columns)
+                own.read[T.ramp(u * WORDS, 1, WORDS)] = cache[
+                    1, kv_head, page, T.ramp(at, 1, WORDS)
+                ]
+            if word == 2:  # numbers of two slots in a word, of which one may be NaN
+                keep: T.let = T.bitwise_or(
+                    T.Select(key < seen.low, T.uint32(0), T.uint32(0xFFFF)),
+                    T.Select(key + 1 > seen.high, T.uint32(0), T.uint32(0xFFFF0000)),
+                )
+                for w in T.unroll(WORDS):
+                    own.read[u * WORDS + w] = T.bitwise_and(own.read[u * WORDS + w], keep)
+        for u in T.unroll(count):
+            unit: T.let = (first + u) * rows + tx // across
+            for j in T.unroll(word):
+                at: T.let = place(unit // page_units, slot_of(unit % page_units) + j)
+                for h4 in T.unroll(planes):
+                    own.four[T.ramp(0, 1, PLANE)] = own.score[
+                        T.ramp((first_plane_of_value(tx) + h4) * plane + at * PLANE, 1, PLANE)
+                    ]
+                    for i in T.unroll(wide):
+                        number: T.let = words.number(own.read, u * WORDS, i, j)
+                        for h in T.unroll(PLANE):
+                            sum_at: T.let = (h4 * PLANE + h) * wide + i
+                            own.acc[sum_at] = own.acc[sum_at] + own.four[h] * number
+
+    @T.inline
+    def sum_values(own, cache, kv_head, tx, seen):
+        """acc = corrected acc + weights · values, of the chunk's keys that fall to this thread."""
+        for h in T.unroll(taken):
+            own.running[0] = own.factor[first_plane_of_value(tx) * PLANE + h]
+            for i in T.unroll(wide):
+                own.acc[h * wide + i] = own.acc[h * wide + i] * own.running[0]
+        if tx < rows * across:
+            steps: T.let = seen.pages * page_units // (rows * value_loads)
+            for step in T.serial(steps):
+                add_values(own, cache, kv_head, tx, seen, step * value_loads, value_loads)
+            done: T.let = steps * value_loads
+            for step in T.serial(T.ceildiv(seen.pages * page_units, rows) - done):
+                if (done + step) * rows + tx // across < seen.pages * page_units:
+                    add_values(own, cache, kv_head, tx, seen, done + step, 1)
+
+    @T.inline
+    def add_rows(own, tx, count, half):
+        """acc of the first half of `count` rows += that of the others."""
+        if tx // across >= half and tx // across < count:
+            for i in T.unroll(32 // PLANE):
+                at: T.let = i * (threads // 2) + tx - half * across
+                own.score[T.ramp(at * PLANE, 1, PLANE)] = own.acc[T.ramp(i * PLANE, 1, PLANE)]
+        if tx // across < count - half:
+            for i in T.unroll(32 // PLANE):
+                own.four[T.ramp(0, 1, PLANE)] = own.score[
+                    T.ramp((i * (threads // 2) + tx) * PLANE, 1, PLANE)
+                ]
+                for h in T.unroll(PLANE):
+                    own.acc[i * PLANE + h] = own.acc[i * PLANE + h] + own.four[h]
+
+    @T.inline
+    def put_result(own, out, t, row, head0, heads_left, tx):
+        """Head by head, four columns at once."""
+        for h in T.unroll(taken):
+            head: T.let = first_plane_of_value(tx) * PLANE + h
+            if head < heads_left:
+                for i4 in T.unroll(wide // 4):
+                    at: T.let = (head0 + head) * head_dim + tx % columns * wide + i4 * 4
+                    if split:
+                        out[t, row, T.ramp(at, 1, 4)] = own.acc[T.ramp(h * wide + i4 * 4, 1, 4)]
+                    else:
+                        out[t, T.ramp(at, 1, 4)] = own.acc[
+                            T.ramp(h * wide + i4 * 4, 1, 4)
+                        ] / T.broadcast(own.factor[head], 4)
+
+    @T.inline
+    def attend(cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
+        """Head block hb of token t over the keys low … high, into `row` of out and stats."""
+        own = allocated()
+        kv_head: T.let = hb // per_kv_head
+        head0: T.let = kv_head * group + hb % per_kv_head * HEADS
+        heads_left: T.let = group - hb % per_kv_head * HEADS
+        page0: T.let = low // PAGE_TOKENS
+        page_end: T.let = high // PAGE_TOKENS + 1
+        for tx in T.thread_binding(threads, thread="threadIdx.x"):
+            head: T.let = head0 + tx % HEADS
+            exists: T.let = tx % HEADS < heads_left
+            if split and low > high and tx < HEADS and exists:
+                stats[t, row, head, 1] = T.float32(0)
+            for _ in T.serial(once(low, high)):
+                take_query(own, q, t, head, exists, tx)
+                own.top[0] = T.float32(LOWEST)
+                own.total[0] = T.float32(0)
+                if not split and exists:
+                    own.top[0] = T.max(sinks[head], T.float32(LOWEST))
+                    if tx < HEADS:
+                        own.total[0] = exp_f32(sinks[head] - own.top[0])
+                for i in T.unroll(32):
+                    own.acc[i] = T.float32(0)
+                for chunk in T.serial(T.ceildiv(page_end - page0, tile.pages)):
+                    first: T.let = page0 + chunk * tile.pages
+                    seen = Seen(first * PAGE_TOKENS, T.min(page_end - first, tile.pages), low, high)
+                    score_keys(own, cache, kv_head, table, first_page, sequence, tx, seen)
+                    weigh(own, tx)
+                    sum_values(own, cache, kv_head, tx, seen)
+                own.largest[tx] = own.total[0]
+                if tx < HEADS:
+                    own.running[0] = T.float32(0)
+                    for k in T.unroll(parts):
+                        own.running[0] = own.running[0] + own.largest[k * HEADS + tx]
+                    own.factor[tx] = own.running[0]
+                    if split and exists:
+                        stats[t, row, head, 0] = own.top[0]
+                        stats[t, row, head, 1] = own.running[0]
+                for r in T.unroll(rounds):
+                    add_rows(
+                        own, tx, T.ceildiv(rows, T.shift_left(1, r)),
+                        T.ceildiv(rows, T.shift_left(2, r)),
+                    )  # fmt: skip
+                if tx < across:
+                    put_result(own, out, t, row, head0, heads_left, tx)
+
+    @T.inline
+    def body(
+        n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks=None, out=None,
+        partial=None, stats=None,
+    ):  # fmt: skip
+        # Two dimensions or three, since some devices end each of them at 65,535 blocks.
+        for token in T.thread_binding(n, thread="blockIdx.x"):
+            for head_block in T.thread_binding(kv_heads * per_kv_head, thread="blockIdx.y"):
+                if split:
+                    for of_split in T.thread_binding(SPLITS, thread="blockIdx.z"):
+                        with T.sblock("block"):
+                            t, hb, row = T.axis.remap("SSS", [token, head_block, of_split])
+                            T.reads(
+                                q[t, 0 : heads * head_dim],
+                                kv[0:2, 0:kv_heads, 0:pages, 0 : kv.shape[3]],
+                                positions[t],
+                                token_seq[t],
+                                page_table[0:b, 0:p],
+                                first_page[0:b],
+                            )
+                            T.writes(
+                                partial[t, row, 0 : heads * head_dim], stats[t, row, 0:heads, 0:2]
+                            )
+                            size: T.let = split_pages(positions[t] + 1) * PAGE_TOKENS
+                            attend(
+                                words.view(kv, kv_heads, pages), q, page_table, first_page,
+                                token_seq[t], None, partial, stats, t, row, hb, row * size,
+                                T.min(row * size + size - 1, positions[t]),
+                            )  # fmt: skip
+                else:
+                    with T.sblock("block"):
+                        t, hb = T.axis.remap("SS", [token, head_block])
+                        T.reads(
+                            q[t, 0 : heads * head_dim],
+                            kv[0:2, 0:kv_heads, 0:pages, 0 : kv.shape[3]],
+                            positions[t],
+                            token_seq[t],
+                            page_table[0:b, 0:p],
+                            first_page[0:b],
+                            sinks[0:heads],
+                        )
+                        T.writes(out[t, 0 : heads * head_dim])
+                        attend(
+                            words.view(kv, kv_heads, pages), q, page_table, first_page,
+                            token_seq[t], sinks, out, None, t, 0, hb,
+                            first_visible(positions[t], window), positions[t],
+                        )  # fmt: skip
+
+    return prim_func(arguments, body)
+
+
+def schedules(*, split: bool) -> tuple[Schedule, ...]:
+    """Of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION."""
+    return (Schedule("keys over threads", gpu(), partial(build, split), TILE, fits=fits),)

@@ -1,0 +1,7 @@
+"""Split attention on GPUs: a block for each token, group of heads and split."""
+
+from __future__ import annotations
+
+from . import attend_gpu
+
+SCHEDULES = attend_gpu.schedules(split=True)
