@@ -6,6 +6,7 @@ from ..formats.activations import F32
 from ..formats.dense import BF16_WEIGHT, DENSE, DenseFormat
 from ..gpu.items import one_thread_an_item
 from .bf16_cpu import SCHEDULES
+from .bf16_cuda import SCHEDULE as CUDA
 from .bf16_gpu import elements
 from .linear import case, linear_kernel
 
@@ -13,7 +14,7 @@ LINEAR = linear_kernel(
     "bf16w_linear",
     BF16_WEIGHT,
     F32,
-    (*SCHEDULES, one_thread_an_item(elements)),
+    (*SCHEDULES, CUDA, one_thread_an_item(elements)),
     (
         case(
             BF16_WEIGHT,

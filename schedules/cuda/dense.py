@@ -1,0 +1,435 @@
+"""What CUDA schedules of dense layers share, fused ones too: y = x·Wᵀ by mma.sync, sm_80 and later.
+
+A tile is 16 rows of W, the rows of an mma; tokens are its columns. Each token has several, for an
+input becomes a sum of parts that tensor cores take; products are thus as good as those of float32.
+
+- A step is 32 inputs. W is packed so that a lane's fragments of a step are one or two times 16
+  bytes: loads of 128 bits, past L1, and no unpacking.
+- The warps of a block share out the steps, each a run of its own. A warp brings the parts of its
+  inputs to its own shared memory, a few steps at a time. Warps thus meet once: to add up.
+- Every lane has `loads` loads of weights in flight, the first of them before it reads x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..kernel import Layout, T, TileConfig
+from .instructions import LANES, MMA_COLUMNS, MMA_ROWS
+
+STEP = 32  # inputs: what two mma of bfloat16 take, and a block of 8-bit weights
+PAIRS = MMA_ROWS // 2  # of rows in a tile: a lane, later a thread, has both rows of a pair
+QUADS = STEP // 4  # lanes that read a step of a token, four inputs each
+AT_ONCE = LANES // QUADS  # steps that a warp reads by one load
+ITEMS = 16  # in a warp's shared memory: steps of tokens
+READS = ITEMS // AT_ONCE
+ALL_LANES = 0xFFFFFFFF
+MOST_TILES = 65_535  # blocks of an axis of a grid that is not the first
+
+
+@dataclass(frozen=True)
+class DenseTile(TileConfig):
+    """A block's sizes. It has `few` tokens where there are no more than that, and `many` otherwise.
+
+    warps: of a block; with few tokens, and less than `enough` tiles of rows, `warps_of_few_rows`
+    row_tiles: of a block with many tokens, where there are `enough` tiles of rows
+    loads: of 16 bytes of W that a lane has in flight
+    """
+
+    few: int
+    many: int = 16
+    warps: int = 8
+    warps_of_few_rows: int = 16
+    enough: int = 264  # two for each SM of an H200
+    row_tiles: int = 2
+    loads: int = 8
+
+
+# -- layouts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Which rows make a tile: of every `group` rows, tile i has the pairs (8i + p, 8i + p + group/2)
+    for p < 8. The last rows are filled up with zeros to a whole group."""
+
+    group: int = MMA_ROWS
+
+    def tiles(self, rows: int) -> int:
+        return -(-rows // self.group) * (self.group // MMA_ROWS)
+
+    def row(self, tile: Any, p: Any, second: Any) -> Any:
+        """The first or second row of pair p; an expression."""
+        in_group = self.group // MMA_ROWS
+        first = tile // in_group * self.group + tile % in_group * PAIRS + p
+        return first + second * (self.group // 2)
+
+    def by_tile(self, rows: np.ndarray) -> np.ndarray:
+        """[rows, …] -> [tiles, 2, 8, …]: the first rows of a tile's pairs, then the second."""
+        tiles = self.tiles(len(rows))
+        full = np.zeros((tiles * MMA_ROWS, *rows.shape[1:]), rows.dtype)
+        full[: len(rows)] = rows
+        grouped = full.reshape(-1, 2, self.group // MMA_ROWS, PAIRS, *rows.shape[1:])
+        return grouped.swapaxes(1, 2).reshape(tiles, 2, PAIRS, *rows.shape[1:])
+
+    def fragments(self, mmas: int) -> Layout:
+        """The layout of W [rows, k], of which a step takes so many mma: u32 [tiles, k/32, 128·mmas].
+
+        Lane 4g + t has four words of each mma: of inputs 8t … 8t + 7 the first half of those that
+        the mma takes, of row g and of row g + 8, then the other half.
+        """
+
+        def shape(stored: tuple[Any, ...]) -> tuple[Any, ...]:
+            rows, k = stored
+            return (self.tiles(rows), k // STEP, mmas * LANES * 4)
+
+        def pack(weight: np.ndarray) -> np.ndarray:
+            words = np.ascontiguousarray(weight).view(np.uint32)
+            words = words.reshape(len(weight), -1, 4, mmas, 2)  # row, step, t, mma, half
+            tiles = self.by_tile(words)  # tile, second, g, step, t, mma, half
+            return tiles.transpose(0, 3, 5, 2, 4, 6, 1).reshape(shape(weight.shape))
+
+        return Layout(shape, pack, rows=self.group, dtype="uint32")
+
+
+# -- code -----------------------------------------------------------------------------------------
+
+
+@T.inline
+def load_words(to, at, start):
+    """Four words from `start` on, an element of a buffer, to registers; not kept in L1."""
+    T.ptx["ld.global.nc.L1::no_allocate.v4.b32"](
+        to[at], to[at + 1], to[at + 2], to[at + 3], T.address_of(start)
+    )
+
+
+# TVM takes warp_sync for no barrier: where it sees shared memory written and read, it adds barriers
+# of the block, or refuses to. It does not see these reads.
+SHARED_WORDS = r"""
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, const void* start) {
+  a = *(const uint32_t*)start;
+}
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, const void* start) {
+  uint2 words = *(const uint2*)start;
+  a = words.x, b = words.y;
+}
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* start) {
+  uint4 words = *(const uint4*)start;
+  a = words.x, b = words.y, c = words.z, d = words.w;
+}
+"""
+
+
+def shared_words(registers: Sequence[Any], start: Any) -> Any:
+    """The call that brings one, two or four words from `start` on, an element of shared memory."""
+    return T.cuda.func_call(
+        "mx_shared_words", *registers, T.address_of(start), source_code=SHARED_WORDS
+    )
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How inputs become columns of an mma, and its products sums: what depends on W's format.
+
+    An item is a step of a token. All lanes of a warp call these T.inline functions at once.
+
+    columns: of a token, side by side
+    mmas: of a tile and a step
+    words: of shared memory, for an item
+    sums: f32 accumulators of a lane, for each row of a pair
+    load(weights, m, tile, step, lane, w, scale): a step of a tile to registers m·mmas·4 and on of
+        w, and to m of scale
+    stage(shared, at, item, q, stored, x, i, parts): parts of x[i … i+3], inputs 4q … 4q+3 of an
+        item, to the warp's shared memory, which begins at `at`; eight lanes have an item
+    fetch(shared, at, item, column, own, t, b): this lane's part of B to b: of a column of an item,
+        and what belongs to `own`, the item of its sums
+    multiply(b, t, w, scale, m, acc, acc_at): adds the products of a tile and a step
+    total(acc, acc_at, t) -> f32: a lane's sum of a row, of token 2t // columns
+    """
+
+    columns: int
+    mmas: int
+    words: int
+    sums: int
+    load: Callable[..., Any]
+    stage: Callable[..., Any]
+    fetch: Callable[..., Any]
+    multiply: Callable[..., Any]
+    total: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The sizes of a launch's blocks. `steps` are in flight; `staged` of each token are in shared
+    memory."""
+
+    tokens: int
+    row_tiles: int
+    warps: int
+    steps: int
+    staged: int
+
+    @property
+    def reads_of_token(self) -> int:
+        """Reads that bring the items of one token, of which there may be several in a read."""
+        return max(1, self.staged // AT_ONCE)
+
+
+def blocks_of(tile: DenseTile, mmas: int, tiles: int, steps: int) -> tuple[Block, Block]:
+    """The blocks for few tokens and for many, of W with so many tiles of rows and steps."""
+    enough = tiles >= tile.enough
+
+    def sizes(tokens: int, warps: int, row_tiles: int) -> Block:
+        in_flight = tile.loads // (mmas * row_tiles)
+        return Block(tokens, row_tiles, min(warps, steps), in_flight, ITEMS // tokens)
+
+    return (
+        sizes(tile.few, tile.warps if enough else tile.warps_of_few_rows, 1),
+        sizes(tile.many, tile.warps, tile.row_tiles if enough else 1),
+    )
+
+
+def dense(
+    arithmetic: Arithmetic, tile: DenseTile, tiling: Tiling, *, rows: int, k: int,
+    eps: float | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """The T.inline launch(n, x, norm_weight, weights, finish, given) of x·Wᵀ, x f32 [n, k].
+
+    finish(given, token, tile, p, pair): what one thread does with pair f32 [2], a token's sums of
+        the rows of pair p
+    eps: where it is given, of rms_norm(x, norm_weight, eps) in place of x
+    """
+    tiles, steps = tiling.tiles(rows), k // STEP
+    blocks = blocks_of(tile, arithmetic.mmas, tiles, steps)
+    few, many = (_launch(arithmetic, b, tile.loads, tiles, k, eps) for b in blocks)
+
+    @T.inline
+    def launch(n, x, norm_weight, weights, finish, given):
+        if n <= blocks[0].tokens:
+            few(n, x, norm_weight, weights, finish, given)
+        else:
+            many(n, x, norm_weight, weights, finish, given)
+
+    return launch
+
+
+def _launch(
+    arithmetic: Arithmetic, b: Block, loads: int, tiles: int, k: int, eps: float | None
+) -> Callable[..., Any]:
+    """One launch of `dense`."""
+    columns, sums = arithmetic.columns, 2 * arithmetic.sums
+    mma_tokens = MMA_COLUMNS // columns
+    mma_tiles = b.tokens // mma_tokens
+    threads = b.warps * LANES
+    steps = k // STEP
+    rounds = -(-(-(-steps // b.warps)) // b.steps)
+    partials = b.row_tiles * 2 * b.tokens * PAIRS  # of a warp
+    sums_at = b.warps * ITEMS * arithmetic.words  # in shared memory
+    squares_at = sums_at + b.warps * partials
+    token_lanes = QUADS * min(b.staged, AT_ONCE)  # that read items of one token
+
+    @T.inline
+    def launch(n, x, norm_weight, weights, finish, given):
+        for tile_block in T.thread_binding(-(-tiles // b.row_tiles), thread="blockIdx.y"):
+            for token_block in T.thread_binding(T.ceildiv(n, b.tokens), thread="blockIdx.x"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("block"):
+                        vy, vx, tx = T.axis.remap("SSS", [tile_block, token_block, thread])
+                        # In one, for TVM gives the place of an array that it thinks is done with
+                        # to the next one, without a barrier.
+                        shared = T.sblock_alloc_buffer(
+                            (squares_at + b.warps * b.tokens,), "uint32", scope="shared"
+                        )
+                        w = T.sblock_alloc_buffer((loads * 4,), "uint32", scope="local")
+                        scale = T.sblock_alloc_buffer((loads,), "uint32", scope="local")
+                        four = T.sblock_alloc_buffer((READS * 4,), "float32", scope="local")
+                        weight = T.sblock_alloc_buffer((4,), "float32", scope="local")
+                        square = T.sblock_alloc_buffer((READS,), "float32", scope="local")
+                        bits = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        acc = T.sblock_alloc_buffer(
+                            (b.row_tiles * mma_tiles * sums,), "float32", scope="local"
+                        )
+                        pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                        warp: T.let = tx // LANES
+                        lane: T.let = tx % LANES
+                        first: T.let = vx * b.tokens
+                        # At least one: TVM would fear for indices into shared memory.
+                        count: T.let = T.max(
+                            T.Cast("int32", T.min(n - first, T.int64(b.tokens))), 1
+                        )
+                        begin: T.let = warp * steps // b.warps
+                        end: T.let = (warp + 1) * steps // b.warps
+                        own_items: T.let = warp * (ITEMS * arithmetic.words)
+
+                        @T.inline
+                        def load(slot, step):
+                            if step < end:
+                                for m in T.unroll(b.row_tiles):
+                                    arithmetic.load(
+                                        weights, slot * b.row_tiles + m,
+                                        T.min(vy * b.row_tiles + m, tiles - 1), step, lane,
+                                        w, scale,
+                                    )  # fmt: skip
+
+                        @T.inline
+                        def read(i, token, step, q):
+                            """Four inputs to `four`, zeros where there is no such item."""
+                            if (token < count) and (step < end):
+                                four[T.ramp(i * 4, 1, 4)] = x[
+                                    first + token, T.ramp(step * STEP + q * 4, 1, 4)
+                                ]
+                            else:
+                                four[T.ramp(i * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
+
+                        @T.inline
+                        def normalize(i, step, q):
+                            """All but the factor of the token, which is known at the end."""
+                            if step < end:
+                                weight[T.ramp(0, 1, 4)] = norm_weight[
+                                    T.ramp(step * STEP + q * 4, 1, 4)
+                                ]
+                            for j in T.unroll(4):
+                                square[i // b.reads_of_token] = (
+                                    square[i // b.reads_of_token]
+                                    + four[i * 4 + j] * four[i * 4 + j]
+                                )
+                                four[i * 4 + j] = four[i * 4 + j] * weight[j]
+
+                        @T.inline
+                        def stage(base):
+                            for i in T.unroll(READS):
+                                if i * AT_ONCE // b.staged < count:
+                                    item: T.let = i * AT_ONCE + lane // QUADS
+                                    read(i, item // b.staged, base + item % b.staged, lane % QUADS)
+                            # Not in one loop with the above: TVM would make `four` anew each time.
+                            for i in T.unroll(READS):
+                                if i * AT_ONCE // b.staged < count:
+                                    item: T.let = i * AT_ONCE + lane // QUADS
+                                    step: T.let = base + item % b.staged
+                                    if eps is not None:
+                                        normalize(i, step, lane % QUADS)
+                                    arithmetic.stage(
+                                        shared, own_items, item, lane % QUADS,
+                                        (item // b.staged < count) and (step < end),
+                                        four, i * 4, bits,
+                                    )  # fmt: skip
+
+                        @T.inline
+                        def multiply(slot, d):
+                            for c in T.unroll(mma_tiles):
+                                if (c == 0) or (c * mma_tokens < count):
+                                    # A column without a token is another one again, for nobody.
+                                    token: T.let = T.min(
+                                        c * mma_tokens + lane // 4 // columns, count - 1
+                                    )
+                                    own: T.let = T.min(
+                                        c * mma_tokens + lane % 4 * 2 // columns, count - 1
+                                    )
+                                    arithmetic.fetch(
+                                        shared, own_items, token * b.staged + d,
+                                        lane // 4 % columns, own * b.staged + d, lane % 4, bits,
+                                    )  # fmt: skip
+                                    for m in T.unroll(b.row_tiles):
+                                        arithmetic.multiply(
+                                            bits, lane % 4, w, scale, slot * b.row_tiles + m,
+                                            acc, (m * mma_tiles + c) * sums,
+                                        )  # fmt: skip
+
+                        @T.inline
+                        def leave_sums():
+                            """A warp's sums, for all of its block."""
+                            for m in T.unroll(b.row_tiles):
+                                for c in T.unroll(mma_tiles):
+                                    for second in T.unroll(2):
+                                        total: T.let = arithmetic.total(
+                                            acc,
+                                            (m * mma_tiles + c) * sums + second * (sums // 2),
+                                            lane % 4,
+                                        )
+                                        if lane % 4 * 2 % columns == 0:
+                                            token: T.let = c * mma_tokens + lane % 4 * 2 // columns
+                                            shared[
+                                                sums_at
+                                                + warp * partials
+                                                + ((m * 2 + second) * b.tokens + token) * PAIRS
+                                                + lane // 4
+                                            ] = T.reinterpret("uint32", total)
+
+                        @T.inline
+                        def leave_squares():
+                            for i in T.unroll(READS // b.reads_of_token):
+                                for distance in T.unroll(token_lanes.bit_length() - 1):
+                                    square[i] = square[i] + T.cuda.__shfl_xor_sync(
+                                        T.uint32(ALL_LANES), square[i], T.shift_left(1, distance),
+                                        LANES,
+                                    )  # fmt: skip
+                                if lane % token_lanes == 0:
+                                    shared[
+                                        squares_at
+                                        + warp * b.tokens
+                                        + i * (LANES // token_lanes)
+                                        + lane // token_lanes
+                                    ] = T.reinterpret("uint32", square[i])
+
+                        @T.inline
+                        def add_up(item, token, m):
+                            for second in T.unroll(2):
+                                pair[second] = T.float32(0)
+                            weight[0] = T.float32(0)
+                            for other in T.serial(b.warps):
+                                for second in T.unroll(2):
+                                    pair[second] = pair[second] + T.reinterpret(
+                                        "float32",
+                                        shared[
+                                            sums_at + other * partials
+                                            + ((m * 2 + second) * b.tokens + token) * PAIRS
+                                            + item % PAIRS
+                                        ],
+                                    )  # fmt: skip
+                                if eps is not None:
+                                    weight[0] = weight[0] + T.reinterpret(
+                                        "float32", shared[squares_at + other * b.tokens + token]
+                                    )
+                            if eps is not None:
+                                for second in T.unroll(2):
+                                    pair[second] = pair[second] / T.sqrt(
+                                        weight[0] / T.float32(k) + T.float32(eps)
+                                    )
+
+                        for slot in T.unroll(b.steps):
+                            load(slot, begin + slot)
+                        for i in T.unroll(b.row_tiles * mma_tiles * sums):
+                            acc[i] = T.float32(0)
+                        if eps is not None:
+                            for i in T.unroll(READS // b.reads_of_token):
+                                square[i] = T.float32(0)
+                        for r in T.serial(rounds):
+                            for s in T.unroll(b.steps // b.staged):
+                                base: T.let = begin + r * b.steps + s * b.staged
+                                stage(base)
+                                T.cuda.warp_sync()
+                                for d in T.unroll(b.staged):
+                                    if base + d < end:
+                                        multiply(s * b.staged + d, d)
+                                        if rounds > 1:
+                                            load(s * b.staged + d, base + d + b.steps)
+                                if rounds * b.steps > b.staged:
+                                    T.cuda.warp_sync()
+                        leave_sums()
+                        if eps is not None:
+                            leave_squares()
+                        T.tvm_storage_sync("shared")
+                        for i in T.serial(-(-partials // 2 // threads)):
+                            item: T.let = i * threads + tx
+                            token: T.let = item // PAIRS % b.tokens
+                            m: T.let = item // PAIRS // b.tokens
+                            tile_: T.let = vy * b.row_tiles + m
+                            if (item < partials // 2) and (token < count) and (tile_ < tiles):
+                                add_up(item, token, m)
+                                finish(given, first + token, tile_, item % PAIRS, pair)
+
+    return launch

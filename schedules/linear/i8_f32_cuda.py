@@ -1,0 +1,146 @@
+"""`i8_f32` on CUDA: an input is an integer of three digits, each a column of mma.m16n8k32.
+
+Inputs are rounded to 23 bits (a sign and 22) for 32 neighbours, by a scale that is a power of two,
+and so that y is as good as of float32: x = scale·(65536·a + 256·b + c), digits from -128 to 127.
+Columns are a, b, nothing, c: a lane has two sums beside each other, and adds 256·a + b or c.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..cuda.dense import (
+    ALL_LANES,
+    ITEMS,
+    PAIRS,
+    Arithmetic,
+    DenseTile,
+    Tiling,
+    load_words,
+    shared_words,
+)
+from ..cuda.instructions import LANES, mma_s8
+from ..kernel import Layout, T
+from .dense_cuda import linear_schedule
+
+DIGITS, COLUMNS, MMAS = 3, 4, 1
+DIGIT = 8  # words of a step's 32 inputs
+BITS = 21  # the largest of 32 inputs is at least 2 to this, times the scale
+SMALLEST = 27  # of the exponents that count, biased; 2^-100: what is below counts as zero
+ROUND = 0x4B400000  # the bits of 1.5·2^23, whose last bit is 1
+NAN = 0x7FC00000
+TILE = DenseTile(few=2)
+
+
+def _perm(a: Any, b: Any, selector: int) -> Any:
+    return T.call_extern("uint32", "__byte_perm", a, b, T.uint32(selector))
+
+
+@T.inline
+def _load(weights, m, tile, step, lane, w, scale):
+    load_words(w, m * 4, weights[0][tile, step, lane * 4])
+    scale[m] = weights[1][tile, step, lane // 4]
+
+
+@T.inline
+def _stage(shared, at, item, q, stored, x, i, parts):
+    parts[0] = T.uint32(0)
+    for j in T.unroll(4):
+        parts[0] = T.max(
+            parts[0], T.bitwise_and(T.reinterpret("uint32", x[i + j]), T.uint32(0x7FFFFFFF))
+        )
+    for distance in T.unroll(3):
+        parts[0] = T.max(
+            parts[0],
+            T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), parts[0], T.shift_left(1, distance), LANES),
+        )
+    exponent: T.let = T.max(T.shift_right(parts[0], T.uint32(23)), T.uint32(SMALLEST))
+    up: T.let = T.reinterpret(
+        "float32", T.shift_left(T.uint32(2 * 127 + BITS) - exponent, T.uint32(23))
+    )
+    for j in T.unroll(4):
+        # Digits plus 128 each, which makes all of them, and what is carried, positive.
+        parts[j + 1] = T.reinterpret("uint32", x[i + j] * up + T.float32(1.5 * 2**23)) + T.uint32(
+            (0x808080 - ROUND) % 2**32
+        )
+    if stored:
+        # Bytes of four inputs, beside each other by digit.
+        for j in T.unroll(2):
+            parts[5 + j] = _perm(parts[1 + 2 * j], parts[2 + 2 * j], 0x5140)
+            parts[1 + 2 * j] = _perm(parts[1 + 2 * j], parts[2 + 2 * j], 0x0062)
+        place: T.let = at + item * (DIGITS * DIGIT) + q
+        shared[place] = T.bitwise_xor(_perm(parts[1], parts[3], 0x5410), T.uint32(0x80808080))
+        shared[place + DIGIT] = T.bitwise_xor(
+            _perm(parts[5], parts[6], 0x7632), T.uint32(0x80808080)
+        )
+        shared[place + 2 * DIGIT] = T.bitwise_xor(
+            _perm(parts[5], parts[6], 0x5410), T.uint32(0x80808080)
+        )
+        if q == 0:
+            shared[at + ITEMS * (DIGITS * DIGIT) + item] = T.Select(
+                exponent == T.uint32(255),  # an infinity or NaN among the inputs
+                T.uint32(NAN),
+                T.shift_left(exponent - T.uint32(BITS), T.uint32(23)),
+            )
+
+
+@T.inline
+def _fetch(shared, at, item, column, own, t, b):
+    digit: T.let = T.min(column, DIGITS - 1)  # the column of nothing has c too
+    T.evaluate(
+        shared_words((b[0], b[1]), shared[at + item * (DIGITS * DIGIT) + digit * DIGIT + t * 2])
+    )
+    T.evaluate(shared_words((b[2],), shared[at + ITEMS * (DIGITS * DIGIT) + own]))
+
+
+def _half(word: Any, second: int) -> Any:
+    """float32 of one of the two float16 in a word."""
+    bits = T.Cast("uint16", T.shift_right(word, T.uint32(16 * second)))
+    return T.Cast("float32", T.reinterpret("float16", bits))
+
+
+@T.inline
+def _multiply(b, t, w, scale, m, acc, acc_at):
+    for i in T.unroll(4):
+        b[4 + i] = T.uint32(0)
+    mma_s8(b, 4, w, m * 4, b, 0)
+    factor: T.let = T.Select(t % 2 == 0, T.uint32(256), T.uint32(0))
+    for i in T.unroll(2):
+        acc[acc_at + i] = acc[acc_at + i] + T.Cast(
+            "float32", T.Cast("int32", b[4 + 2 * i] * factor + b[4 + 2 * i + 1])
+        ) * (T.reinterpret("float32", b[2]) * _half(scale[m], i))
+
+
+def _total(acc: Any, at: Any, t: Any) -> Any:
+    """Both lanes of a token have it."""
+    own = acc[at] * T.Select(t % 2 == 0, T.float32(256), T.float32(1))
+    return own + T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), own, 1, LANES)
+
+
+I8 = Arithmetic(
+    columns=COLUMNS, mmas=MMAS, words=DIGITS * DIGIT + 1, sums=1,
+    load=_load, stage=_stage, fetch=_fetch, multiply=_multiply, total=_total,
+)  # fmt: skip
+
+
+def _scales(tiling: Tiling) -> Layout:
+    """f16 [rows, k/32] -> u32 [tiles, k/32, 8]: those of both rows of a pair, the first in the low
+    half."""
+
+    def shape(stored: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (tiling.tiles(stored[0]), stored[1], PAIRS)
+
+    def pack(scales: np.ndarray) -> np.ndarray:
+        pairs = tiling.by_tile(scales).transpose(0, 3, 2, 1)  # tile, step, p, second
+        return np.ascontiguousarray(pairs).view(np.uint32)[..., 0]
+
+    return Layout(shape, pack, rows=tiling.group, dtype="uint32")
+
+
+def layouts(tiling: Tiling) -> dict[str, Layout]:
+    return {"weight": tiling.fragments(MMAS), "weight_scale": _scales(tiling)}
+
+
+SCHEDULE = linear_schedule(I8, TILE, layouts)
