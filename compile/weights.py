@@ -136,10 +136,14 @@ def _bias(name: str, sources: tuple[str, ...], size: int) -> PackedWeight:
     return PackedWeight(name, (size,), "float32", sources, chunks, {"normal": 0.02})
 
 
-def _dense(weight: Weight, target: Target, format_: DenseFormat) -> list[PackedWeight]:
+def _dense(
+    weight: Weight, target: Target, precision: Precision, format_: DenseFormat
+) -> list[PackedWeight]:
     """A dense weight [rows, k], its tensors stacked, in the parts of a format."""
     rows, k = weight.rows, weight.columns
-    schedule = format_.kernel.choose(target, **weight.static)
+    fused = weight.fused and weight.fused.on(target, precision)
+    kernel, static = fused or (format_.kernel, weight.static)
+    schedule = kernel.choose(target, **static)
     tensors = format_.weight.tensors("weight", rows, k)
     packed = []
     for index, part in reversed([*enumerate(format_.weight.parts)]):
@@ -235,9 +239,11 @@ _PACKERS: dict[WeightRole, _Packer] = {
     "sinks": _vector_packer({"normal": 1.0}),
     "router_bias": _vector_packer({"normal": 0.1}),
     "bias": lambda w, _target, _precision: [_bias(w.name, w.sources, w.rows)],
-    "dense": lambda w, target, precision: _dense(w, target, precision.dense_of(w.columns)),
+    "dense": lambda w, target, precision: _dense(
+        w, target, precision, precision.dense_of(w.columns)
+    ),
     # Small, and an error here is another expert: bf16 whatever the precision.
-    "router": lambda w, target, _precision: _dense(w, target, DENSE["bf16"]),
+    "router": lambda w, target, precision: _dense(w, target, precision, DENSE["bf16"]),
     "gate_up": lambda w, target, precision: _experts(w, target, precision, GATE_UP),
     "down": lambda w, target, precision: _experts(w, target, precision, DOWN),
 }

@@ -310,6 +310,10 @@ class Kernel:
             if schedule.needs <= target.features and schedule.fits(**static)
         )
 
+    def fits(self, target: Target, **static: Any) -> bool:
+        """Whether a schedule fits."""
+        return bool(self.schedules_for(target, **static))
+
     def choose(self, target: Target, **static: Any) -> Schedule:
         """The best schedule that fits; UnscheduledError where none does."""
         fitting = self.schedules_for(target, **static)

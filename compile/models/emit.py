@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import tvm
@@ -73,6 +73,7 @@ class Step:
     token_seq: Expr  # i32 [n]
     cos_sin: Expr  # f32 [n, head_dim]
     tables: dict[Kind, Tables]
+    decoding: bool = False  # one token a sequence
 
 
 class Emitter(ABC, Generic[Config]):
@@ -147,13 +148,19 @@ class Emitter(ABC, Generic[Config]):
         **static: Any,
     ) -> Expr:
         """A dense layer f32 [n, k] -> f32 [n, rows] in one format; see `linear` for static."""
-        parts = {f"weight{p.suffix}": w[f"{name}.weight{p.suffix}"] for p in format_.weight.parts}
+        parts = self.weight_parts(w, name, format_)
         inputs = {**self.activations("x", x, static["k"], format_.inputs), **parts}
         if static["with_bias"]:
             inputs["bias"] = w[f"{name}.bias"]
         if residual is not None:
             inputs["residual"] = residual
         return self.call(format_.kernel, inputs, **static)
+
+    @staticmethod
+    def weight_parts(w: Weights, name: str, format_: DenseFormat) -> dict[str, Expr]:
+        """The arguments that a dense layer's weight becomes in a format."""
+        suffixes = [part.suffix for part in format_.weight.parts]
+        return {f"weight{suffix}": w[f"{name}.weight{suffix}"] for suffix in suffixes}
 
     def norm(self, x: Expr, weight: Expr, eps: float) -> Expr:
         return self.call(
@@ -199,7 +206,7 @@ class Emitter(ABC, Generic[Config]):
         kv, weights = self._kv_inputs(), self._weight_inputs(self.weights)
         params = [tokens, *inputs, *kv, *weights.values()]
         with self._function("decode", params, {"b": self.limits.max_batch}):
-            step = self._step(inputs, weights)
+            step = replace(self._step(inputs, weights), decoding=True)
             self._output(self.forward(tokens, step, None, kv, weights))
 
     def _emit_sample(self) -> None:

@@ -7,11 +7,15 @@ Face layout, called canonical.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+
+from mxforge.schedules.kernel import Kernel, Target
+
+from ..formats import Precision
 
 # In safetensors' words. The published checkpoints store dense tensors as bf16; f16 and f32 occur in
 # fine-tunes.
@@ -63,6 +67,25 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Kernels that read a weight in one launch with the operations around it.
+
+    kernels            by the name of a number format
+    format(precision)  the name of that format
+    static(precision)  the kernel's static arguments
+    """
+
+    kernels: Mapping[str, Kernel]
+    format: Callable[[Precision], str]
+    static: Callable[[Precision], dict[str, Any]]
+
+    def on(self, target: Target, precision: Precision) -> tuple[Kernel, dict[str, Any]] | None:
+        """The kernel and its static arguments; None where it has no schedule for the target."""
+        kernel, static = self.kernels.get(self.format(precision)), self.static(precision)
+        return (kernel, static) if kernel and kernel.fits(target, **static) else None
+
+
+@dataclass(frozen=True)
 class Weight:
     """A weight as the compiler packs it, for a target, into one or more of the library's arguments.
 
@@ -70,6 +93,7 @@ class Weight:
              and biases
     values   f32, of a constant, which is made of no tensors
     static   the static arguments of the kernel that reads it, of a dense layer's or of experts'
+    fused    what reads it instead where it can
     """
 
     name: str
@@ -77,6 +101,7 @@ class Weight:
     tensors: tuple[Tensor, ...] = ()
     values: np.ndarray | None = None
     static: Mapping[str, Any] = field(default_factory=dict)
+    fused: Fused | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -168,3 +168,7 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
         of("one channel 1000 times the others", [(5, 8)], 96, 4, 1, 64, spike=1000),
         of("20b widths, one token", [(1000, 1001)], 2880, 8, 2, 64, "float16"),
     )
+
+
+# By the names of dense formats.
+QKV_INSERT: dict[str, Kernel] = {}

@@ -10,7 +10,12 @@ from collections.abc import Iterable, Sequence
 
 from tvm.relax import Expr
 
-from mxforge.schedules.attention import PAGED_ATTENTION, ROPE_KV_INSERT
+from mxforge.schedules.attention import (
+    COMBINE_ATTENTION,
+    PAGED_ATTENTION,
+    ROPE_KV_INSERT,
+    SPLIT_ATTENTION,
+)
 from mxforge.schedules.embedding import EMBED
 from mxforge.schedules.formats import ACTIVATIONS, DENSE
 from mxforge.schedules.kernel import Target
@@ -37,14 +42,11 @@ class GptOss(Emitter[GptOssConfig]):
         weights: Sequence[PackedWeight],
     ) -> None:
         super().__init__(config, target, precision, limits, weights)
-        c = config
         self._static = tensors.kernel_arguments(config)
-        self._attention_shape = dict(
-            heads=c.num_attention_heads,
-            kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            kv_dtype=precision.kv,
-        )
+        self._attention_shape = tensors.attention_arguments(config, precision.kv)
+        self._fused = {
+            name: fused.on(target, precision) for name, fused in tensors.fused(config).items()
+        }
 
     def rotary(self, positions: Expr, w: Weights) -> Expr:
         return self.call(
@@ -65,54 +67,67 @@ class GptOss(Emitter[GptOssConfig]):
         return attended, ids, expert_weights, x
 
     def attention_block(self, kind: Kind, x: Expr, step: Step, kv: Expr, w: Weights) -> Expr:
-        tables = {
+        places = {
             "positions": step.positions,
             "token_seq": step.token_seq,
             "page_table": step.tables[kind].pages,
             "first_page": step.tables[kind].first,
         }
-        h = self.norm(x, w["input_layernorm.weight"], self.config.rms_norm_eps)  # [hidden]
-        # weight [(heads + 2 kv_heads)·head_dim, hidden], bias f32
-        qkv = self.layer_dense("self_attn.qkv_proj", h, w)
-        q, kv = self.call(
-            ROPE_KV_INSERT,
-            {"qkv": qkv, "cos_sin": step.cos_sin, **tables, "kv": kv},
-            **self._attention_shape,
-        )
-        a = self.call(
-            PAGED_ATTENTION,
-            {"q": q, "kv": kv, **tables, "sinks": w["self_attn.sinks"]},  # f32 [heads]
-            **self._attention_shape,
-            window=self.config.sliding_window if kind == "sliding" else 0,
-        )
+        q, kv = self.queries(x, {**places, "cos_sin": step.cos_sin, "kv": kv}, w)
+        a = self.attend(kind, step, {"q": q, "kv": kv, **places}, w["self_attn.sinks"])
         # weight [hidden, heads·head_dim], bias f32 [hidden]
         return self.layer_dense("self_attn.o_proj", a, w, residual=x)
 
+    def queries(self, x: Expr, cache: dict[str, Expr], w: Weights) -> tuple[Expr, Expr]:
+        """Rotated queries f32 [n, heads·head_dim] and the cache with the tokens' keys and values.
+
+        x f32 [n, hidden]; qkv_proj's weight [(heads + 2 kv_heads)·head_dim, hidden], bias f32.
+        """
+        name, norm = "self_attn.qkv_proj", w["input_layernorm.weight"]  # [hidden]
+        if fused := self._fused[f"{name}.weight"]:
+            kernel, static = fused
+            parts = self.weight_parts(w, name, self.precision.dense_of(self.config.hidden_size))
+            inputs = {"x": x, "norm_weight": norm, **parts, "bias": w[f"{name}.bias"], **cache}
+            q, kv = self.call(kernel, inputs, **static)
+            return q, kv
+        qkv = self.layer_dense(name, self.norm(x, norm, self.config.rms_norm_eps), w)
+        q, kv = self.call(ROPE_KV_INSERT, {"qkv": qkv, **cache}, **self._attention_shape)
+        return q, kv
+
+    def attend(self, kind: Kind, step: Step, inputs: dict[str, Expr], sinks: Expr) -> Expr:
+        """f32 [n, heads·head_dim], of sinks f32 [heads].
+
+        Where each sequence has one token, the keys without a window are split among blocks, if
+        there are schedules for it.
+        """
+        shape = self._attention_shape
+        window = self.config.sliding_window if kind == "sliding" else 0
+        if step.decoding and not window and SPLIT_ATTENTION.fits(self.target, **shape):
+            partial, stats = self.call(SPLIT_ATTENTION, inputs, **shape)
+            parts = {"partial": partial, "stats": stats, "sinks": sinks}
+            whole = {"heads": shape["heads"], "head_dim": shape["head_dim"]}
+            return self.call(COMBINE_ATTENTION, parts, **whole)
+        return self.call(PAGED_ATTENTION, {**inputs, "sinks": sinks}, **shape, window=window)
+
     def moe_block(self, x: Expr, w: Weights) -> tuple[Expr, Expr, Expr]:
         c, precision = self.config, self.precision
-        routing = dict(experts=c.num_local_experts, top_k=c.num_experts_per_tok)
         gate_up, down = GATE_UP[precision.activations], DOWN[precision.activations]
-        format_ = ACTIVATIONS[precision.activations]
-
-        h = self.norm(x, w["post_attention_layernorm.weight"], c.rms_norm_eps)  # [hidden]
-        # weight bf16 [experts, hidden], bias f32 [experts]
-        logits = self.dense(h, w, "mlp.router", DENSE["bf16"], **self._static["mlp.router.weight"])
-        ids, expert_weights = self.call(ROUTER_TOPK, {"logits": logits}, **routing)
-        offsets, order = self.call(MOE_PLAN, {"ids": ids}, **routing)
+        h, ids, expert_weights = self.route(x, w)
+        offsets, order = self.call(
+            MOE_PLAN, {"ids": ids}, experts=c.num_local_experts, top_k=c.num_experts_per_tok
+        )
         plan = {"ids": ids, "offsets": offsets, "order": order}
-        h = self.call(
+        a = self.call(
             gate_up,
-            {
-                **self.activations("x", h, c.hidden_size, format_),
-                **plan,
-                **_mxfp4(w, "mlp.experts.gate_up_proj"),  # [experts, 2·intermediate, hidden]
-            },
+            # [experts, 2·intermediate, hidden]
+            {**h, **plan, **_mxfp4(w, "mlp.experts.gate_up_proj")},
             **self._static["mlp.experts.gate_up_proj"],
         )
+        format_ = ACTIVATIONS[precision.activations]
         x = self.call(
             down,
             {
-                **self.activations("h", h, c.intermediate_size, format_),
+                **self.activations("h", a, c.intermediate_size, format_),
                 **plan,
                 "weights": expert_weights,
                 **_mxfp4(w, "mlp.experts.down_proj"),  # [experts, hidden, intermediate]
@@ -121,6 +136,31 @@ class GptOss(Emitter[GptOssConfig]):
             **self._static["mlp.experts.down_proj"],
         )
         return ids, expert_weights, x
+
+    def route(self, x: Expr, w: Weights) -> tuple[dict[str, Expr], Expr, Expr]:
+        """The normed x as the experts take it, ids i32 [n, top_k] and weights f32 [n, top_k].
+
+        router's weight bf16 [experts, hidden], bias f32 [experts].
+        """
+        c, norm = self.config, w["post_attention_layernorm.weight"]  # [hidden]
+        format_ = ACTIVATIONS[self.precision.activations]
+        if fused := self._fused["mlp.router.weight"]:
+            kernel, static = fused
+            parts = self.weight_parts(w, "mlp.router", DENSE["bf16"])
+            inputs = {"x": x, "norm_weight": norm, **parts, "bias": w["mlp.router.bias"]}
+            *h, ids, weights = self.call(kernel, inputs, **static)
+            names = [tensor.name for tensor in format_.tensors("x", 0, c.hidden_size)]
+            return dict(zip(names, h, strict=True)), ids, weights
+        normed = self.norm(x, norm, c.rms_norm_eps)
+        static = self._static["mlp.router.weight"]
+        logits = self.dense(normed, w, "mlp.router", DENSE["bf16"], **static)
+        ids, weights = self.call(
+            ROUTER_TOPK,
+            {"logits": logits},
+            experts=c.num_local_experts,
+            top_k=c.num_experts_per_tok,
+        )
+        return self.activations("x", normed, c.hidden_size, format_), ids, weights
 
     def head(self, x: Expr, w: Weights) -> Expr:
         h = self.norm(x, w[tensors.FINAL_NORM], self.config.rms_norm_eps)  # [hidden]

@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from mxforge.schedules.attention import QKV_INSERT
+from mxforge.schedules.moe import ROUTE
+
 from ...config import Layout
-from ..tensors import Tensor, TensorRole, Weight, WeightRole, layer_prefix
+from ..tensors import Fused, Tensor, TensorRole, Weight, WeightRole, layer_prefix
 from .config import MXFP4_BLOCK, GptOssConfig
 
 INV_FREQ = "rope.inv_freq"  # of no checkpoint: follows from the config
@@ -123,13 +126,41 @@ def kernel_arguments(config: GptOssConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+def attention_arguments(config: GptOssConfig, kv: str) -> dict[str, Any]:
+    """Static arguments that all kernels of attention have, with a cache in the format `kv`."""
+    return {
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "kv_dtype": kv,
+    }
+
+
+def fused(config: GptOssConfig) -> dict[str, Fused]:
+    """What may read a weight in one launch with what stands around it, by the weight's name within
+    the layer."""
+    normed = {"hidden": config.hidden_size, "eps": config.rms_norm_eps}
+    routing = {"experts": config.num_local_experts, "top_k": config.num_experts_per_tok}
+    return {
+        "self_attn.qkv_proj.weight": Fused(
+            QKV_INSERT,
+            lambda precision: precision.dense_of(config.hidden_size).name,
+            lambda precision: {**normed, **attention_arguments(config, precision.kv)},
+        ),
+        "mlp.router.weight": Fused(
+            ROUTE, lambda precision: precision.activations, lambda _precision: normed | routing
+        ),
+    }
+
+
 def weights(config: GptOssConfig) -> list[Weight]:
     """Every weight in the order of the library's arguments; see `compile.weights` for packing."""
-    known, static = tensors(config), kernel_arguments(config)
+    known, static, together = tensors(config), kernel_arguments(config), fused(config)
 
     def weight(name: str, role: WeightRole, *parts: str, within: str = "") -> Weight:
         made_of = tuple(known[part] for part in parts or (name,))
-        return Weight(name, role, made_of, static=static.get(within or name, {}))
+        key = within or name
+        return Weight(name, role, made_of, static=static.get(key, {}), fused=together.get(key))
 
     listed = [
         Weight(INV_FREQ, "constant", values=config.rope_inv_freq()),
