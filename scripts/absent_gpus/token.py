@@ -202,8 +202,9 @@ def launches(
             inputs = [a.name for a in arguments if isinstance(a, relax.Var)]
             cache = 0
             if "attention" in kernel:
-                table = next(name for name in inputs if name.endswith("_table"))
-                cache = sequences * sizes[table.replace("table", "columns")] * page
+                tables = [name for name in inputs if name.endswith("_table")]
+                columns = [sizes[table.replace("table", "columns")] for table in tables]
+                cache = sequences * sum(columns) * page
             bytes_ = sum(read.get(name, 0) for name in inputs)
             for function, axes in _started(hosts[kernel], arguments, sizes):
                 blocks, threads = (
