@@ -77,7 +77,9 @@ class Tiling:
         return grouped.swapaxes(1, 2).reshape(tiles, 2, PAIRS, *rows.shape[1:])
 
     def fragments(self, mmas: int) -> Layout:
-        """The layout of W [rows, k], of which a step takes so many mma: u32 [tiles, k/32, 128·mmas].
+        """The layout of W [rows, k], of which a step takes so many mma.
+
+        It is u32 [tiles, k/32, 128·mmas].
 
         Lane 4g + t has four words of each mma: of inputs 8t … 8t + 7 the first half of those that
         the mma takes, of row g and of row g + 8, then the other half.
@@ -117,7 +119,8 @@ __forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, const 
   uint2 words = *(const uint2*)start;
   a = words.x, b = words.y;
 }
-__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* start) {
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, uint32_t& c,
+                                                uint32_t& d, const void* start) {
   uint4 words = *(const uint4*)start;
   a = words.x, b = words.y, c = words.z, d = words.w;
 }
@@ -199,8 +202,8 @@ def dense(
 ) -> Callable[..., Any]:  # fmt: skip
     """The T.inline launch(n, x, norm_weight, weights, finish, given) of x·Wᵀ, x f32 [n, k].
 
-    finish(given, token, tile, p, pair): what one thread does with pair f32 [2], a token's sums of
-        the rows of pair p
+    finish(given, token, tile, p, pair): what one thread does with pair f32 [4], of which the first
+        two are a token's sums of the rows of pair p, and two are its own
     eps: where it is given, of rms_norm(x, norm_weight, eps) in place of x
     """
     tiles, steps = tiling.tiles(rows), k // STEP
@@ -226,7 +229,8 @@ def _launch(
     mma_tiles = b.tokens // mma_tokens
     threads = b.warps * LANES
     steps = k // STEP
-    rounds = -(-(-(-steps // b.warps)) // b.steps)
+    most = -(-steps // b.warps)  # of a warp
+    rounds = -(-most // b.steps)
     partials = b.row_tiles * 2 * b.tokens * PAIRS  # of a warp
     sums_at = b.warps * ITEMS * arithmetic.words  # in shared memory
     squares_at = sums_at + b.warps * partials
@@ -248,7 +252,7 @@ def _launch(
         square = T.sblock_alloc_buffer((READS,), "float32", scope="local")
         bits = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         acc = T.sblock_alloc_buffer((b.row_tiles * mma_tiles * sums,), "float32", scope="local")
-        pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        pair = T.sblock_alloc_buffer((4,), "float32", scope="local")
         warp: T.let = tx // LANES
         lane: T.let = tx % LANES
         first: T.let = vx * b.tokens
