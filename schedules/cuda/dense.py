@@ -27,6 +27,7 @@ QUADS = STEP // 4  # lanes that read a step of a token, four inputs each
 AT_ONCE = LANES // QUADS  # steps that a warp reads by one load
 ITEMS = 16  # in a warp's shared memory: steps of tokens
 READS = ITEMS // AT_ONCE
+AHEAD = 2  # reads that are in flight together
 ALL_LANES = 0xFFFFFFFF
 MOST_TILES = 65_535  # blocks of an axis of a grid that is not the first
 
@@ -54,8 +55,8 @@ class DenseTile(TileConfig):
 
 @dataclass(frozen=True)
 class Tiling:
-    """Which rows make a tile: of every `group` rows, tile i has the pairs (8i + p, 8i + p + group/2)
-    for p < 8. The last rows are filled up with zeros to a whole group."""
+    """Which rows make a tile: of every `group` rows, tile i has the pairs (8i + p, 8i + p +
+    group/2) for p < 8. The last rows are filled up with zeros to a whole group."""
 
     group: int = MMA_ROWS
 
@@ -247,7 +248,7 @@ def _launch(
         shared = T.sblock_alloc_buffer((squares_at + b.warps * b.tokens,), "uint32", scope="shared")
         w = T.sblock_alloc_buffer((loads * 4,), "uint32", scope="local")
         scale = T.sblock_alloc_buffer((loads,), "uint32", scope="local")
-        four = T.sblock_alloc_buffer((READS * 4,), "float32", scope="local")
+        four = T.sblock_alloc_buffer((AHEAD * 4,), "float32", scope="local")
         weight = T.sblock_alloc_buffer((4,), "float32", scope="local")
         square = T.sblock_alloc_buffer((READS,), "float32", scope="local")
         bits = T.sblock_alloc_buffer((8,), "uint32", scope="local")
@@ -279,33 +280,36 @@ def _launch(
                 four[T.ramp(i * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
 
         @T.inline
-        def normalize(i, step, q):
+        def normalize(i, j, step, q):
             """All but the factor of the token, which is known at the end."""
             weight[T.ramp(0, 1, 4)] = norm_weight[
                 T.ramp(T.min(step, steps - 1) * STEP + q * 4, 1, 4)
             ]
-            for j in T.unroll(4):
+            for e in T.unroll(4):
                 square[i // b.reads_of_token] = (
-                    square[i // b.reads_of_token] + four[i * 4 + j] * four[i * 4 + j]
+                    square[i // b.reads_of_token] + four[j * 4 + e] * four[j * 4 + e]
                 )
-                four[i * 4 + j] = four[i * 4 + j] * weight[j]
+                four[j * 4 + e] = four[j * 4 + e] * weight[e]
 
         @T.inline
         def stage(base):
-            for i in T.unroll(READS):
-                if (i == 0) or (i * AT_ONCE // b.staged < count):
-                    item: T.let = i * AT_ONCE + lane // QUADS
-                    read(i, item // b.staged, base + item % b.staged, lane % QUADS)
-            # Not in one loop with the above: TVM would make `four` anew each time.
-            for i in T.unroll(READS):
-                if (i == 0) or (i * AT_ONCE // b.staged < count):
-                    item: T.let = i * AT_ONCE + lane // QUADS
-                    if eps is not None:
-                        normalize(i, base + item % b.staged, lane % QUADS)
-                    arithmetic.stage(
-                        shared, own_items, item, lane % QUADS, item // b.staged < count, four,
-                        i * 4, bits,
-                    )  # fmt: skip
+            for round_ in T.unroll(READS // AHEAD):
+                for j in T.unroll(AHEAD):
+                    i: T.let = round_ * AHEAD + j
+                    if (i == 0) or (i * AT_ONCE // b.staged < count):
+                        item: T.let = i * AT_ONCE + lane // QUADS
+                        read(j, item // b.staged, base + item % b.staged, lane % QUADS)
+                # Not in one loop with the above: TVM would make `four` anew each time.
+                for j in T.unroll(AHEAD):
+                    i: T.let = round_ * AHEAD + j
+                    if (i == 0) or (i * AT_ONCE // b.staged < count):
+                        item: T.let = i * AT_ONCE + lane // QUADS
+                        if eps is not None:
+                            normalize(i, j, base + item % b.staged, lane % QUADS)
+                        arithmetic.stage(
+                            shared, own_items, item, lane % QUADS, item // b.staged < count, four,
+                            j * 4, bits,
+                        )  # fmt: skip
 
         @T.inline
         def multiply(slot, d):
