@@ -11,6 +11,7 @@ from .attention import (
     COMBINE_ATTENTION,
     KV_COPY_PAGES,
     PAGED_ATTENTION,
+    QKV_INSERT,
     ROPE_KV_INSERT,
     SPLIT_ATTENTION,
 )
@@ -33,6 +34,7 @@ KERNELS: dict[str, Kernel] = {
         RMS_NORM,
         *(format_.kernel for format_ in DENSE.formats()),
         ROPE_KV_INSERT,
+        *QKV_INSERT.values(),
         PAGED_ATTENTION,
         SPLIT_ATTENTION,
         COMBINE_ATTENTION,

@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 
 from ..formats.activations import F32
-from ..formats.dense import DenseWeight
+from ..formats.dense import BF16_WEIGHT, DenseWeight
 from ..formats.kv import KV
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32
+from ..linear.i8 import I8_WEIGHT
 from ..linear.linear import linear_ref
 from ..rms_norm import rms_norm_ref
+from . import qkv_insert_cuda as cuda
 from .kv_insert import rope_kv_insert_ref
 from .pages import paged_layout, table_arguments
 
@@ -171,4 +173,7 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
 
 
 # By the names of dense formats.
-QKV_INSERT: dict[str, Kernel] = {}
+QKV_INSERT: dict[str, Kernel] = {
+    "bf16": qkv_kernel("bf16w_norm_qkv_insert", BF16_WEIGHT, (*cuda.BF16,)),
+    "i8xf32": qkv_kernel("i8w_norm_qkv_insert", I8_WEIGHT, (*cuda.I8,)),
+}

@@ -27,6 +27,7 @@ QUADS = STEP // 4  # lanes that read a step of a token, four inputs each
 AT_ONCE = LANES // QUADS  # steps that a warp reads by one load
 ITEMS = 16  # in a warp's shared memory: steps of tokens
 READS = ITEMS // AT_ONCE
+AHEAD = 2  # reads that are in flight together
 ALL_LANES = 0xFFFFFFFF
 MOST_TILES = 65_535  # blocks of an axis of a grid that is not the first
 
@@ -43,7 +44,7 @@ class DenseTile(TileConfig):
     few: int
     many: int = 16
     warps: int = 8
-    warps_of_few_rows: int = 16
+    warps_of_few_rows: int = 12
     enough: int = 264  # two for each SM of an H200
     row_tiles: int = 2
     loads: int = 8
@@ -54,8 +55,8 @@ class DenseTile(TileConfig):
 
 @dataclass(frozen=True)
 class Tiling:
-    """Which rows make a tile: of every `group` rows, tile i has the pairs (8i + p, 8i + p + group/2)
-    for p < 8. The last rows are filled up with zeros to a whole group."""
+    """Which rows make a tile: of every `group` rows, tile i has the pairs (8i + p, 8i + p +
+    group/2) for p < 8. The last rows are filled up with zeros to a whole group."""
 
     group: int = MMA_ROWS
 
@@ -77,7 +78,9 @@ class Tiling:
         return grouped.swapaxes(1, 2).reshape(tiles, 2, PAIRS, *rows.shape[1:])
 
     def fragments(self, mmas: int) -> Layout:
-        """The layout of W [rows, k], of which a step takes so many mma: u32 [tiles, k/32, 128·mmas].
+        """The layout of W [rows, k], of which a step takes so many mma.
+
+        It is u32 [tiles, k/32, 128·mmas].
 
         Lane 4g + t has four words of each mma: of inputs 8t … 8t + 7 the first half of those that
         the mma takes, of row g and of row g + 8, then the other half.
@@ -117,7 +120,8 @@ __forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, const 
   uint2 words = *(const uint2*)start;
   a = words.x, b = words.y;
 }
-__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* start) {
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, uint32_t& c,
+                                                uint32_t& d, const void* start) {
   uint4 words = *(const uint4*)start;
   a = words.x, b = words.y, c = words.z, d = words.w;
 }
@@ -199,8 +203,8 @@ def dense(
 ) -> Callable[..., Any]:  # fmt: skip
     """The T.inline launch(n, x, norm_weight, weights, finish, given) of x·Wᵀ, x f32 [n, k].
 
-    finish(given, token, tile, p, pair): what one thread does with pair f32 [2], a token's sums of
-        the rows of pair p
+    finish(given, token, tile, p, pair): what one thread does with pair f32 [4], of which the first
+        two are a token's sums of the rows of pair p, and two are its own
     eps: where it is given, of rms_norm(x, norm_weight, eps) in place of x
     """
     tiles, steps = tiling.tiles(rows), k // STEP
@@ -226,11 +230,186 @@ def _launch(
     mma_tiles = b.tokens // mma_tokens
     threads = b.warps * LANES
     steps = k // STEP
-    rounds = -(-(-(-steps // b.warps)) // b.steps)
+    most = -(-steps // b.warps)  # of a warp
+    rounds = -(-most // b.steps)
     partials = b.row_tiles * 2 * b.tokens * PAIRS  # of a warp
     sums_at = b.warps * ITEMS * arithmetic.words  # in shared memory
     squares_at = sums_at + b.warps * partials
+
+    def sum_at(warp: Any, m: Any, second: Any, token: Any) -> Any:
+        return sums_at + warp * partials + ((m * 2 + second) * b.tokens + token) * PAIRS
+
     token_lanes = QUADS * min(b.staged, AT_ONCE)  # that read items of one token
+
+    @T.inline
+    def work(vy, vx, tx, n, x, norm_weight, weights, finish, given):
+        # In one, for TVM gives the place of an array that it takes for done with to another one,
+        # without a barrier.
+        shared = T.sblock_alloc_buffer((squares_at + b.warps * b.tokens,), "uint32", scope="shared")
+        w = T.sblock_alloc_buffer((loads * 4,), "uint32", scope="local")
+        scale = T.sblock_alloc_buffer((loads,), "uint32", scope="local")
+        four = T.sblock_alloc_buffer((AHEAD * 4,), "float32", scope="local")
+        weight = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        square = T.sblock_alloc_buffer((READS,), "float32", scope="local")
+        bits = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+        acc = T.sblock_alloc_buffer((b.row_tiles * mma_tiles * sums,), "float32", scope="local")
+        pair = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        warp: T.let = tx // LANES
+        lane: T.let = tx % LANES
+        first: T.let = vx * b.tokens
+        count: T.let = T.Cast("int32", T.min(n - first, T.int64(b.tokens)))
+        begin: T.let = warp * steps // b.warps
+        end: T.let = (warp + 1) * steps // b.warps
+        own_items: T.let = warp * (ITEMS * arithmetic.words)
+
+        @T.inline
+        def load(slot, step):
+            for m in T.unroll(b.row_tiles):
+                arithmetic.load(
+                    weights, slot * b.row_tiles + m, T.min(vy * b.row_tiles + m, tiles - 1), step,
+                    lane, w, scale,
+                )  # fmt: skip
+
+        @T.inline
+        def read(i, token, step, q):
+            """Four inputs to `four`. What lies behind the warp's steps is zero, so that no product
+            has to be left out."""
+            if (token < count) and (step < end):
+                four[T.ramp(i * 4, 1, 4)] = x[first + token, T.ramp(step * STEP + q * 4, 1, 4)]
+            else:
+                four[T.ramp(i * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
+
+        @T.inline
+        def normalize(i, j, step, q):
+            """All but the factor of the token, which is known at the end."""
+            weight[T.ramp(0, 1, 4)] = norm_weight[
+                T.ramp(T.min(step, steps - 1) * STEP + q * 4, 1, 4)
+            ]
+            for e in T.unroll(4):
+                square[i // b.reads_of_token] = (
+                    square[i // b.reads_of_token] + four[j * 4 + e] * four[j * 4 + e]
+                )
+                four[j * 4 + e] = four[j * 4 + e] * weight[e]
+
+        @T.inline
+        def stage(base):
+            for round_ in T.unroll(READS // AHEAD):
+                for j in T.unroll(AHEAD):
+                    i: T.let = round_ * AHEAD + j
+                    if (i == 0) or (i * AT_ONCE // b.staged < count):
+                        item: T.let = i * AT_ONCE + lane // QUADS
+                        read(j, item // b.staged, base + item % b.staged, lane % QUADS)
+                # Not in one loop with the above: TVM would make `four` anew each time.
+                for j in T.unroll(AHEAD):
+                    i: T.let = round_ * AHEAD + j
+                    if (i == 0) or (i * AT_ONCE // b.staged < count):
+                        item: T.let = i * AT_ONCE + lane // QUADS
+                        if eps is not None:
+                            normalize(i, j, base + item % b.staged, lane % QUADS)
+                        arithmetic.stage(
+                            shared, own_items, item, lane % QUADS, item // b.staged < count, four,
+                            j * 4, bits,
+                        )  # fmt: skip
+
+        @T.inline
+        def multiply(slot, d):
+            for c in T.unroll(mma_tiles):
+                if (c == 0) or (c * mma_tokens < count):
+                    # Columns without a token are of whatever lies there, for nobody.
+                    token: T.let = c * mma_tokens + lane // 4 // columns
+                    own: T.let = c * mma_tokens + lane % 4 * 2 // columns
+                    arithmetic.fetch(
+                        shared, own_items, token * b.staged + d, lane // 4 % columns,
+                        own * b.staged + d, lane % 4, bits,
+                    )  # fmt: skip
+                    for m in T.unroll(b.row_tiles):
+                        arithmetic.multiply(
+                            bits, lane % 4, w, scale, slot * b.row_tiles + m, acc,
+                            (m * mma_tiles + c) * sums,
+                        )  # fmt: skip
+
+        @T.inline
+        def leave_sums():
+            """A warp's sums, for its block."""
+            for m in T.unroll(b.row_tiles):
+                for c in T.unroll(mma_tiles):
+                    for second in T.unroll(2):
+                        total: T.let = arithmetic.total(
+                            acc, (m * mma_tiles + c) * sums + second * (sums // 2), lane % 4
+                        )
+                        if lane % 4 * 2 % columns == 0:
+                            token: T.let = c * mma_tokens + lane % 4 * 2 // columns
+                            shared[sum_at(warp, m, second, token) + lane // 4] = T.reinterpret(
+                                "uint32", total
+                            )
+
+        @T.inline
+        def leave_squares():
+            for i in T.unroll(READS // b.reads_of_token):
+                for distance in T.unroll(token_lanes.bit_length() - 1):
+                    square[i] = square[i] + T.cuda.__shfl_xor_sync(
+                        T.uint32(ALL_LANES), square[i], T.shift_left(1, distance), LANES
+                    )
+                if lane % token_lanes == 0:
+                    token: T.let = i * (LANES // token_lanes) + lane // token_lanes
+                    shared[squares_at + warp * b.tokens + token] = T.reinterpret(
+                        "uint32", square[i]
+                    )
+
+        @T.inline
+        def add_up(token, m, p):
+            """What the warps left, in their order."""
+            for second in T.unroll(2):
+                pair[second] = T.float32(0)
+            weight[0] = T.float32(0)
+            for other in T.serial(b.warps):
+                for second in T.unroll(2):
+                    pair[second] = pair[second] + T.reinterpret(
+                        "float32", shared[sum_at(other, m, second, token) + p]
+                    )
+                if eps is not None:
+                    weight[0] = weight[0] + T.reinterpret(
+                        "float32", shared[squares_at + other * b.tokens + token]
+                    )
+            if eps is not None:
+                for second in T.unroll(2):
+                    pair[second] = pair[second] / T.sqrt(weight[0] / T.float32(k) + T.float32(eps))
+
+        for slot in T.unroll(b.steps):
+            if begin + slot < end:
+                load(slot, begin + slot)
+            else:
+                for i in T.unroll(4 * loads // b.steps):
+                    w[slot * (4 * loads // b.steps) + i] = T.uint32(0)
+                for m in T.unroll(b.row_tiles):
+                    scale[slot * b.row_tiles + m] = T.uint32(0)
+        for i in T.unroll(b.row_tiles * mma_tiles * sums):
+            acc[i] = T.float32(0)
+        if eps is not None:
+            for i in T.unroll(READS // b.reads_of_token):
+                square[i] = T.float32(0)
+        for r in T.serial(rounds):
+            for s in T.unroll(b.steps // b.staged):
+                base: T.let = begin + r * b.steps + s * b.staged
+                stage(base)
+                T.cuda.warp_sync()
+                for d in T.unroll(b.staged):
+                    multiply(s * b.staged + d, d)
+                    if (rounds > 1) and (base + d + b.steps < end):
+                        load(s * b.staged + d, base + d + b.steps)
+                if rounds * b.steps > b.staged:
+                    T.cuda.warp_sync()
+        leave_sums()
+        if eps is not None:
+            leave_squares()
+        T.tvm_storage_sync("shared")
+        for i in T.serial(-(-partials // 2 // threads)):
+            item: T.let = i * threads + tx
+            token: T.let = item // PAIRS % b.tokens
+            m: T.let = item // PAIRS // b.tokens
+            if (token < count) and (vy * b.row_tiles + m < T.min(tiles, (vy + 1) * b.row_tiles)):
+                add_up(token, m, item % PAIRS)
+                finish(given, first + token, vy * b.row_tiles + m, item % PAIRS, pair)
 
     @T.inline
     def launch(n, x, norm_weight, weights, finish, given):
@@ -239,197 +418,6 @@ def _launch(
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("block"):
                         vy, vx, tx = T.axis.remap("SSS", [tile_block, token_block, thread])
-                        # In one, for TVM gives the place of an array that it thinks is done with
-                        # to the next one, without a barrier.
-                        shared = T.sblock_alloc_buffer(
-                            (squares_at + b.warps * b.tokens,), "uint32", scope="shared"
-                        )
-                        w = T.sblock_alloc_buffer((loads * 4,), "uint32", scope="local")
-                        scale = T.sblock_alloc_buffer((loads,), "uint32", scope="local")
-                        four = T.sblock_alloc_buffer((READS * 4,), "float32", scope="local")
-                        weight = T.sblock_alloc_buffer((4,), "float32", scope="local")
-                        square = T.sblock_alloc_buffer((READS,), "float32", scope="local")
-                        bits = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        acc = T.sblock_alloc_buffer(
-                            (b.row_tiles * mma_tiles * sums,), "float32", scope="local"
-                        )
-                        pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
-                        warp: T.let = tx // LANES
-                        lane: T.let = tx % LANES
-                        first: T.let = vx * b.tokens
-                        # At least one: TVM would fear for indices into shared memory.
-                        count: T.let = T.max(
-                            T.Cast("int32", T.min(n - first, T.int64(b.tokens))), 1
-                        )
-                        begin: T.let = warp * steps // b.warps
-                        end: T.let = (warp + 1) * steps // b.warps
-                        own_items: T.let = warp * (ITEMS * arithmetic.words)
-
-                        @T.inline
-                        def load(slot, step):
-                            if step < end:
-                                for m in T.unroll(b.row_tiles):
-                                    arithmetic.load(
-                                        weights, slot * b.row_tiles + m,
-                                        T.min(vy * b.row_tiles + m, tiles - 1), step, lane,
-                                        w, scale,
-                                    )  # fmt: skip
-
-                        @T.inline
-                        def read(i, token, step, q):
-                            """Four inputs to `four`, zeros where there is no such item."""
-                            if (token < count) and (step < end):
-                                four[T.ramp(i * 4, 1, 4)] = x[
-                                    first + token, T.ramp(step * STEP + q * 4, 1, 4)
-                                ]
-                            else:
-                                four[T.ramp(i * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
-
-                        @T.inline
-                        def normalize(i, step, q):
-                            """All but the factor of the token, which is known at the end."""
-                            if step < end:
-                                weight[T.ramp(0, 1, 4)] = norm_weight[
-                                    T.ramp(step * STEP + q * 4, 1, 4)
-                                ]
-                            for j in T.unroll(4):
-                                square[i // b.reads_of_token] = (
-                                    square[i // b.reads_of_token]
-                                    + four[i * 4 + j] * four[i * 4 + j]
-                                )
-                                four[i * 4 + j] = four[i * 4 + j] * weight[j]
-
-                        @T.inline
-                        def stage(base):
-                            for i in T.unroll(READS):
-                                if i * AT_ONCE // b.staged < count:
-                                    item: T.let = i * AT_ONCE + lane // QUADS
-                                    read(i, item // b.staged, base + item % b.staged, lane % QUADS)
-                            # Not in one loop with the above: TVM would make `four` anew each time.
-                            for i in T.unroll(READS):
-                                if i * AT_ONCE // b.staged < count:
-                                    item: T.let = i * AT_ONCE + lane // QUADS
-                                    step: T.let = base + item % b.staged
-                                    if eps is not None:
-                                        normalize(i, step, lane % QUADS)
-                                    arithmetic.stage(
-                                        shared, own_items, item, lane % QUADS,
-                                        (item // b.staged < count) and (step < end),
-                                        four, i * 4, bits,
-                                    )  # fmt: skip
-
-                        @T.inline
-                        def multiply(slot, d):
-                            for c in T.unroll(mma_tiles):
-                                if (c == 0) or (c * mma_tokens < count):
-                                    # A column without a token is another one again, for nobody.
-                                    token: T.let = T.min(
-                                        c * mma_tokens + lane // 4 // columns, count - 1
-                                    )
-                                    own: T.let = T.min(
-                                        c * mma_tokens + lane % 4 * 2 // columns, count - 1
-                                    )
-                                    arithmetic.fetch(
-                                        shared, own_items, token * b.staged + d,
-                                        lane // 4 % columns, own * b.staged + d, lane % 4, bits,
-                                    )  # fmt: skip
-                                    for m in T.unroll(b.row_tiles):
-                                        arithmetic.multiply(
-                                            bits, lane % 4, w, scale, slot * b.row_tiles + m,
-                                            acc, (m * mma_tiles + c) * sums,
-                                        )  # fmt: skip
-
-                        @T.inline
-                        def leave_sums():
-                            """A warp's sums, for all of its block."""
-                            for m in T.unroll(b.row_tiles):
-                                for c in T.unroll(mma_tiles):
-                                    for second in T.unroll(2):
-                                        total: T.let = arithmetic.total(
-                                            acc,
-                                            (m * mma_tiles + c) * sums + second * (sums // 2),
-                                            lane % 4,
-                                        )
-                                        if lane % 4 * 2 % columns == 0:
-                                            token: T.let = c * mma_tokens + lane % 4 * 2 // columns
-                                            shared[
-                                                sums_at
-                                                + warp * partials
-                                                + ((m * 2 + second) * b.tokens + token) * PAIRS
-                                                + lane // 4
-                                            ] = T.reinterpret("uint32", total)
-
-                        @T.inline
-                        def leave_squares():
-                            for i in T.unroll(READS // b.reads_of_token):
-                                for distance in T.unroll(token_lanes.bit_length() - 1):
-                                    square[i] = square[i] + T.cuda.__shfl_xor_sync(
-                                        T.uint32(ALL_LANES), square[i], T.shift_left(1, distance),
-                                        LANES,
-                                    )  # fmt: skip
-                                if lane % token_lanes == 0:
-                                    shared[
-                                        squares_at
-                                        + warp * b.tokens
-                                        + i * (LANES // token_lanes)
-                                        + lane // token_lanes
-                                    ] = T.reinterpret("uint32", square[i])
-
-                        @T.inline
-                        def add_up(item, token, m):
-                            for second in T.unroll(2):
-                                pair[second] = T.float32(0)
-                            weight[0] = T.float32(0)
-                            for other in T.serial(b.warps):
-                                for second in T.unroll(2):
-                                    pair[second] = pair[second] + T.reinterpret(
-                                        "float32",
-                                        shared[
-                                            sums_at + other * partials
-                                            + ((m * 2 + second) * b.tokens + token) * PAIRS
-                                            + item % PAIRS
-                                        ],
-                                    )  # fmt: skip
-                                if eps is not None:
-                                    weight[0] = weight[0] + T.reinterpret(
-                                        "float32", shared[squares_at + other * b.tokens + token]
-                                    )
-                            if eps is not None:
-                                for second in T.unroll(2):
-                                    pair[second] = pair[second] / T.sqrt(
-                                        weight[0] / T.float32(k) + T.float32(eps)
-                                    )
-
-                        for slot in T.unroll(b.steps):
-                            load(slot, begin + slot)
-                        for i in T.unroll(b.row_tiles * mma_tiles * sums):
-                            acc[i] = T.float32(0)
-                        if eps is not None:
-                            for i in T.unroll(READS // b.reads_of_token):
-                                square[i] = T.float32(0)
-                        for r in T.serial(rounds):
-                            for s in T.unroll(b.steps // b.staged):
-                                base: T.let = begin + r * b.steps + s * b.staged
-                                stage(base)
-                                T.cuda.warp_sync()
-                                for d in T.unroll(b.staged):
-                                    if base + d < end:
-                                        multiply(s * b.staged + d, d)
-                                        if rounds > 1:
-                                            load(s * b.staged + d, base + d + b.steps)
-                                if rounds * b.steps > b.staged:
-                                    T.cuda.warp_sync()
-                        leave_sums()
-                        if eps is not None:
-                            leave_squares()
-                        T.tvm_storage_sync("shared")
-                        for i in T.serial(-(-partials // 2 // threads)):
-                            item: T.let = i * threads + tx
-                            token: T.let = item // PAIRS % b.tokens
-                            m: T.let = item // PAIRS // b.tokens
-                            tile_: T.let = vy * b.row_tiles + m
-                            if (item < partials // 2) and (token < count) and (tile_ < tiles):
-                                add_up(item, token, m)
-                                finish(given, first + token, tile_, item % PAIRS, pair)
+                        work(vy, vx, tx, n, x, norm_weight, weights, finish, given)
 
     return launch
