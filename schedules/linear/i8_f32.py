@@ -10,9 +10,11 @@ from ..formats.activations import F32
 from ..formats.dense import DENSE, DenseFormat
 from ..gpu.items import one_thread_an_item
 from .i8 import I8_WEIGHT
-from .i8_f32_gpu import elements
+from .i8_f32_gpu import SCHEDULES, elements
 from .linear import linear_kernel
 
-LINEAR_I8_F32 = linear_kernel("i8w_linear", I8_WEIGHT, F32, (one_thread_an_item(elements),))
+LINEAR_I8_F32 = linear_kernel(
+    "i8w_linear", I8_WEIGHT, F32, (*SCHEDULES, one_thread_an_item(elements))
+)
 
 I8_F32 = DENSE.add(DenseFormat("i8xf32", "int8", I8_WEIGHT, F32, LINEAR_I8_F32))

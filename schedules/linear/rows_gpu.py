@@ -1,4 +1,4 @@
-"""Dense layers on GPUs, some rows a block of threads (gpu/gemv.py), in any format with f32 inputs."""
+"""Dense layers on GPUs, some rows a block of threads (gpu/gemv.py), for formats of f32 inputs."""
 
 from __future__ import annotations
 
