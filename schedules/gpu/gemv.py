@@ -38,7 +38,6 @@ class Chunk:
     inputs: weights among them, quads of which take turns with those of the other chunk of a pair:
         quad q of chunk c begins at input PAIR·inputs·(c // PAIR) + QUAD·(PAIR·q + c % PAIR)
     quad(words, at, q) -> four f32 expressions: quad q of the chunk that begins at words[at]
-    odd: what inputs of odd numbers have to be multiplied by
     scale(word, chunk): f32, of the chunk with this number in its row, out of the uint32 that holds
         it; the chunk's sum is multiplied by it
     scales: chunks whose scales share such a word
@@ -46,7 +45,6 @@ class Chunk:
 
     inputs: int
     quad: Callable[[Any, Any, Any], tuple[Any, Any, Any, Any]]
-    odd: float = 1
     scale: Callable[[Any, Any], Any] | None = None
     scales: int = 1
 
@@ -125,9 +123,6 @@ class Gemv:
                 for t in T.unroll(tokens):
                     for i in T.unroll(QUAD):
                         inputs[t * QUAD + i] = inputs[t * QUAD + i] * inputs[tokens * QUAD + i]
-            if chunk.odd != 1:
-                for i in T.unroll(tokens * QUAD // 2):
-                    inputs[2 * i + 1] = inputs[2 * i + 1] * T.float32(chunk.odd)
 
         @T.inline
         def add(sum, inputs, r, i, weight):

@@ -1,14 +1,9 @@
 """`i8_f32` on GPUs: some rows a block, or one thread an output element, weights as stored.
 
-Some rows a block: bytes are q + 128, in the order of `Chunk.paired`; a row has an even number of
-scales. A byte becomes a float32 by three operations that no device is slow at, as many are at
-converting integers: it is put below the 1 of 2^23, or above eight zeros there, and 2^23 + 128
-taken away, which is exact.
+Some rows a block: a weight in the order of `Chunk.paired`; an even number of scales a row.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import tvm
@@ -19,22 +14,14 @@ from ..kernel import Layout, T, Tensor, prim_func
 from .linear import plus_options
 from .rows_gpu import Chunks, rows_a_block
 
-ZERO = 128  # the byte of q = 0
-ONE = 0x4B000000  # the bits of 2^23, whose last place is 1
-SHIFTED = 256  # what a byte above eight zeros is multiplied by
-
 
 def _quad(words, at, q):
-    """A word: weights 0 and 2, and 1 and 3 times `SHIFTED`."""
-    low: Any = words[at + q]
-    high = T.shift_right(low, T.uint32(16))
-    return tuple(_byte(two, by) for two in (low, high) for by in (1, SHIFTED))
-
-
-def _byte(word, by):
-    """f32 `by` · q of the byte at bit 0, or for `SHIFTED` at bit 8."""
-    bits = T.bitwise_or(T.bitwise_and(word, T.uint32(0xFF * by)), T.uint32(ONE))
-    return T.reinterpret("float32", bits) - T.float32(2**23 + ZERO * by)
+    """The bytes of a word, the lowest first."""
+    word = T.reinterpret("int32", words[at + q])
+    return tuple(
+        T.Cast("float32", T.shift_right(T.shift_left(word, T.int32(left)), T.int32(24)))
+        for left in (24, 16, 8, 0)
+    )
 
 
 def _scale(word, chunk):
@@ -43,28 +30,24 @@ def _scale(word, chunk):
     return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))
 
 
-def _pack_weight(q: np.ndarray) -> np.ndarray:
-    return CHUNK.paired(q.view(np.uint8) ^ np.uint8(ZERO))
-
-
 def _pack_scales(scales: np.ndarray) -> np.ndarray:
     return np.pad(scales, ((0, 0), (0, scales.shape[1] % 2)))
 
 
-CHUNK = Chunk(16, _quad, 1 / SHIFTED, _scale, scales=2 * PAIR)
+CHUNK = Chunk(16, _quad, _scale, 2 * PAIR)
 CHUNKS = Chunks(
     CHUNK,
     {
-        "weight": Layout(shape=lambda shape: shape, pack=_pack_weight, dtype="uint8"),
+        "weight": Layout(shape=lambda shape: shape, pack=CHUNK.paired),
         "weight_scale": Layout(
             shape=lambda shape: (shape[0], shape[1] + shape[1] % 2), pack=_pack_scales
         ),
     },
 )
 TILES = {
-    "vulkan": GemvTile(threads=64, rows=4, tokens=4, ahead=2),
-    "metal": GemvTile(threads=64, rows=4, tokens=4, ahead=2),
-    "cuda": GemvTile(threads=64, rows=4, tokens=4, ahead=2),
+    "vulkan": GemvTile(threads=64, rows=4, tokens=4, ahead=1),
+    "metal": GemvTile(threads=64, rows=4, tokens=4, ahead=1),
+    "cuda": GemvTile(threads=64, rows=4, tokens=4, ahead=1),
 }
 
 
