@@ -7,7 +7,7 @@ and `gpu` have what schedules of one family share, `formats` the number formats.
 
 from __future__ import annotations
 
-from .attention import KV_COPY_PAGES, PAGED_ATTENTION, ROPE_KV_INSERT
+from .attention import KV_COPY_PAGES, PAGED_ATTENTION, QKV_INSERT, ROPE_KV_INSERT
 from .embedding import EMBED
 from .formats import ACTIVATIONS, DENSE
 from .gather import GATHER_ROWS
@@ -27,6 +27,7 @@ KERNELS: dict[str, Kernel] = {
         RMS_NORM,
         *(format_.kernel for format_ in DENSE.formats()),
         ROPE_KV_INSERT,
+        *QKV_INSERT.values(),
         PAGED_ATTENTION,
         ROUTER_TOPK,
         MOE_PLAN,

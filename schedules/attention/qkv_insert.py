@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 
 from ..formats.activations import F32
-from ..formats.dense import DenseWeight
+from ..formats.dense import BF16_WEIGHT, DenseWeight
 from ..formats.kv import KV
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32
+from ..linear.i8 import I8_WEIGHT
 from ..linear.linear import linear_ref
 from ..rms_norm import rms_norm_ref
 from .kv_insert import rope_kv_insert_ref
 from .pages import paged_layout, table_arguments
+from .qkv_insert_gpu import BF16_SCHEDULES, I8_SCHEDULES
 
 
 def qkv_kernel(name: str, weight: DenseWeight, schedules: tuple[Schedule, ...]) -> Kernel:
@@ -168,3 +170,10 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
         of("one channel 1000 times the others", [(5, 8)], 96, 4, 1, 64, spike=1000),
         of("20b widths, one token", [(1000, 1001)], 2880, 8, 2, 64, "float16"),
     )
+
+
+# By the names of dense formats.
+QKV_INSERT: dict[str, Kernel] = {
+    "bf16": qkv_kernel("bf16w_norm_qkv_insert", BF16_WEIGHT, BF16_SCHEDULES),
+    "i8xf32": qkv_kernel("i8w_norm_qkv_insert", I8_WEIGHT, I8_SCHEDULES),
+}

@@ -81,8 +81,13 @@ class Gemv:
     normed: bool = False
 
     @property
+    def squares(self) -> int:
+        """The number of the first sum of squares."""
+        return self.tokens * self.tile.rows
+
+    @property
     def sums(self) -> BlockSums:
-        count = self.tokens * (self.tile.rows + self.normed)
+        count = self.squares + self.tokens * self.normed
         return BlockSums(self.family, self.tile.threads, count)
 
     @property
@@ -93,7 +98,7 @@ class Gemv:
         steps = -(-chunks // threads)
         groups = -(-steps // ahead)  # of steps; the last one may be smaller
         last = (groups - 1) * ahead  # its first step
-        count = tokens * rows
+        count = self.squares
 
         @T.inline
         def load(word, scale, u, words, scales, row, c):

@@ -136,7 +136,7 @@ def _cases(weight: DenseWeight, inputs: ActivationFormat) -> tuple[Case, ...]:
         of("one token, partial rows", 1, 72, 96),
         of("tokens not a multiple of the tile", 7, 128, 160, bias=True),
         of("one row", 3, 1, 32, residual=True),
-        of("17 tokens, a row more than fills tiles", 17, 129, 224, residual=True),
+        of("17 tokens, a row more than fills tiles", 17, 37, 224, residual=True),
         of("one channel 1000 times the others", 5, 200, 96, bias=True, residual=True, spike=1000),
         of("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),
     )

@@ -12,6 +12,8 @@ from ..gpu.gemv import BLOCKS, CHUNK_WORDS, PAIR, Chunk, Gemv, GemvTile
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from .linear import plus_options
 
+FEWEST = 64  # inputs: with fewer, nearly all of a block's threads would have none
+
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
@@ -34,7 +36,8 @@ class Chunks:
         return T.decl_buffer((rows, words), "uint32", data=scale.data)
 
     def fits(self, tile: GemvTile, *, rows: int, k: int, **_options: bool) -> bool:
-        return k % (PAIR * self.chunk.inputs) == 0 and -(-rows // tile.rows) <= BLOCKS
+        whole = k % (PAIR * self.chunk.inputs) == 0
+        return whole and k >= FEWEST and -(-rows // tile.rows) <= BLOCKS
 
 
 def rows_a_block(chunks: Chunks, tiles: Mapping[str, GemvTile]) -> tuple[Schedule, ...]:
