@@ -32,6 +32,7 @@ from ..rms_norm import rms_norm_ref
 from . import qkv_insert_cuda as cuda
 from .kv_insert import rope_kv_insert_ref
 from .pages import paged_layout, table_arguments
+from .qkv_insert_gpu import BF16_SCHEDULES, I8_SCHEDULES
 
 
 def qkv_kernel(name: str, weight: DenseWeight, schedules: tuple[Schedule, ...]) -> Kernel:
@@ -174,6 +175,6 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
 
 # By the names of dense formats.
 QKV_INSERT: dict[str, Kernel] = {
-    "bf16": qkv_kernel("bf16w_norm_qkv_insert", BF16_WEIGHT, (*cuda.BF16,)),
-    "i8xf32": qkv_kernel("i8w_norm_qkv_insert", I8_WEIGHT, (*cuda.I8,)),
+    "bf16": qkv_kernel("bf16w_norm_qkv_insert", BF16_WEIGHT, (*cuda.BF16, *BF16_SCHEDULES)),
+    "i8xf32": qkv_kernel("i8w_norm_qkv_insert", I8_WEIGHT, (*cuda.I8, *I8_SCHEDULES)),
 }

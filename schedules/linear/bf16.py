@@ -5,16 +5,19 @@ from __future__ import annotations
 from ..formats.activations import F32
 from ..formats.dense import BF16_WEIGHT, DENSE, DenseFormat
 from ..gpu.items import one_thread_an_item
-from .bf16_cpu import SCHEDULES
-from .bf16_cuda import SCHEDULE as CUDA
-from .bf16_gpu import elements
+from . import bf16_cpu, bf16_cuda, bf16_gpu
 from .linear import case, linear_kernel
 
 LINEAR = linear_kernel(
     "bf16w_linear",
     BF16_WEIGHT,
     F32,
-    (*SCHEDULES, CUDA, one_thread_an_item(elements)),
+    (
+        *bf16_cpu.SCHEDULES,
+        bf16_cuda.SCHEDULE,
+        *bf16_gpu.SCHEDULES,
+        one_thread_an_item(bf16_gpu.elements),
+    ),
     (
         case(
             BF16_WEIGHT,

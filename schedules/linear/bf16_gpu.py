@@ -1,11 +1,35 @@
-"""`bf16` on GPUs: one thread an output element, weights as stored."""
+"""`bf16` on GPUs, weights as stored: some rows a block, or one thread an output element."""
 
 from __future__ import annotations
 
 import tvm
 
-from ..kernel import T, Tensor, prim_func
+from ..gpu.gemv import Chunk, GemvTile
+from ..kernel import Layout, T, Tensor, prim_func
 from .linear import plus_options
+from .rows_gpu import Chunks, rows_a_block
+
+
+def _quad(words, at, q):
+    """Each word has two weights, the first one below."""
+    first, second = (words[at + 2 * q + i] for i in (0, 1))
+    return tuple(
+        T.reinterpret("float32", bits)
+        for word in (first, second)
+        for bits in (
+            T.shift_left(word, T.uint32(16)),
+            T.bitwise_and(word, T.uint32(0xFFFF0000)),
+        )
+    )
+
+
+CHUNK = Chunk(8, _quad)
+CHUNKS = Chunks(CHUNK, {"weight": Layout(shape=lambda shape: shape, pack=CHUNK.paired)})
+TILES = {
+    "vulkan": GemvTile(threads=64, rows=4, tokens=4, ahead=2),
+    "metal": GemvTile(threads=64, rows=4, tokens=4, ahead=2),
+    "cuda": GemvTile(threads=64, rows=4, tokens=4, ahead=2),
+}
 
 
 def elements(
@@ -25,3 +49,6 @@ def elements(
                 y[vt, vrow] = plus_options(acc[0], bias, residual, vt, vrow)
 
     return prim_func(arguments, body)
+
+
+SCHEDULES = rows_a_block(CHUNKS, TILES)

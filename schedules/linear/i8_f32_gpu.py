@@ -1,12 +1,54 @@
-"""`i8_f32` on GPUs: one thread an output element, weights as stored."""
+"""`i8_f32` on GPUs: some rows a block, or one thread an output element, weights as stored.
+
+Some rows a block: a weight in the order of `Chunk.paired`; an even number of scales a row.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import tvm
 
 from ..formats.blocks import BLOCK
-from ..kernel import T, Tensor, prim_func
+from ..gpu.gemv import PAIR, Chunk, GemvTile
+from ..kernel import Layout, T, Tensor, prim_func
 from .linear import plus_options
+from .rows_gpu import Chunks, rows_a_block
+
+
+def _quad(words, at, q):
+    """The bytes of a word, the lowest first."""
+    word = T.reinterpret("int32", words[at + q])
+    return tuple(
+        T.Cast("float32", T.shift_right(T.shift_left(word, T.int32(left)), T.int32(24)))
+        for left in (24, 16, 8, 0)
+    )
+
+
+def _scale(word, chunk):
+    """Of two float16, that of a pair of chunks."""
+    bits = T.shift_right(word, T.Cast("uint32", chunk // PAIR % 2 * 16))
+    return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))
+
+
+def _pack_scales(scales: np.ndarray) -> np.ndarray:
+    return np.pad(scales, ((0, 0), (0, scales.shape[1] % 2)))
+
+
+CHUNK = Chunk(16, _quad, _scale, 2 * PAIR)
+CHUNKS = Chunks(
+    CHUNK,
+    {
+        "weight": Layout(shape=lambda shape: shape, pack=CHUNK.paired),
+        "weight_scale": Layout(
+            shape=lambda shape: (shape[0], shape[1] + shape[1] % 2), pack=_pack_scales
+        ),
+    },
+)
+TILES = {
+    "vulkan": GemvTile(threads=64, rows=4, tokens=4, ahead=1),
+    "metal": GemvTile(threads=64, rows=4, tokens=4, ahead=1),
+    "cuda": GemvTile(threads=64, rows=4, tokens=4, ahead=1),
+}
 
 
 def elements(
@@ -33,3 +75,6 @@ def elements(
                 y[vt, vrow] = plus_options(acc[0], bias, residual, vt, vrow)
 
     return prim_func(arguments, body)
+
+
+SCHEDULES = rows_a_block(CHUNKS, TILES)

@@ -100,13 +100,14 @@ def case(
     bias: bool = False,
     residual: bool = False,
     spike: int = 1,
+    size: float = 1,
 ) -> Case:
-    """One case; `spike` scales an input channel."""
+    """One case; `spike` scales an input channel, `size` all weights."""
 
     def arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
         x = rng.standard_normal((n, k), dtype=np.float32)
         x[:, k // 2] *= spike
-        w = rng.standard_normal((rows, k), dtype=np.float32)
+        w = rng.standard_normal((rows, k), dtype=np.float32) * np.float32(size)
         if rows > 1:
             w[0, :32] = 0  # a block without a scale, where weights have one
         parts = weight.quantize(w.astype(ml_dtypes.bfloat16))
@@ -135,6 +136,7 @@ def _cases(weight: DenseWeight, inputs: ActivationFormat) -> tuple[Case, ...]:
         of("one token, partial rows", 1, 72, 96),
         of("tokens not a multiple of the tile", 7, 128, 160, bias=True),
         of("one row", 3, 1, 32, residual=True),
+        of("17 tokens, a row more than fills tiles", 17, 37, 224, residual=True),
         of("one channel 1000 times the others", 5, 200, 96, bias=True, residual=True, spike=1000),
         of("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),
     )

@@ -257,6 +257,8 @@ def widened(x):
         (lambda x: tirx.Cast("float16", x + x), ["float32"], "float16", False),
         (lambda x: tirx.Cast("float16", T.exp(widened(x))), ["float16"], "float16", False),
         (lambda x: x, ["float16"], "float16", False),
+        (lambda x: widened(T.reinterpret("float16", x)), ["uint16"], "float32", False),
+        (lambda x: T.reinterpret("float16", x), ["uint16"], "float16", True),
         (lambda x: x + x, ["float16"], "float16", True),
         (lambda x: T.max(x, tirx.const(0, "float16")), ["float16"], "float16", True),
         (lambda x: tirx.Cast("int32", x < x), ["float16"], "int32", True),
