@@ -47,16 +47,22 @@ def _warp(total: Callable[[Any], Any], largest: Callable[[Any], Any]) -> Lanes:
     )
 
 
-def _shuffled(combine: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
-    """The butterfly over a warp's lanes."""
+def _shuffled(name: str, combined: str) -> Callable[[Any], Any]:
+    """The butterfly over a warp's lanes: five shuffles, which an expression would write 31 times.
 
-    def over_lanes(value: Any) -> Any:
-        for distance in (16, 8, 4, 2, 1):
-            other = T.cuda.__shfl_xor_sync(T.uint32(0xFFFFFFFF), value, distance, WARP)
-            value = combine(value, other)
-        return value
-
-    return over_lanes
+    `combined` is C for a and b, one of which came from the other lane.
+    """
+    source = f"""
+__forceinline__ __device__ float {name}(float a) {{
+#pragma unroll
+  for (int distance = {WARP // 2}; distance > 0; distance /= 2) {{
+    float b = __shfl_xor_sync(0xFFFFFFFFu, a, distance, {WARP});
+    a = {combined};
+  }}
+  return a;
+}}
+"""
+    return lambda value: T.cuda.func_call(name, value, source_code=source, return_type="float32")
 
 
 def _called(name: str) -> Callable[[Any], Any]:
@@ -64,7 +70,7 @@ def _called(name: str) -> Callable[[Any], Any]:
 
 
 LANES = {
-    "cuda": _warp(_shuffled(lambda a, b: a + b), _shuffled(T.max)),
+    "cuda": _warp(_shuffled("warp_total", "a + b"), _shuffled("warp_largest", "fmaxf(a, b)")),
     "metal": _warp(_called("simd_sum"), _called("simd_max")),
     "vulkan": Lanes(
         _called("subgroupAdd"),
@@ -75,3 +81,55 @@ LANES = {
         most=lambda threads: -(-threads // FEWEST_LANES),
     ),
 }
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """`count` sums, each over all threads of a block, which take a barrier in all.
+
+    share(values, parts, tx)   every thread of the block, in uniform control flow: values f32
+        [count], a thread's own, which become its warp's, and parts f32 [elements] in shared
+        memory, which nothing else uses before the next barrier
+    total(parts, i, sum)       after it, any thread: sum[0] = the sum with number i
+
+        parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
+        sums.share(acc, parts, tx)
+        if tx < sums.count:
+            sums.total(parts, tx, acc)
+    """
+
+    family: str
+    threads: int
+    count: int
+
+    @property
+    def elements(self) -> int:
+        """Of shared memory: parts[w * count + i] is warp w's part of sum i."""
+        return LANES[self.family].most(self.threads) * self.count
+
+    @property
+    def share(self) -> Any:
+        lanes, count = LANES[self.family], self.count
+
+        @T.inline
+        def share(values, parts, tx):
+            for i in T.unroll(count):
+                values[i] = lanes.total(values[i])
+            if lanes.first(tx):
+                for i in T.unroll(count):
+                    parts[lanes.number(tx) * count + i] = values[i]
+            T.tvm_storage_sync("shared")
+
+        return share
+
+    @property
+    def total(self) -> Any:
+        warps, count = LANES[self.family].count(self.threads), self.count
+
+        @T.inline
+        def total(parts, i, sum):
+            sum[0] = T.float32(0)
+            for warp in T.serial(warps):
+                sum[0] = sum[0] + parts[warp * count + i]
+
+        return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.lanes import SHAPES, arrays, check, sums_and_largest
 from support.spirv_programs import (
     bound,
     checked,
@@ -324,6 +325,31 @@ def test_subgroup_operations(name, dtype, reference):
     ours = run(threads(body, x, out), data, np.zeros(N, dtype))[1]
     expected = reference(data.reshape(-1, subgroup_size())).ravel()
     np.testing.assert_array_equal(ours, expected.astype(dtype))
+
+
+def test_subgroups_are_numbered_and_elect_one_lane_each():
+    device()
+    out = buffer("out", n=3 * N)
+
+    def body(i):
+        elected = tirx.call_extern("bool", "subgroupElect")
+        return stmt.stmt_seq(
+            tirx.BufferStore(out, tirx.call_extern("int32", "subgroupNumber"), [i]),
+            tirx.BufferStore(out, tirx.call_extern("int32", "subgroupCount"), [i + N]),
+            tirx.BufferStore(out, tirx.Cast("int32", elected), [i + 2 * N]),
+        )
+
+    number, count, elected = run(threads(body, out), np.zeros(3 * N, np.int32))[0].reshape(3, N)
+    size = subgroup_size()
+    np.testing.assert_array_equal(number, np.arange(N) // size)
+    np.testing.assert_array_equal(count, N // size)
+    np.testing.assert_array_equal(elected, np.arange(N) % size == 0)
+
+
+@pytest.mark.parametrize(("n_threads", "count"), SHAPES)
+def test_sums_of_a_block_and_the_largest_of_a_subgroup(n_threads, count):
+    after = run(sums_and_largest("vulkan", n_threads, count), *arrays(n_threads, count))
+    check(after, subgroup_size())
 
 
 @pytest.mark.parametrize(("first", "second"), [("int8", "int8"), ("uint8", "uint8")])
