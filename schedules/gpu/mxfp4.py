@@ -144,7 +144,7 @@ def unpack(word, four):
     # mantissa's, but flipped.
     four[1] = word & T.uint32(LOW_THREE)
     four[0] = (four[1] + T.uint32(LOW_THREE)) & T.uint32(HIGH)
-    four[1] = (four[1] ^ (four[0] >> T.uint32(3))) | four[0]
+    four[1] = (four[1] ^ (four[0] >> T.uint32(3))) + four[0]
     four[0] = _four(four[1] << T.uint32(2), word)
     four[1] = _four(four[1] >> T.uint32(6), word << T.uint32(8))
 
@@ -211,6 +211,11 @@ class ExpertRows:
             # No constants: Metal's would be printed with seven digits.
             power[0] = T.uint32(INPUT_BITS)
             power[1] = T.uint32(OUTPUT_BITS)
+            for i in T.unroll(PAIR):
+                for j in T.unroll(PART // QUAD):
+                    input[T.ramp(i * PART + j * QUAD, 1, QUAD)] = x[
+                        row, T.ramp(first_input(lane, i) + j * PAIR * QUAD, 1, QUAD)
+                    ]
             for r in T.unroll(rows):
                 word[T.ramp(r * WORDS, 1, WORDS)] = blocks[
                     expert, group, r, lane, T.ramp(0, 1, WORDS)
@@ -218,11 +223,6 @@ class ExpertRows:
             scale[T.ramp(0, 1, PAIR * per_block)] = scales[
                 expert, group, lane // PAIR, T.ramp(0, 1, PAIR * per_block)
             ]
-            for i in T.unroll(PAIR):
-                for j in T.unroll(PART // QUAD):
-                    input[T.ramp(i * PART + j * QUAD, 1, QUAD)] = x[
-                        row, T.ramp(first_input(lane, i) + j * PAIR * QUAD, 1, QUAD)
-                    ]
             for i in T.unroll(PAIR * PART):
                 input[i] = input[i] * T.reinterpret("float32", power[0])
             for r in T.unroll(rows):

@@ -8,14 +8,15 @@ import tvm
 
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
+from ..gpu.lanes import LANES
 from ..gpu.mxfp4 import ExpertRows, ExpertsTile, layouts
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from .swiglu import swiglu
 
 TILES = {
-    "vulkan": ExpertsTile(threads=96, rows=8),
-    "metal": ExpertsTile(threads=96, rows=8),
-    "cuda": ExpertsTile(threads=96, rows=8),
+    "vulkan": ExpertsTile(threads=96, rows=4),
+    "metal": ExpertsTile(threads=96, rows=4),
+    "cuda": ExpertsTile(threads=96, rows=4),
 }
 
 
@@ -91,6 +92,7 @@ def _rows(
     """
     rows, of = tile.rows, ExpertRows(family, hidden, tile)
     sums, threads = of.sums, of.threads
+    warps = LANES[family].count(threads)
 
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h):
@@ -109,10 +111,11 @@ def _rows(
                         of.products(acc, x, vs // top_k, blocks, scales, expert[0], vg, vt)
                         sums.share(acc, parts, vt)
                         if vt < rows // 2:
-                            sums.total(parts, 2 * vt + 1, pair)
-                            pair[1] = pair[0] + bias[expert[0], vg * rows + 2 * vt + 1]
-                            sums.total(parts, 2 * vt, pair)
-                            pair[0] = pair[0] + bias[expert[0], vg * rows + 2 * vt]
+                            for r in T.unroll(2):
+                                pair[r] = bias[expert[0], vg * rows + 2 * vt + r]
+                            for warp in T.serial(warps):
+                                for r in T.unroll(2):
+                                    pair[r] = pair[r] + parts[warp * rows + 2 * vt + r]
                             h[vs, vg * (rows // 2) + vt] = swiglu(pair[0], pair[1], limit)
 
     return prim_func(arguments, body)
