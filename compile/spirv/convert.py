@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .builder import Builder
 from .dtypes import BOOL, F32, U16, U32, DType, Value
-from .encoding import Op
+from .encoding import Glsl, Op
 
 
 def cast(b: Builder, value: Value, to: DType) -> Value:
@@ -107,6 +107,16 @@ def _to_bfloat(b: Builder, value: Value, to: DType) -> Value:
     quiet = b.op(Op.BITWISE_OR, word, high, b.constant(word, 0x40))
     result = b.select(is_nan, quiet, rounded)
     return b.retype(b.op(Op.U_CONVERT, U16.with_lanes(to.lanes), result), to)
+
+
+def float32_of_half_bits(b: Builder, bits: Value) -> Value:
+    """float32 of integers that are the bits of float16, on devices without float16 too."""
+    word, pair = U32.with_lanes(bits.dtype.lanes), F32.with_lanes(2)
+    unpacked = [
+        b.glsl(Glsl.UNPACK_HALF_2X16, pair, Value(U32, (lane,)))
+        for lane in b.lanes(cast(b, bits, word))
+    ]
+    return b.from_lanes(F32.with_lanes(bits.dtype.lanes), [b.lanes(two)[0] for two in unpacked])
 
 
 def reinterpret(b: Builder, value: Value, to: DType) -> Value:

@@ -235,6 +235,7 @@ class Glsl(IntEnum):
     U_MAX = 41
     S_MAX = 42
     FMA = 50
+    UNPACK_HALF_2X16 = 62
     FIND_U_MSB = 75
 
 

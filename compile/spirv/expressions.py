@@ -9,8 +9,8 @@ from tvm.ir import Call, TensorLoad, Var, prim
 
 from . import arithmetic
 from .builder import Builder
-from .convert import cast
-from .dtypes import DType, Value, from_tvm
+from .convert import cast, float32_of_half_bits
+from .dtypes import F32, DType, Value, from_tvm
 from .encoding import Op
 from .errors import Refusal
 from .liveness import children
@@ -100,7 +100,17 @@ class Expressions:
         return self.b.constant(self.dtype(expr), expr.value)
 
     def _cast(self, expr: Any) -> Value:
-        return cast(self.b, self.value(expr.value), self.dtype(expr))
+        source, to = expr.value, self.dtype(expr)
+        if to.scalar == F32 and self._is_half_of_bits(source):
+            return float32_of_half_bits(self.b, self.value(source.args[0]))
+        return cast(self.b, self.value(source), to)
+
+    def _is_half_of_bits(self, expr: Any) -> bool:
+        """Whether it reinterprets 16-bit integers as float16."""
+        if getattr(getattr(expr, "op", None), "name", "") != "tirx.reinterpret":
+            return False
+        half, bits = self.dtype(expr), self.dtype(expr.args[0])
+        return half.is_float and bits.is_integer and half.bits == bits.bits == 16
 
     def _select(self, expr: Any) -> Value:
         """Both sides are evaluated: TIR's Select is eager."""
