@@ -69,7 +69,8 @@ class VulkanProfile:
     """What Vulkan code may count on, beyond Vulkan 1.2 with buffer device addresses, 8- and 16-bit
     storage and integers, and 64-bit integers.
 
-    `features` are those of its `Target`: "float16" is arithmetic.
+    `features` are those of its `Target`: "float16" is arithmetic, "block256" blocks of so many
+    threads.
     """
 
     name: str
@@ -80,7 +81,7 @@ class VulkanProfile:
 
 # The first is what `vulkan` means.
 VULKAN_PROFILES: tuple[VulkanProfile, ...] = (
-    VulkanProfile("desktop", 256, 32 << 10, ("float16",)),
+    VulkanProfile("desktop", 256, 32 << 10, ("float16", "block256")),
     VulkanProfile("mobile", 128, 16 << 10, ("float16",)),
     VulkanProfile("minimum", 128, 16 << 10),  # the limits that every device has
 )

@@ -35,7 +35,7 @@ import numpy as np
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import scale_value
 from ..kernel import Layout, T, TileConfig
-from .lanes import WARP, BlockSums
+from .lanes import WARP
 
 PAIR = 2  # threads, and the blocks of 32 that they share
 WORDS = 4  # of a thread, for a row
@@ -47,15 +47,15 @@ QUAD = 4  # inputs beside each other among them
 HIGH = 0x88888888  # bits of all nibbles
 LOW_THREE = 0x77777777
 
-# As float32: what inputs are multiplied by, and what then is missing in products.
-INPUT_BITS = (127 + 64) << 23
-OUTPUT_BITS = (127 + 122 - 64) << 23
+UNIT = 1024  # a weight by its float16, see above
 
 
 @dataclass(frozen=True)
 class ExpertsTile(TileConfig):
-    threads: int  # of a block, at most: a multiple of 32
+    threads: int  # that share the inputs, at most: a multiple of 32
     rows: int  # of a block, which share the inputs: a multiple of 4
+    teams: int = 1  # of so many threads in a block, each of which takes other experts
+    ahead: int = 1  # experts of a team whose weights are loaded before the first is used
 
 
 def pairs_of(k: int) -> int:
@@ -99,7 +99,7 @@ def _pack_blocks(rows: int, blocks: np.ndarray) -> np.ndarray:
     signs = words & HIGH
     magnitudes = words & LOW_THREE
     from_one = ((magnitudes + 0x66666666) & HIGH) >> 3
-    swapped = (signs >> 8 & 0x00FF00FF) | (signs & 0x00FF00FF) << 8
+    swapped = (signs >> 4 & 0x0F0F0F0F) | (signs & 0x0F0F0F0F) << 4
     return (magnitudes ^ from_one | swapped).astype(np.uint32)
 
 
@@ -116,47 +116,39 @@ def _u32(value: int) -> Any:
     return T.uint32(value)
 
 
-# Bits of a word that hold four weights h·eet, each with its sign six bits above.
-_FOUR = 0x03FC03FC
-# How far to the left its weights stand from a float32's place; the n-th is input n or, in the
-# second word, n + 2.
-_TO_FLOAT = (20, 16, 4, 0)
-_FLOAT = 0x83C00000
-
-
-def _four(h: Any, signs: Any) -> Any:
-    """The rest of `signs` is not looked at."""
+def _with_signs(h: Any, signs: Any) -> Any:
+    """Four weights, a byte each: the sign, two bits of no meaning, h·eet, another one."""
     return T.bitwise_or(
-        T.bitwise_and(h, _u32(_FOUR)), T.bitwise_and(signs, _u32(0xFFFFFFFF ^ _FOUR))
+        T.bitwise_and(h, _u32(0x1E1E1E1E)), T.bitwise_and(signs, _u32(0xFFFFFFFF ^ 0x1E1E1E1E))
     )
-
-
-def _weight(four: Any, n: int) -> Any:
-    """f32 2^-122 times a weight."""
-    bits = T.shift_left(four, _u32(_TO_FLOAT[n])) if _TO_FLOAT[n] else four
-    return T.reinterpret("float32", T.bitwise_and(bits, _u32(_FLOAT)))
 
 
 @T.inline
 def unpack(word, four):
-    """The eight weights of `word` as four[0] and four[1], u32 [2]."""
+    """The eight weights of `word` as four[0] and four[1], u32 [2]: see _plus_products."""
     # Nibbles: magnitude + 7 carries into the high bit unless it is zero. Then the low bit is the
     # mantissa's, but flipped.
     four[1] = word & T.uint32(LOW_THREE)
     four[0] = (four[1] + T.uint32(LOW_THREE)) & T.uint32(HIGH)
     four[1] = (four[1] ^ (four[0] >> T.uint32(3))) + four[0]
-    four[0] = _four(four[1] << T.uint32(2), word)
-    four[1] = _four(four[1] >> T.uint32(6), word << T.uint32(8))
+    four[0] = _with_signs(four[1] << T.uint32(1), word)
+    four[1] = _with_signs(four[1] >> T.uint32(3), word << T.uint32(4))
 
 
-# Of the inputs of a word in order: which half of the unpacked weights, and which place there.
-_PLACES = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3))
+def _weight(four: Any, n: int) -> Any:
+    """f32 2^-10 times the weight of byte n."""
+    # A float16 has the sign, two bits of exponent that are zero, h·eet, the rest of the mantissa.
+    two = four if n % 2 else T.shift_left(four, _u32(8))
+    half = T.bitwise_and(two, _u32(0x9E009E00))
+    if n // 2:
+        half = T.shift_right(half, _u32(16))
+    return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half)))
 
 
 def _plus_products(total: Any, four: Any, x: Any, at: Any) -> Any:
     """`total` plus unpacked weights times x[at : at + 8]."""
-    for n, (half, place) in enumerate(_PLACES):
-        total = total + _weight(four[half], place) * x[at + n]
+    for n in range(EIGHT):
+        total = total + _weight(four[n % 2], n // 2) * x[at + n]
     return total
 
 
@@ -165,32 +157,31 @@ def _plus_products(total: Any, four: Any, x: Any, at: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Some rows of one expert times one vector of k inputs: a thread's part of it.
+    """Some rows of a few experts, each times a vector of k inputs: a thread's part of the sums.
 
-    products(acc, x, row, blocks, scales, expert, group, tx)
-        acc f32 [rows] += the thread's part of rows group·rows … of W[expert] times x[row, :];
-        blocks and scales are as packed
+    products(acc, x, row, factor, blocks, scales, bias, expert, group, tx)
+        acc f32 [rows] = Σ_j factor(j) · the thread's part of rows group·rows … of
+        W[expert(j)] · x[row(j), :] + bias[expert(j)], of `experts` j; blocks and scales are as
+        packed, tx < threads
     """
 
-    family: str
     k: int
     tile: ExpertsTile
+    experts: int = 1
 
     @property
     def threads(self) -> int:
-        """Of a block: no more than have something to do, in whole warps."""
+        """That share the inputs: no more than have something to do, in whole warps."""
         return min(self.tile.threads, -(-PAIR * pairs_of(self.k) // WARP) * WARP)
 
     @property
-    def sums(self) -> BlockSums:
-        return BlockSums(self.family, self.threads, self.tile.rows)
-
-    @property
     def products(self) -> Any:
-        k, rows, threads = self.k, self.tile.rows, self.threads
+        k, rows, threads, experts = self.k, self.tile.rows, self.threads, self.experts
         lanes = PAIR * pairs_of(k)
         steps = -(-lanes // threads)
         per_block = rows // SCALES  # words of scales
+        per_pair = PAIR * per_block
+        ahead = min(self.tile.ahead, experts)
 
         def first_input(lane: Any, i: Any) -> Any:
             """Of the thread's part of its i-th block. The partner of an odd last block, whose
@@ -201,45 +192,73 @@ class ExpertRows:
             return block * BLOCK + lane % PAIR * QUAD
 
         @T.inline
-        def step(acc, x, row, blocks, scales, expert, group, lane):
-            word = T.sblock_alloc_buffer((rows * WORDS,), "uint32", scope="local")
-            scale = T.sblock_alloc_buffer((PAIR * per_block,), "uint32", scope="local")
-            input = T.sblock_alloc_buffer((PAIR * PART,), "float32", scope="local")
-            four = T.sblock_alloc_buffer((2,), "uint32", scope="local")
-            part = T.sblock_alloc_buffer((1,), "float32", scope="local")
-            power = T.sblock_alloc_buffer((2,), "uint32", scope="local")
-            # No constants: Metal's would be printed with seven digits.
-            power[0] = T.uint32(INPUT_BITS)
-            power[1] = T.uint32(OUTPUT_BITS)
+        def load(word, scale, begin, inputs, j, x, row, blocks, scales, bias, expert, group, lane):
+            """What the thread needs of expert j, into place j % ahead."""
             for i in T.unroll(PAIR):
-                for j in T.unroll(PART // QUAD):
-                    input[T.ramp(i * PART + j * QUAD, 1, QUAD)] = x[
-                        row, T.ramp(first_input(lane, i) + j * PAIR * QUAD, 1, QUAD)
+                for v in T.unroll(PART // QUAD):
+                    inputs[T.ramp(j % ahead * BLOCK + i * PART + v * QUAD, 1, QUAD)] = x[
+                        row(j), T.ramp(first_input(lane, i) + v * PAIR * QUAD, 1, QUAD)
                     ]
             for r in T.unroll(rows):
-                word[T.ramp(r * WORDS, 1, WORDS)] = blocks[
-                    expert, group, r, lane, T.ramp(0, 1, WORDS)
+                word[T.ramp((j % ahead * rows + r) * WORDS, 1, WORDS)] = blocks[
+                    expert(j), group, r, lane, T.ramp(0, 1, WORDS)
                 ]
-            scale[T.ramp(0, 1, PAIR * per_block)] = scales[
-                expert, group, lane // PAIR, T.ramp(0, 1, PAIR * per_block)
+            scale[T.ramp(j % ahead * per_pair, 1, per_pair)] = scales[
+                expert(j), group, lane // PAIR, T.ramp(0, 1, per_pair)
             ]
-            for i in T.unroll(PAIR * PART):
-                input[i] = input[i] * T.reinterpret("float32", power[0])
+            for v in T.unroll(rows // QUAD):
+                begin[T.ramp(j % ahead * rows + v * QUAD, 1, QUAD)] = bias[
+                    expert(j), T.ramp(group * rows + v * QUAD, 1, QUAD)
+                ]
+
+        @T.inline
+        def multiply(one, inputs, word, scale, j, four, part):
             for r in T.unroll(rows):
+                one[r] = T.float32(0)
                 for i in T.unroll(PAIR):
                     part[0] = T.float32(0)
                     for v in T.unroll(WORDS // PAIR):
-                        unpack(word[r * WORDS + i * (WORDS // PAIR) + v], four)
-                        part[0] = _plus_products(part[0], four, input, i * PART + v * EIGHT)
-                    acc[r] = acc[r] + part[0] * T.reinterpret("float32", power[1]) * scale_value(
-                        (scale[i * per_block + r // SCALES] >> T.uint32(r % SCALES * 8))
+                        unpack(word[(j % ahead * rows + r) * WORDS + i * (WORDS // PAIR) + v], four)
+                        part[0] = _plus_products(part[0], four, inputs, j % ahead * BLOCK + i * PART + v * EIGHT)
+                    one[r] = one[r] + part[0] * scale_value(
+                        (
+                            scale[j % ahead * per_pair + i * per_block + r // SCALES]
+                            >> T.uint32(r % SCALES * 8)
+                        )
                         & T.uint32(255)
                     )
 
         @T.inline
-        def products(acc, x, row, blocks, scales, expert, group, tx):
+        def products(acc, x, row, factor, blocks, scales, bias, expert, group, tx):
+            word = T.sblock_alloc_buffer((ahead * rows * WORDS,), "uint32", scope="local")
+            scale = T.sblock_alloc_buffer((ahead * per_pair,), "uint32", scope="local")
+            inputs = T.sblock_alloc_buffer((ahead * BLOCK,), "float32", scope="local")
+            four = T.sblock_alloc_buffer((2,), "uint32", scope="local")
+            part = T.sblock_alloc_buffer((1,), "float32", scope="local")
+            one = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+            begin = T.sblock_alloc_buffer((ahead * rows,), "float32", scope="local")
+            for r in T.unroll(rows):
+                acc[r] = T.float32(0)
             for s in T.serial(steps):
                 if s * threads + tx < lanes:
-                    step(acc, x, row, blocks, scales, expert, group, s * threads + tx)
+                    lane: T.let = s * threads + tx
+                    for j in T.unroll(ahead):
+                        load(
+                            word, scale, begin, inputs, j,
+                            x, row, blocks, scales, bias, expert, group, lane,
+                        )  # fmt: skip
+                    for j in T.unroll(experts):
+                        multiply(one, inputs, word, scale, j, four, part)
+                        for r in T.unroll(rows):
+                            # One thread has the bias, which has arrived by now.
+                            acc[r] = acc[r] + factor(j) * (
+                                T.float32(UNIT) * one[r]
+                                + T.Select(lane == 0, begin[j % ahead * rows + r], T.float32(0))
+                            )
+                        if j + ahead < experts:
+                            load(
+                                word, scale, begin, inputs, j + ahead,
+                                x, row, blocks, scales, bias, expert, group, lane,
+                            )  # fmt: skip
 
         return products

@@ -8,13 +8,16 @@ import tvm
 
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
+from ..gpu.lanes import BlockSums
 from ..gpu.mxfp4 import ExpertRows, ExpertsTile, layouts
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 
+# By what a target has besides, best first.
 TILES = {
-    "vulkan": ExpertsTile(threads=96, rows=4),
-    "metal": ExpertsTile(threads=96, rows=4),
-    "cuda": ExpertsTile(threads=96, rows=4),
+    ("vulkan", "block256"): ExpertsTile(threads=96, rows=4, teams=2, ahead=2),
+    ("vulkan",): ExpertsTile(threads=96, rows=4),
+    ("metal",): ExpertsTile(threads=96, rows=8, teams=4),
+    ("cuda",): ExpertsTile(threads=96, rows=8, teams=4),
 }
 
 
@@ -75,52 +78,55 @@ def _rows(
     Tokens are the faster axis of the grid: blocks that read the same rows, perhaps of the same
     experts, run at about the same time, and memory gives these once.
     """
-    rows, of = tile.rows, ExpertRows(family, intermediate, tile)
-    sums, threads = of.sums, of.threads
+    teams = tile.teams if top_k % tile.teams == 0 else 1
+    rows, of = tile.rows, ExpertRows(intermediate, tile, top_k // teams)
+    sums = BlockSums(family, of.threads * teams, rows)
 
     @T.inline
     def body(n, h, ids, weights, blocks, scales, bias, residual, y):
         for group in T.thread_binding(hidden // rows, thread="blockIdx.y"):
             for token in T.thread_binding(n, thread="blockIdx.x"):
-                for tx in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("block"):
-                        vg, vt, vx = T.axis.remap("SSS", [group, token, tx])
-                        expert = T.sblock_alloc_buffer((top_k,), "int32", scope="local")
-                        acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                        one = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                        parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
-                        for j in T.unroll(top_k):
-                            expert[j] = ids[vt, j]
-                        for r in T.unroll(rows):
-                            acc[r] = T.float32(0)
-                        for j in T.unroll(top_k):
+                for team in T.thread_binding(teams, thread="threadIdx.y"):
+                    for lane in T.thread_binding(of.threads, thread="threadIdx.x"):
+                        with T.sblock("thread"):
+                            vg, vt, vm, vl = T.axis.remap("SSSS", [group, token, team, lane])
+                            expert = T.sblock_alloc_buffer((top_k // teams,), "int32", scope="local")
+                            weight = T.sblock_alloc_buffer((top_k // teams,), "float32", scope="local")
+                            acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                            total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            before = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                            parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
+                            tx: T.let = vm * of.threads + vl
+                            for j in T.unroll(top_k // teams):
+                                expert[j] = ids[vt, j * teams + vm]
+                                weight[j] = weights[vt, j * teams + vm]
+                            for v in T.unroll(rows // 4):
+                                before[T.ramp(v * 4, 1, 4)] = residual[
+                                    vt, T.ramp(vg * rows + v * 4, 1, 4)
+                                ]
+                            of.products(
+                                acc, h, lambda j: vt * top_k + j * teams + vm,
+                                lambda j: weight[j],
+                                blocks, scales, bias, lambda j: expert[j], vg, vl,
+                            )  # fmt: skip
                             for r in T.unroll(rows):
-                                one[r] = T.float32(0)
-                            of.products(one, h, vt * top_k + j, blocks, scales, expert[j], vg, vx)
-                            for r in T.unroll(rows):
-                                acc[r] = acc[r] + weights[vt, j] * one[r]
-                        sums.share(acc, parts, vx)
-                        if vx < rows:
-                            sums.total(parts, vx, total)
-                            total[0] = total[0] + residual[vt, vg * rows + vx]
-                            for j in T.unroll(top_k):
-                                total[0] = (
-                                    total[0] + weights[vt, j] * bias[expert[j], vg * rows + vx]
-                                )
-                            y[vt, vg * rows + vx] = total[0]
+                                acc[r] = acc[r] + T.Select(tx == 0, before[r], T.float32(0))
+                            sums.share(acc, parts, tx)
+                            if tx < rows:
+                                sums.total(parts, tx, total)
+                                y[vt, vg * rows + tx] = total[0]
 
     return prim_func(arguments, body)
 
 
 SCHEDULES = tuple(
     Schedule(
-        f"some rows a block, {family}",
-        gpu(family),
-        partial(_rows, family),
+        f"some rows a block, {' '.join(features)}",
+        gpu(*features),
+        partial(_rows, features[0]),
         tile,
         layouts(tile.rows),
         unused=frozenset({"offsets", "order"}),
     )
-    for family, tile in TILES.items()
+    for features, tile in TILES.items()
 )

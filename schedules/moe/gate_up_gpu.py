@@ -8,15 +8,15 @@ import tvm
 
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
-from ..gpu.lanes import LANES
+from ..gpu.lanes import LANES, BlockSums
 from ..gpu.mxfp4 import ExpertRows, ExpertsTile, layouts
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from .swiglu import swiglu
 
 TILES = {
     "vulkan": ExpertsTile(threads=96, rows=4),
-    "metal": ExpertsTile(threads=96, rows=4),
-    "cuda": ExpertsTile(threads=96, rows=4),
+    "metal": ExpertsTile(threads=96, rows=8),
+    "cuda": ExpertsTile(threads=96, rows=8),
 }
 
 
@@ -90,8 +90,9 @@ def _rows(
     Slots are the faster axis of the grid: blocks that read the same rows of the same expert run at
     about the same time, and memory gives these once.
     """
-    rows, of = tile.rows, ExpertRows(family, hidden, tile)
-    sums, threads = of.sums, of.threads
+    rows, of = tile.rows, ExpertRows(hidden, tile)
+    threads = of.threads
+    sums = BlockSums(family, threads, rows)
     warps = LANES[family].count(threads)
 
     @T.inline
@@ -106,13 +107,14 @@ def _rows(
                         pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
                         parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
                         expert[0] = ids[vs // top_k, vs % top_k]
-                        for r in T.unroll(rows):
-                            acc[r] = T.float32(0)
-                        of.products(acc, x, vs // top_k, blocks, scales, expert[0], vg, vt)
+                        of.products(
+                            acc, x, lambda _j: vs // top_k, lambda _j: T.float32(1),
+                            blocks, scales, bias, lambda _j: expert[0], vg, vt,
+                        )  # fmt: skip
                         sums.share(acc, parts, vt)
                         if vt < rows // 2:
                             for r in T.unroll(2):
-                                pair[r] = bias[expert[0], vg * rows + 2 * vt + r]
+                                pair[r] = T.float32(0)
                             for warp in T.serial(warps):
                                 for r in T.unroll(2):
                                     pair[r] = pair[r] + parts[warp * rows + 2 * vt + r]
