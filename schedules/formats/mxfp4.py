@@ -43,4 +43,4 @@ def nibble_value(nibble: Any) -> Any:
 def scale_value(scale: Any) -> Any:
     """f32 2^(scale − 127) of a uint8 expression; scale 0 is the denormal 2^-127."""
     bits = T.shift_left(T.Cast("uint32", scale), T.uint32(23))
-    return T.reinterpret("float32", T.Select(bits == T.uint32(0), T.uint32(0x00400000), bits))
+    return T.reinterpret("float32", T.max(bits, T.uint32(0x00400000)))

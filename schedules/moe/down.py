@@ -27,8 +27,7 @@ from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
-from . import down_cpu
-from .down_gpu import elements
+from . import down_cpu, down_gpu
 from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
 
 
@@ -126,7 +125,9 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
 
 
 DOWN = {
-    F32.name: _kernel("mxfp4w_moe_down", F32, one_thread_an_item(elements)),
+    F32.name: _kernel(
+        "mxfp4w_moe_down", F32, *down_gpu.SCHEDULES, one_thread_an_item(down_gpu.elements)
+    ),
     BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16),
     I8.name: _kernel("mxfp4w_i8_moe_down", I8),
 }

@@ -26,9 +26,8 @@ from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
-from . import gate_up_cpu
+from . import gate_up_cpu, gate_up_gpu
 from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
-from .gate_up_gpu import elements
 from .swiglu import swiglu_ref
 
 
@@ -125,7 +124,12 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
 
 
 GATE_UP = {
-    F32.name: _kernel("mxfp4w_moe_gate_up_swiglu", F32, one_thread_an_item(elements)),
+    F32.name: _kernel(
+        "mxfp4w_moe_gate_up_swiglu",
+        F32,
+        *gate_up_gpu.SCHEDULES,
+        one_thread_an_item(gate_up_gpu.elements),
+    ),
     BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16),
     I8.name: _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
 }
