@@ -11,8 +11,8 @@ A shift and a mask make a pair of bfloat16 of it: sign, the two last bits of the
 bit of the mantissa. That is 2^-126 of the value, subnormal where it is 0.5. Inputs come times
 2^64 (`raised`), and sums go out times 2^62 (`LOWER`), so that neither leaves the range of f32.
 
-    blocks u8 [e, rows, k/32, 16] -> u8 [e, rows/16, steps, 32, 16]
-    scales u8 [e, rows, k/32]     -> u32 [e, rows/16, steps, 8]: byte 2·block + row of the word g
+    blocks u8 [e, rows, k/32, 16] -> u8 [e, (rows/16, steps, 32 lanes, 16)]
+    scales u8 [e, rows, k/32]     -> u32 [e, (rows/16, steps, 8)]: byte 2·block + row of the word g
 
 k need not fill the last step: what is left are zeros.
 
@@ -33,6 +33,7 @@ from ..kernel import Layout, T
 from .instructions import LANES, MMA_ROWS, mma_bf16
 
 STEP = 2 * BLOCK
+STEP_BYTES, STEP_SCALES = LANES * 16, MMA_ROWS // 2  # of a tile
 OCTET = 8  # neighbouring inputs of a lane
 RAISE, LOWER = 2.0**64, 2.0**62
 
@@ -89,19 +90,19 @@ def layouts(rows: Rows) -> dict[str, Layout]:
             words |= halves[pair][blocks[..., pair::4]]
         # [e, tile, g, row, step, block, t] -> [e, tile, step, g, t, block, row]
         words = rows(_stepped(words)).transpose(0, 1, 4, 2, 6, 5, 3)
-        return np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape[:3], LANES, 16)
+        return np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
 
     def packed_scales(scales: np.ndarray) -> np.ndarray:
         # [e, tile, g, row, step, block] -> [e, tile, step, g, block, row]
         ordered = rows(_stepped(scales)).transpose(0, 1, 4, 2, 5, 3)
-        return np.ascontiguousarray(ordered).reshape(*ordered.shape[:4], 4).view(np.uint32)[..., 0]
+        return np.ascontiguousarray(ordered).reshape(len(ordered), -1).view(np.uint32)
 
-    def shape(tail: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        return lambda of: (of[0], of[1] // MMA_ROWS, steps(of[2] * BLOCK), *tail)
+    def shape(step: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda of: (of[0], of[1] // MMA_ROWS * steps(of[2] * BLOCK) * step)
 
     return {
-        "blocks": Layout(shape((LANES, 16)), packed_blocks),
-        "scales": Layout(shape((MMA_ROWS // 2,)), packed_scales, dtype="uint32"),
+        "blocks": Layout(shape(STEP_BYTES), packed_blocks),
+        "scales": Layout(shape(STEP_SCALES), packed_scales, dtype="uint32"),
     }
 
 
@@ -109,13 +110,15 @@ def layouts(rows: Rows) -> dict[str, Layout]:
 
 
 @T.inline
-def load_step(blocks, scales, expert, tile, step, lane, words, scale, slot):
-    """A lane's part of a step into place `slot` of words u32 [4·slots], scale u32 [slots]."""
+def load_step(blocks, scales, expert, start, step, lane, words, scale, slot):
+    """A lane's part of step number `step` after the step `start` of an expert, into place `slot`
+    of words u32 [4·slots], scale u32 [slots]."""
+    at: T.let = T.Cast("int64", expert)
     T.ptx["ld.global.nc.L1::no_allocate.v4.b32"](
         words[4 * slot], words[4 * slot + 1], words[4 * slot + 2], words[4 * slot + 3],
-        T.address_of(blocks[expert, tile, step, lane, 0]),
+        T.address_of(blocks[at, start * STEP_BYTES + lane * 16 + step * STEP_BYTES]),
     )  # fmt: skip
-    scale[slot] = scales[expert, tile, step, lane // 4]
+    scale[slot] = scales[at, start * STEP_SCALES + lane // 4 + step * STEP_SCALES]
 
 
 @T.inline
@@ -201,22 +204,30 @@ def load_words(to, at, start):
 
 
 @T.inline
-def _f32_columns(x, row, octet, load, pairs):
+def _load_f32(x, row, octet, to, at):
     for half in T.unroll(2):
-        load_words(load, 4 * half, T.address_of(x[row, octet * OCTET + 4 * half]))
+        load_words(to, at + 4 * half, T.address_of(x[row, octet * OCTET + 4 * half]))
+
+
+@T.inline
+def _f32_columns(load, at, pairs):
     for i in T.unroll(OCTET // 2):
-        low: T.let = T.reinterpret("float32", load[2 * i]) * T.float32(RAISE)
-        high: T.let = T.reinterpret("float32", load[2 * i + 1]) * T.float32(RAISE)
+        low: T.let = T.reinterpret("float32", load[at + 2 * i]) * T.float32(RAISE)
+        high: T.let = T.reinterpret("float32", load[at + 2 * i + 1]) * T.float32(RAISE)
         pairs[i] = bf16_pair(low, high)
         pairs[4 + i] = bf16_pair(low - low_half(pairs[i]), high - high_half(pairs[i]))
 
 
 @T.inline
-def _bf16_columns(x, row, octet, load, pairs):
-    load_words(load, 0, T.address_of(x[row, octet * OCTET]))
+def _load_bf16(x, row, octet, to, at):
+    load_words(to, at, T.address_of(x[row, octet * OCTET]))
+
+
+@T.inline
+def _bf16_columns(load, at, pairs):
     for i in T.unroll(OCTET // 2):
         pairs[i] = bf16_pair(
-            low_half(load[i]) * T.float32(RAISE), high_half(load[i]) * T.float32(RAISE)
+            low_half(load[at + i]) * T.float32(RAISE), high_half(load[at + i]) * T.float32(RAISE)
         )
 
 
@@ -225,27 +236,45 @@ class Inputs:
     """How the inputs of a token become columns of bfloat16.
 
     parts: how many columns it takes, which its product is the sum of
-    columns(x, row, octet, load, pairs): pairs u32 [4·parts] = eight inputs, raised; load u32 [8] is
-        scratch
+    words: u32 of eight inputs
+    load(x, row, octet, to, at): eight inputs as they are, to[at …]
+    columns(load, at, pairs): pairs u32 [4·parts], the eight inputs at load[at …] raised
     """
 
     parts: int
+    words: int
+    load: Any
     columns: Any
 
 
 # By activation format. An f32 is split into what bfloat16 holds of it, and what it holds of the
 # rest: 2^-17 of it is lost at most.
-INPUTS = {"f32": Inputs(2, _f32_columns), "bf16": Inputs(1, _bf16_columns)}
+INPUTS = {
+    "f32": Inputs(2, 8, _load_f32, _f32_columns),
+    "bf16": Inputs(1, 4, _load_bf16, _bf16_columns),
+}
+
+
+def row_octets(k: int, threads: int) -> int:
+    """How many octets of a row of inputs each of so many threads has at most."""
+    return -(-steps(k) * (STEP // OCTET) // threads)
 
 
 @T.inline
-def stage_octet(inputs, k, columns, x, row, octet, token, xs, load, pairs):
-    """Eight inputs of row `row` of x, zeros beyond k, into the columns of `token` in xs."""
-    if k % STEP == 0 or octet < k // OCTET:
-        inputs.columns(x, row, octet, load, pairs)
-    else:
-        for i in T.unroll(4 * inputs.parts):
-            pairs[i] = T.uint32(0)
-    for i in T.unroll(inputs.parts):
-        at: T.let = column_word(columns, octet // 4, inputs.parts * token + i)
-        xs[T.ramp(at + octet % 4 * 4, 1, 4)] = pairs[T.ramp(4 * i, 1, 4)]
+def stage_row(inputs, k, columns, x, row, token, thread, threads, xs, load, pairs):
+    """Row `row` of x [n, k] into the columns of `token` in xs, zeros behind it, by some threads;
+    load u32 [words·octets of a thread] and pairs u32 [4·parts] are a thread's own."""
+    for i in T.unroll(row_octets(k, threads)):
+        octet: T.let = i * threads + thread
+        if octet < k // OCTET:
+            inputs.load(x, row, octet, load, inputs.words * i)
+    for i in T.unroll(row_octets(k, threads)):
+        octet: T.let = i * threads + thread
+        if octet < steps(k) * (STEP // OCTET):
+            inputs.columns(load, inputs.words * i, pairs)
+            if k % STEP != 0 and octet >= k // OCTET:
+                for j in T.unroll(4 * inputs.parts):
+                    pairs[j] = T.uint32(0)
+            for part in T.unroll(inputs.parts):
+                at: T.let = column_word(columns, octet // 4, inputs.parts * token + part)
+                xs[T.ramp(at + octet % 4 * 4, 1, 4)] = pairs[T.ramp(4 * part, 1, 4)]

@@ -16,14 +16,14 @@ from ..cuda.instructions import LANES, MMA_ROWS
 from ..cuda.mxfp4 import (
     INPUTS,
     LOWER,
-    OCTET,
     STEP,
     Inputs,
     alternating,
     layouts,
     load_step,
     multiply_step,
-    stage_octet,
+    row_octets,
+    stage_row,
     steps,
 )
 from ..formats.blocks import BLOCK
@@ -68,15 +68,11 @@ def _build(
     threads = LANES * splits
     tokens = columns // inputs.parts  # of a pass
     own = 2 // inputs.parts  # tokens of a lane
-    octets = all_steps * STEP // OCTET
 
     @T.inline
-    def load(blocks, scales, expert, tile_, d, warp, lane, words, scale):
+    def load(blocks, scales, expert, start, d, warp, lane, words, scale):
         if depth * splits == all_steps or warp * depth + d < all_steps:
-            load_step(
-                blocks, scales, T.Cast("int64", expert), T.min(tile_, all_tiles - 1),
-                warp * depth + d, lane, words, scale, d,
-            )  # fmt: skip
+            load_step(blocks, scales, expert, start, d, lane, words, scale, d)
 
     @T.inline
     def multiply(xs, column, d, warp, lane, words, scale, a, b, part, acc):
@@ -84,6 +80,10 @@ def _build(
             multiply_step(
                 xs, columns, warp * depth + d, column, lane % 4, words, scale, d, a, b, part, acc
             )
+
+    def start_of(group, m, warp):
+        """The first step of a warp in tile m of a group; that of the last tile beyond it."""
+        return T.min(T.Cast("int32", group) * tiles + m, all_tiles - 1) * all_steps + warp * depth
 
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h):
@@ -95,13 +95,13 @@ def _build(
                         T.reads(
                             x[0:n, 0 : x.shape[1]],
                             ids[0:n, 0:top_k],
-                            blocks[0:experts, 0:all_tiles, 0:all_steps, 0:LANES, 0:16],
-                            scales[0:experts, 0:all_tiles, 0:all_steps, 0:8],
+                            blocks[0:experts, 0 : blocks.shape[1]],
+                            scales[0:experts, 0 : scales.shape[1]],
                             bias[0:experts, 0 : 2 * intermediate],
                         )
                         T.writes(h[0 : n * top_k, 0:intermediate])
                         xs = T.sblock_alloc_buffer(
-                            (octets * columns * 4,), "uint32", scope="shared"
+                            (all_steps * STEP * columns // 2,), "uint32", scope="shared"
                         )
                         sums = T.sblock_alloc_buffer(
                             (tiles * splits * 2 * tokens * UNITS,), "float32", scope="shared"
@@ -113,11 +113,12 @@ def _build(
                         b = T.sblock_alloc_buffer((4,), "uint32", scope="local")
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         acc = T.sblock_alloc_buffer((4,), "float32", scope="local")
-                        load8 = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        raw = T.sblock_alloc_buffer((row_octets(hidden, threads) * inputs.words,), "uint32", scope="local")
                         pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
                         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         count = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        start = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         place = T.sblock_alloc_buffer((3,), "int32", scope="local")
                         slots: T.let = T.Cast("int32", n * top_k)
                         warp: T.let = tx // LANES
@@ -127,8 +128,9 @@ def _build(
                         )
                         if expert[0] < 0:  # of all threads of the block
                             T.evaluate(T.thread_return())
+                        start[0] = start_of(vg, 0, warp)
                         for d in T.unroll(depth):
-                            load(blocks, scales, expert[0], vg * tiles, d, warp, lane, words, scale)
+                            load(blocks, scales, expert[0], start[0], d, warp, lane, words, scale)
                         count_tokens(ids, top_k, slots, expert[0], lane, count)
                         for i in T.unroll(3):
                             place[i] = 0
@@ -140,28 +142,25 @@ def _build(
                                 warp == 0, found, place,
                             )  # fmt: skip
                             barrier()
-                            for i in T.serial(T.ceildiv(here * octets, threads)):
-                                e: T.let = i * threads + tx
-                                if e < here * octets:
-                                    stage_octet(
-                                        inputs, hidden, columns, x,
-                                        found[e // octets] // top_k, e % octets,
-                                        e // octets, xs, load8, pairs,
-                                    )  # fmt: skip
+                            for c in T.serial(here):
+                                stage_row(
+                                    inputs, hidden, columns, x, found[c] // top_k, c, tx, threads,
+                                    xs, raw, pairs,
+                                )  # fmt: skip
                             barrier()
                             # Of columns without a token the products are not used.
                             column: T.let = T.min(lane // 4, here * inputs.parts - 1)
                             for m in T.serial(tiles):
                                 for i in T.unroll(4):
                                     acc[i] = T.float32(0)
+                                start[0] = start_of(vg, m + 1, warp)
                                 for d in T.unroll(depth):
                                     multiply(
                                         xs, column, d, warp, lane, words, scale, a, b, part, acc
                                     )
-                                    if T.Or(m + 1 < tiles, (p + 1) * tokens < count[0]):
+                                    if m + 1 < tiles:
                                         load(
-                                            blocks, scales, expert[0],
-                                            vg * tiles + (m + 1) % tiles, d, warp, lane,
+                                            blocks, scales, expert[0], start[0], d, warp, lane,
                                             words, scale,
                                         )  # fmt: skip
                                 if lane % 4 * own < tokens:
@@ -176,6 +175,13 @@ def _build(
                                                 * UNITS
                                                 + lane // 4
                                             ] = acc[2 * r + j] if own == 2 else acc[2 * r] + acc[2 * r + 1]
+                            if (p + 1) * tokens < count[0]:
+                                start[0] = start_of(vg, 0, warp)
+                                for d in T.unroll(depth):
+                                    load(
+                                        blocks, scales, expert[0], start[0], d, warp, lane,
+                                        words, scale,
+                                    )  # fmt: skip
                             barrier()
                             for i in T.serial(-(-tiles * tokens * UNITS // threads)):
                                 e: T.let = i * threads + tx
