@@ -26,7 +26,7 @@ from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
-from . import gate_up_cpu, gate_up_gpu
+from . import gate_up_cpu, gate_up_cuda, gate_up_gpu
 from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
 from .swiglu import swiglu_ref
 
@@ -127,9 +127,12 @@ GATE_UP = {
     F32.name: _kernel(
         "mxfp4w_moe_gate_up_swiglu",
         F32,
+        *gate_up_cuda.schedules(F32.name),
         *gate_up_gpu.SCHEDULES,
         one_thread_an_item(gate_up_gpu.elements),
     ),
-    BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16),
+    BF16.name: _kernel(
+        "mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16.name)
+    ),
     I8.name: _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
 }

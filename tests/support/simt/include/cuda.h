@@ -76,6 +76,7 @@ SIMT_INLINE unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   }
   return result;
 }
+SIMT_INLINE int __popc(unsigned bits) { return __builtin_popcount(bits); }
 SIMT_INLINE int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; i++) c += int8_t(a >> 8 * i) * int8_t(b >> 8 * i);
   return c;

@@ -1,0 +1,280 @@
+"""MXFP4 weights for mma.sync, unpacked in registers.
+
+A tile is 16 rows, a step 64 inputs: two blocks. In a step, lane 4·g + t has the inputs 8t … 8t+7 of
+both blocks of the rows g and g+8, 16 bytes: the word 2·block + row. A word has four pairs of
+neighbouring inputs, the even one in its low half:
+
+    bits of a half   15 8 7 6    12 5 4 3    9 2 1 0    14 13 11 10
+    hold the pair    0           1           2          3              sign and magnitude
+
+A shift and a mask make a pair of bfloat16 of it: sign, the two last bits of the exponent, the first
+bit of the mantissa. That is 2^-126 of the value, subnormal where it is 0.5. Inputs come times
+2^64 (`raised`), and sums go out times 2^62 (`LOWER`), so that neither leaves the range of f32.
+
+    blocks u8 [e, rows, k/32, 16] -> u8 [e, (rows/16, steps, 32 lanes, 16)]
+    scales u8 [e, rows, k/32]     -> u32 [e, (rows/16, steps, 8)]: byte 2·block + row of the word g
+
+k need not fill the last step: what is left are zeros.
+
+The products of a block are summed apart, and the sum is multiplied by the scale in f32. Scale 0, the
+subnormal 2^-127, counts as zero; all others are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..formats.blocks import BLOCK
+from ..kernel import Layout, T
+from .instructions import LANES, MMA_ROWS, mma_bf16
+
+STEP = 2 * BLOCK
+STEP_BYTES, STEP_SCALES = LANES * 16, MMA_ROWS // 2  # of a tile
+OCTET = 8  # neighbouring inputs of a lane
+RAISE, LOWER = 2.0**64, 2.0**62
+
+# Where the magnitude of a pair begins in a half, and where its sign is. The last pair has the high
+# bit of its magnitude apart.
+_PLACES = ((6, 15), (3, 12), (0, 9), (10, 14))
+_MASK = 0x81C081C0
+
+
+def _halves() -> np.ndarray:
+    """u32 [4, 256]: what the byte of two nibbles adds to its word, by the pair's number."""
+    nibble = np.arange(16, dtype=np.uint32)
+    sign, magnitude = nibble >> 3, nibble & 7
+    table = []
+    for pair, (low, sign_at) in enumerate(_PLACES):
+        bits = magnitude if pair < 3 else magnitude & 3 | (magnitude & 4) << 1
+        half = bits << low | sign << sign_at
+        table.append((half[None] | half[:, None] << 16).ravel())
+    return np.stack(table)
+
+
+def _stepped(array: np.ndarray) -> np.ndarray:
+    """[e, rows, k/32, …] -> [e, rows, steps, 2, …], filled up with zeros."""
+    fill = [(0, 0)] * array.ndim
+    fill[2] = (0, array.shape[2] % 2)
+    padded = np.pad(array, fill)
+    return padded.reshape(*array.shape[:2], -1, 2, *array.shape[3:])
+
+
+Rows = Callable[[np.ndarray], np.ndarray]  # [e, rows, …] -> [e, tiles, g, 2, …]
+
+
+def neighbours(array: np.ndarray) -> np.ndarray:
+    """A lane's rows are g and g + 8 of the tile's 16."""
+    return array.reshape(len(array), -1, 2, MMA_ROWS // 2, *array.shape[2:]).swapaxes(2, 3)
+
+
+def alternating(array: np.ndarray) -> np.ndarray:
+    """A lane's rows are 2g and 2g + 1."""
+    return array.reshape(len(array), -1, MMA_ROWS // 2, 2, *array.shape[2:])
+
+
+def steps(k: int) -> int:
+    return -(-k // STEP)
+
+
+def layouts(rows: Rows) -> dict[str, Layout]:
+    """How the weights [e, rows, k] are packed; `rows` says which two of a tile are a lane's."""
+    halves = _halves()
+
+    def packed_blocks(blocks: np.ndarray) -> np.ndarray:
+        words = np.zeros((*blocks.shape[:3], 4), np.uint32)
+        for pair in range(4):
+            words |= halves[pair][blocks[..., pair::4]]
+        # [e, tile, g, row, step, block, t] -> [e, tile, step, g, t, block, row]
+        words = rows(_stepped(words)).transpose(0, 1, 4, 2, 6, 5, 3)
+        return np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
+
+    def packed_scales(scales: np.ndarray) -> np.ndarray:
+        # [e, tile, g, row, step, block] -> [e, tile, step, g, block, row]
+        ordered = rows(_stepped(scales)).transpose(0, 1, 4, 2, 5, 3)
+        return np.ascontiguousarray(ordered).reshape(len(ordered), -1).view(np.uint32)
+
+    def shape(step: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda of: (of[0], of[1] // MMA_ROWS * steps(of[2] * BLOCK) * step)
+
+    return {
+        "blocks": Layout(shape(STEP_BYTES), packed_blocks),
+        "scales": Layout(shape(STEP_SCALES), packed_scales, dtype="uint32"),
+    }
+
+
+# -- device code ----------------------------------------------------------------------------------
+
+
+@T.inline
+def load_step(blocks, scales, expert, start, step, lane, words, scale, slot):
+    """A lane's part of step number `step` after the step `start` of an expert, into place `slot`
+    of words u32 [4·slots], scale u32 [slots]."""
+    at: T.let = T.Cast("int64", expert)
+    T.ptx["ld.global.nc.L1::no_allocate.v4.b32"](
+        words[4 * slot], words[4 * slot + 1], words[4 * slot + 2], words[4 * slot + 3],
+        T.address_of(blocks[at, start * STEP_BYTES + lane * 16 + step * STEP_BYTES]),
+    )  # fmt: skip
+    scale[slot] = scales[at, start * STEP_SCALES + lane // 4 + step * STEP_SCALES]
+
+
+@T.inline
+def unpack(words, at, a):
+    """Two rows' words of a block -> the fragments a u32 [8] of two mma, 2^-126 of the values."""
+    for row in T.unroll(2):
+        word: T.let = words[at + row]
+        a[row] = T.bitwise_and(word, T.uint32(_MASK))
+        a[2 + row] = T.bitwise_and(T.shift_left(word, T.uint32(3)), T.uint32(_MASK))
+        a[4 + row] = T.bitwise_and(T.shift_left(word, T.uint32(6)), T.uint32(_MASK))
+        a[6 + row] = T.bitwise_or(
+            T.bitwise_or(
+                T.bitwise_and(T.shift_left(word, T.uint32(1)), T.uint32(0x80008000)),
+                T.bitwise_and(T.shift_right(word, T.uint32(5)), T.uint32(0x01000100)),
+            ),
+            T.bitwise_and(T.shift_right(word, T.uint32(4)), T.uint32(0x00C000C0)),
+        )
+
+
+def scale_of(scales: Any, block: Any, row: Any) -> Any:
+    """f32 scale of one of a lane's two rows, out of a step's word."""
+    byte = T.shift_right(scales, T.Cast("uint32", 8 * (2 * block + row)))
+    bits = T.bitwise_and(T.shift_left(byte, T.uint32(23)), T.uint32(0x7F800000))
+    return T.reinterpret("float32", bits)
+
+
+_BF16_PAIR = """#include <cuda_bf16.h>
+__forceinline__ __device__ uint32_t bf16_pair(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *(uint32_t*)&pair;
+}
+"""
+
+
+def bf16_pair(low: Any, high: Any) -> Any:
+    """u32 of two f32 rounded to bfloat16."""
+    return T.cuda.func_call(
+        "bf16_pair", low, high, source_code=_BF16_PAIR, return_type="uint32"
+    )
+
+
+def low_half(pair: Any) -> Any:
+    """f32 of the first bfloat16 of two."""
+    return T.reinterpret("float32", T.shift_left(pair, T.uint32(16)))
+
+
+def high_half(pair: Any) -> Any:
+    """f32 of the second bfloat16 of two."""
+    return T.reinterpret("float32", T.bitwise_and(pair, T.uint32(0xFFFF0000)))
+
+
+def column_word(columns: int, block: Any, column: Any) -> Any:
+    """Where a column's 32 inputs of a block begin in shared memory: 16 words of bfloat16 pairs.
+
+    Columns change places with their neighbours in odd blocks, so that neighbouring threads write to
+    different banks, as they read from them.
+    """
+    return (block * columns + T.bitwise_xor(column, block % 2)) * (BLOCK // 2)
+
+
+@T.inline
+def multiply_step(xs, columns, step, column, t, words, scale, slot, a, b, part, acc):
+    """acc f32 [4] += a lane's part of a step · the inputs in xs u32, which `column_word` places."""
+    for block in T.unroll(2):
+        at: T.let = column_word(columns, 2 * step, T.bitwise_xor(column, block))
+        b[T.ramp(0, 1, 4)] = xs[T.ramp(at + block * columns * (BLOCK // 2) + 4 * t, 1, 4)]
+        unpack(words, 4 * slot + 2 * block, a)
+        for i in T.unroll(4):
+            part[i] = T.float32(0)
+        mma_bf16(part, 0, a, 0, b, 0)
+        mma_bf16(part, 0, a, 4, b, 2)
+        for i in T.unroll(4):
+            acc[i] = acc[i] + part[i] * scale_of(scale[slot], block, i // 2)
+
+
+# -- inputs ---------------------------------------------------------------------------------------
+
+
+@T.inline
+def load_words(to, at, start):
+    """16 bytes from the address `start` in global memory into to u32 [4], from an index on."""
+    T.ptx["ld.global.nc.v4.b32"](to[at], to[at + 1], to[at + 2], to[at + 3], start)
+
+
+@T.inline
+def _load_f32(x, row, octet, to, at):
+    for half in T.unroll(2):
+        load_words(to, at + 4 * half, T.address_of(x[row, octet * OCTET + 4 * half]))
+
+
+@T.inline
+def _f32_columns(load, at, pairs):
+    for i in T.unroll(OCTET // 2):
+        low: T.let = T.reinterpret("float32", load[at + 2 * i]) * T.float32(RAISE)
+        high: T.let = T.reinterpret("float32", load[at + 2 * i + 1]) * T.float32(RAISE)
+        pairs[i] = bf16_pair(low, high)
+        pairs[4 + i] = bf16_pair(low - low_half(pairs[i]), high - high_half(pairs[i]))
+
+
+@T.inline
+def _load_bf16(x, row, octet, to, at):
+    load_words(to, at, T.address_of(x[row, octet * OCTET]))
+
+
+@T.inline
+def _bf16_columns(load, at, pairs):
+    for i in T.unroll(OCTET // 2):
+        pairs[i] = bf16_pair(
+            low_half(load[at + i]) * T.float32(RAISE), high_half(load[at + i]) * T.float32(RAISE)
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the inputs of a token become columns of bfloat16.
+
+    parts: how many columns it takes, which its product is the sum of
+    words: u32 of eight inputs
+    load(x, row, octet, to, at): eight inputs as they are, to[at …]
+    columns(load, at, pairs): pairs u32 [4·parts], the eight inputs at load[at …] raised
+    """
+
+    parts: int
+    words: int
+    load: Any
+    columns: Any
+
+
+# By activation format. An f32 is split into what bfloat16 holds of it, and what it holds of the
+# rest: 2^-17 of it is lost at most.
+INPUTS = {
+    "f32": Inputs(2, 8, _load_f32, _f32_columns),
+    "bf16": Inputs(1, 4, _load_bf16, _bf16_columns),
+}
+
+
+def row_octets(k: int, threads: int) -> int:
+    """How many octets of a row of inputs each of so many threads has at most."""
+    return -(-steps(k) * (STEP // OCTET) // threads)
+
+
+@T.inline
+def stage_row(inputs, k, columns, x, row, token, thread, threads, xs, load, pairs):
+    """Row `row` of x [n, k] into the columns of `token` in xs, zeros behind it, by some threads;
+    load u32 [words·octets of a thread] and pairs u32 [4·parts] are a thread's own."""
+    for i in T.unroll(row_octets(k, threads)):
+        octet: T.let = i * threads + thread
+        if octet < k // OCTET:
+            inputs.load(x, row, octet, load, inputs.words * i)
+    for i in T.unroll(row_octets(k, threads)):
+        octet: T.let = i * threads + thread
+        if octet < steps(k) * (STEP // OCTET):
+            inputs.columns(load, inputs.words * i, pairs)
+            if k % STEP != 0 and octet >= k // OCTET:
+                for j in T.unroll(4 * inputs.parts):
+                    pairs[j] = T.uint32(0)
+            for part in T.unroll(inputs.parts):
+                at: T.let = column_word(columns, octet // 4, inputs.parts * token + part)
+                xs[T.ramp(at + octet % 4 * 4, 1, 4)] = pairs[T.ramp(4 * part, 1, 4)]

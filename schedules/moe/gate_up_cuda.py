@@ -1,0 +1,223 @@
+"""`gate_up` on CUDA, sm_80 and later: mma.sync, weights unpacked in registers.
+
+A tile's 16 rows are 8 gates and their 8 ups, which a lane has beside each other. A block takes some
+tiles of one expert, for all its tokens: the y-th expert that has any. Its warps divide K, and their
+sums meet in shared memory. No plan is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import tvm
+
+from ..cuda.instructions import LANES, MMA_ROWS
+from ..cuda.mxfp4 import (
+    INPUTS,
+    LOWER,
+    STEP,
+    Inputs,
+    alternating,
+    layouts,
+    load_step,
+    multiply_step,
+    row_octets,
+    stage_row,
+    steps,
+)
+from ..formats.blocks import BLOCK
+from ..sample.rows_gpu import barrier
+from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
+from .experts_cuda import count_tokens, find_expert, list_slots
+from .swiglu import swiglu
+
+UNITS = MMA_ROWS // 2  # of the intermediate, in a tile
+
+
+@dataclass(frozen=True)
+class GateUpTile(TileConfig):
+    """Counted for an H200, none was at hand: with 20b's 45 steps all loads of a warp's nine are on
+    their way at once, and four blocks fit the shared memory of sm_89."""
+
+    splits: int = 5  # warps of a block, between which K is divided
+    tiles: int = 2  # of a block, one after the other
+    columns: int = 4  # of inputs in shared memory at once
+
+
+def _shared_bytes(inputs: Inputs, hidden: int, tile: GateUpTile) -> int:
+    tokens = tile.columns // inputs.parts
+    sums = tile.tiles * tile.splits * 2 * tokens * UNITS
+    return steps(hidden) * tile.columns * STEP * 2 + 4 * (sums + tokens)
+
+
+def _build(
+    inputs: Inputs,
+    arguments: tuple[Tensor, ...],
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    limit: float,
+    tile: GateUpTile,
+) -> tvm.tirx.PrimFunc:
+    splits, tiles, columns = tile.splits, tile.tiles, tile.columns
+    all_tiles, all_steps = intermediate // UNITS, steps(hidden)
+    depth = -(-all_steps // splits)  # steps of a warp
+    threads = LANES * splits
+    tokens = columns // inputs.parts  # of a pass
+    own = 2 // inputs.parts  # tokens of a lane
+
+    @T.inline
+    def load(blocks, scales, expert, start, d, warp, lane, words, scale):
+        if depth * splits == all_steps or warp * depth + d < all_steps:
+            load_step(blocks, scales, expert, start, d, lane, words, scale, d)
+
+    @T.inline
+    def multiply(xs, column, d, warp, lane, words, scale, a, b, part, acc):
+        if depth * splits == all_steps or warp * depth + d < all_steps:
+            multiply_step(
+                xs, columns, warp * depth + d, column, lane % 4, words, scale, d, a, b, part, acc
+            )
+
+    def start_of(group, m, warp):
+        """The first step of a warp in tile m of a group; that of the last tile beyond it."""
+        return T.min(T.Cast("int32", group) * tiles + m, all_tiles - 1) * all_steps + warp * depth
+
+    @T.inline
+    def body(n, x, ids, blocks, scales, bias, h):
+        for rank in T.thread_binding(T.min(n * top_k, experts), thread="blockIdx.x"):
+            for group in T.thread_binding(-(-all_tiles // tiles), thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("block"):
+                        vr, vg, tx = T.axis.remap("SSS", [rank, group, thread])
+                        T.reads(
+                            x[0:n, 0 : x.shape[1]],
+                            ids[0:n, 0:top_k],
+                            blocks[0:experts, 0 : blocks.shape[1]],
+                            scales[0:experts, 0 : scales.shape[1]],
+                            bias[0:experts, 0 : 2 * intermediate],
+                        )
+                        T.writes(h[0 : n * top_k, 0:intermediate])
+                        xs = T.sblock_alloc_buffer(
+                            (all_steps * STEP * columns // 2,), "uint32", scope="shared"
+                        )
+                        sums = T.sblock_alloc_buffer(
+                            (tiles * splits * 2 * tokens * UNITS,), "float32", scope="shared"
+                        )
+                        found = T.sblock_alloc_buffer((tokens,), "int32", scope="shared")
+                        words = T.sblock_alloc_buffer((4 * depth,), "uint32", scope="local")
+                        scale = T.sblock_alloc_buffer((depth,), "uint32", scope="local")
+                        a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        b = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+                        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
+                        acc = T.sblock_alloc_buffer((4,), "float32", scope="local")
+                        raw = T.sblock_alloc_buffer((row_octets(hidden, threads) * inputs.words,), "uint32", scope="local")
+                        pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
+                        expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
+                        count = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        start = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        place = T.sblock_alloc_buffer((3,), "int32", scope="local")
+                        slots: T.let = T.Cast("int32", n * top_k)
+                        warp: T.let = tx // LANES
+                        lane: T.let = tx % LANES
+                        find_expert(
+                            ids, top_k, slots, experts, T.Cast("int32", vr), lane, hit, expert
+                        )
+                        if expert[0] < 0:  # of all threads of the block
+                            T.evaluate(T.thread_return())
+                        start[0] = start_of(vg, 0, warp)
+                        for d in T.unroll(depth):
+                            load(blocks, scales, expert[0], start[0], d, warp, lane, words, scale)
+                        count_tokens(ids, top_k, slots, expert[0], lane, count)
+                        for i in T.unroll(3):
+                            place[i] = 0
+                        for p in T.serial(T.ceildiv(count[0], tokens)):
+                            here: T.let = T.min(count[0] - p * tokens, tokens)
+                            barrier()  # the slots of the pass before are no longer read
+                            list_slots(
+                                ids, top_k, slots, expert[0], p * tokens, tokens, lane,
+                                warp == 0, found, place,
+                            )  # fmt: skip
+                            barrier()
+                            for c in T.serial(here):
+                                stage_row(
+                                    inputs, hidden, columns, x, found[c] // top_k, c, tx, threads,
+                                    xs, raw, pairs,
+                                )  # fmt: skip
+                            barrier()
+                            # Of columns without a token the products are not used.
+                            column: T.let = T.min(lane // 4, here * inputs.parts - 1)
+                            for m in T.serial(tiles):
+                                for i in T.unroll(4):
+                                    acc[i] = T.float32(0)
+                                start[0] = start_of(vg, m + 1, warp)
+                                for d in T.unroll(depth):
+                                    multiply(
+                                        xs, column, d, warp, lane, words, scale, a, b, part, acc
+                                    )
+                                    if m + 1 < tiles:
+                                        load(
+                                            blocks, scales, expert[0], start[0], d, warp, lane,
+                                            words, scale,
+                                        )  # fmt: skip
+                                if lane % 4 * own < tokens:
+                                    for r in T.unroll(2):
+                                        for j in T.unroll(own):
+                                            sums[
+                                                (
+                                                    ((warp * 2 + r) * tiles + m) * tokens
+                                                    + lane % 4 * own
+                                                    + j
+                                                )
+                                                * UNITS
+                                                + lane // 4
+                                            ] = acc[2 * r + j] if own == 2 else acc[2 * r] + acc[2 * r + 1]
+                            if (p + 1) * tokens < count[0]:
+                                start[0] = start_of(vg, 0, warp)
+                                for d in T.unroll(depth):
+                                    load(
+                                        blocks, scales, expert[0], start[0], d, warp, lane,
+                                        words, scale,
+                                    )  # fmt: skip
+                            barrier()
+                            for i in T.serial(-(-tiles * tokens * UNITS // threads)):
+                                e: T.let = i * threads + tx
+                                m: T.let = e // (tokens * UNITS)
+                                token: T.let = e // UNITS % tokens
+                                row: T.let = (vg * tiles + m) * UNITS + e % UNITS
+                                if T.And(token < here, T.And(m < tiles, row < intermediate)):
+                                    for r in T.unroll(2):
+                                        acc[r] = T.float32(0)
+                                        for s in T.unroll(splits):
+                                            acc[r] = (
+                                                acc[r]
+                                                + sums[
+                                                    (s * 2 + r) * (tiles * tokens * UNITS) + e
+                                                ]
+                                            )
+                                        acc[r] = (
+                                            acc[r] * T.float32(LOWER)
+                                            + bias[expert[0], 2 * row + r]
+                                        )
+                                    h[found[token], row] = swiglu(acc[0], acc[1], limit)
+
+    return prim_func(arguments, body)
+
+
+def schedules(activations: str) -> tuple[Schedule, ...]:
+    tile = GateUpTile()
+    inputs = INPUTS[activations]
+    return (
+        Schedule(
+            "a tile of 16 rows a warp, mma.sync",
+            gpu("cuda", "sm_80"),
+            partial(_build, inputs),
+            tile,
+            layouts=layouts(alternating),
+            fits=lambda hidden, **_: _shared_bytes(inputs, hidden, tile) <= 48 << 10,
+            unused=frozenset({"offsets", "order"}),
+        ),
+    )
