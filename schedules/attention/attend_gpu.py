@@ -16,7 +16,6 @@ float32, whatever the cache holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,15 +24,13 @@ import tvm
 
 from mxforge.kv_layout import PAGE_TOKENS
 
-from ..formats.kv import KV, scale_at
-from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..formats.kv import KV
+from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 from ..math import LOWEST, exp_f32
-from .pages import first_visible, physical_page
-from .splits import SPLITS, split_pages
+from .attend import HEADS, WORDS, Words, once, over_blocks, upper
+from .pages import physical_page
 
-HEADS = 8  # of a block: query heads of one KV head; where there are fewer, some stay idle
 PLANE = 4  # heads whose scores lie side by side: 16 bytes
-WORDS = 4  # that a thread reads at once
 
 
 @dataclass(frozen=True)
@@ -58,102 +55,6 @@ class AttendTile(TileConfig):
 
 # 128 threads, 16 KiB of shared memory: what every device has. Not measured.
 TILE = AttendTile(threads=128, loads=8)
-
-
-@dataclass(frozen=True)
-class Words:
-    """What four words of a cache in one format hold.
-
-    Of keys: `wide` slots beside each other, `word` elements of each. Of values: `wide` elements
-    beside each other, of `word` slots each. Number i of the first kind and j of the second is
-    element i·word + j of the four words (formats/kv.py).
-    """
-
-    kv_dtype: str
-    head_dim: int
-
-    @property
-    def word(self) -> int:
-        return KV[self.kv_dtype].word
-
-    @property
-    def elements(self) -> int:
-        """In four words."""
-        return 4 * WORDS // KV[self.kv_dtype].element_bytes
-
-    @property
-    def wide(self) -> int:
-        return self.elements // self.word
-
-    @property
-    def heads(self) -> int:
-        """That a thread takes: so that it has 32 sums."""
-        return 32 // self.wide
-
-    @property
-    def key_units(self) -> int:
-        """Reads of a page's keys, for one group of `wide` slots."""
-        return -(-self.head_dim // self.word)
-
-    @property
-    def slot_groups(self) -> int:
-        return PAGE_TOKENS // self.wide
-
-    @property
-    def row(self) -> int:
-        """Words of a page's row."""
-        elements = KV[self.kv_dtype].shape(1, 1, self.head_dim)[-1]
-        return elements * KV[self.kv_dtype].element_bytes // 4
-
-    @property
-    def scales(self) -> int:
-        """The word of a row with the scales of the first two slots."""
-        return scale_at(self.head_dim, 0) // 4
-
-    def view(self, kv: Any, kv_heads: int, pages: Any) -> Any:
-        """The cache [2, Hkv, pages, row] as uint32."""
-        return T.decl_buffer((2, kv_heads, pages, self.row), "uint32", data=kv.data)
-
-    def key_at(self, unit: Any, slot_group: Any) -> Any:
-        return unit * (self.slot_groups * WORDS) + slot_group * WORDS
-
-    def value_at(self, unit: Any, column: Any) -> Any:
-        """Of slots unit·word and following, elements column·wide and following."""
-        return unit * (self.head_dim // self.wide * WORDS) + column * WORDS
-
-    def number(self, words: Any, at: Any, i: Any, j: Any) -> Any:
-        """float32 number i, j of the four words from `at` on; of int8 without its scale."""
-        element = i * self.word + j
-        per_word = self.elements // WORDS
-        shift = T.Cast("uint32", element % per_word * (32 // per_word))
-        return _NUMBER[self.kv_dtype](words[at + element // per_word], shift)
-
-
-def _half(word: Any, shift: Any) -> Any:
-    bits = T.Cast("uint16", T.shift_right(word, shift))
-    return T.Cast("float32", T.reinterpret("float16", bits))
-
-
-def _upper(word: Any, shift: Any) -> Any:
-    """float32 of a bfloat16: the upper half of its bits."""
-    bits = T.shift_right(word, shift)
-    return T.reinterpret("float32", T.shift_left(bits, T.uint32(16)))
-
-
-def _byte(word: Any, shift: Any) -> Any:
-    # In place of a conversion, of which NVIDIA's GPUs do 16 in the time of 128 others: as the last
-    # bits of 2²³ + 128.
-    low = T.bitwise_and(T.shift_right(word, shift), T.uint32(0xFF))
-    bits = T.bitwise_or(T.bitwise_xor(low, T.uint32(0x80)), T.uint32(0x4B000000))
-    return T.reinterpret("float32", bits) - T.float32(8388736)
-
-
-_NUMBER: dict[str, Callable[[Any, Any], Any]] = {
-    "float32": lambda word, _shift: T.reinterpret("float32", word),
-    "float16": _half,
-    "bfloat16": _upper,
-    "int8": _byte,
-}
 
 
 def fits(*, head_dim: int, **_static: Any) -> bool:
@@ -231,10 +132,6 @@ def build(
     def slot_of(unit):
         """The first slot of value unit 0 … page_units - 1 of a page, by the same rule."""
         return unit % slot_groups * wide + unit // slot_groups * word
-
-    def once(low, high):
-        """Iterations of a loop that stands for a condition, in which TVM puts no barriers."""
-        return T.Select(low > high, 0, 1) if split else 1
 
     def score_of(tx, k):
         """A head's score of key place k·parts + …, where heads are lanes."""
@@ -342,10 +239,10 @@ def build(
             elif scaled:
                 at: T.let = words.scales + slot // 2
                 shift: T.let = T.Cast("uint32", i % 2 * 16)
-                of_key: T.let = _upper(cache[0, kv_head, own.page[0], at], shift)
+                of_key: T.let = upper(cache[0, kv_head, own.page[0], at], shift)
                 for h in T.unroll(taken):
                     own.sums[(i0 + i) * taken + h] = own.sums[(i0 + i) * taken + h] * of_key
-                own.value_scale[place(tx // 4 % tile.pages, slot)] = _upper(
+                own.value_scale[place(tx // 4 % tile.pages, slot)] = upper(
                     cache[1, kv_head, own.page[0], at], shift
                 )
         put_scores(own, tx, i0, i0)
@@ -500,7 +397,7 @@ def build(
             exists: T.let = tx % HEADS < heads_left
             if split and low > high and tx < HEADS and exists:
                 stats[t, row, head, 1] = T.float32(0)
-            for _ in T.serial(once(low, high)):
+            for _ in T.serial(once(split, low, high)):
                 take_query(own, q, t, head, exists, tx)
                 own.top[0] = T.float32(LOWEST)
                 own.total[0] = T.float32(0)
@@ -533,55 +430,9 @@ def build(
                 if tx < across:
                     put_result(own, out, t, row, head0, heads_left, tx)
 
-    @T.inline
-    def body(
-        n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks=None, out=None,
-        partial=None, stats=None,
-    ):  # fmt: skip
-        # Two dimensions or three, since some devices end each of them at 65,535 blocks.
-        for token in T.thread_binding(n, thread="blockIdx.x"):
-            for head_block in T.thread_binding(kv_heads * per_kv_head, thread="blockIdx.y"):
-                if split:
-                    for of_split in T.thread_binding(SPLITS, thread="blockIdx.z"):
-                        with T.sblock("block"):
-                            t, hb, row = T.axis.remap("SSS", [token, head_block, of_split])
-                            T.reads(
-                                q[t, 0 : heads * head_dim],
-                                kv[0:2, 0:kv_heads, 0:pages, 0 : kv.shape[3]],
-                                positions[t],
-                                token_seq[t],
-                                page_table[0:b, 0:p],
-                                first_page[0:b],
-                            )
-                            T.writes(
-                                partial[t, row, 0 : heads * head_dim], stats[t, row, 0:heads, 0:2]
-                            )
-                            size: T.let = split_pages(positions[t] + 1) * PAGE_TOKENS
-                            attend(
-                                words.view(kv, kv_heads, pages), q, page_table, first_page,
-                                token_seq[t], None, partial, stats, t, row, hb, row * size,
-                                T.min(row * size + size - 1, positions[t]),
-                            )  # fmt: skip
-                else:
-                    with T.sblock("block"):
-                        t, hb = T.axis.remap("SS", [token, head_block])
-                        T.reads(
-                            q[t, 0 : heads * head_dim],
-                            kv[0:2, 0:kv_heads, 0:pages, 0 : kv.shape[3]],
-                            positions[t],
-                            token_seq[t],
-                            page_table[0:b, 0:p],
-                            first_page[0:b],
-                            sinks[0:heads],
-                        )
-                        T.writes(out[t, 0 : heads * head_dim])
-                        attend(
-                            words.view(kv, kv_heads, pages), q, page_table, first_page,
-                            token_seq[t], sinks, out, None, t, 0, hb,
-                            first_visible(positions[t], window), positions[t],
-                        )  # fmt: skip
-
-    return prim_func(arguments, body)
+    return over_blocks(
+        attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window
+    )
 
 
 def schedules(*, split: bool) -> tuple[Schedule, ...]:

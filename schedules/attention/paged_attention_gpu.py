@@ -20,7 +20,7 @@ from mxforge.kv_layout import PAGE_TOKENS
 from ..formats.kv import KV
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..math import LOWEST, exp_f32
-from . import attend_gpu
+from . import attend_cuda, attend_gpu
 from .pages import first_visible, physical_page
 
 
@@ -272,6 +272,7 @@ def _build(
 
 
 SCHEDULES = (
+    *attend_cuda.schedules(split=False),
     *attend_gpu.schedules(split=False),
     Schedule("one block a token and group of heads", gpu(), _build, TILE),
 )

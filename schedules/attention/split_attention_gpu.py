@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import attend_gpu
+from . import attend_cuda, attend_gpu
 
-SCHEDULES = attend_gpu.schedules(split=True)
+SCHEDULES = (*attend_cuda.schedules(split=True), *attend_gpu.schedules(split=True))

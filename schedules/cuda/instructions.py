@@ -26,6 +26,17 @@ def mma_bf16(d, d_at, a, a_at, b, b_at):
 
 
 @T.inline
+def mma_f16(d, d_at, a, a_at, b, b_at):
+    """The same of float16 pairs."""
+    T.ptx["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"](
+        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+        a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3],
+        b[b_at], b[b_at + 1],
+        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+    )  # fmt: skip
+
+
+@T.inline
 def mma_s8(d, d_at, a, a_at, b, b_at):
     """d i32 [4] += a · b, of four int8 a uint32: a [4], b [2]. m16n8k32: as above with four inputs
     4t … 4t+3, and + 16, in place of two."""

@@ -1,0 +1,460 @@
+"""Attention by CUDA's matrix units: warps of a block take the keys of one token and eight heads of
+one KV head by turns, straight from the cache's words into fragments, and put their sums together.
+
+A warp takes eight groups of slots at once, 32 keys or, of a float16 cache, 64. Lane 4·g + t reads
+four words at a time (Words): of group g's keys, elements 16s + 4t … 16s + 4t + 3 for each s, and of
+the values of groups 2t and 2t+1, a number of columns that g says. Four elements that are summed
+over, those of a key or four slots of a value, are what a fragment of B has in a lane: the words as
+they are (bfloat16), two by two (float16) or widened (int8).
+
+The eight heads are the first eight rows of A. What is multiplied with the cache, queries and
+weights, is split in two parts of its type, high and low, and the low one is in the other eight
+rows: that the product is as good as of 16 to 22 bits costs nothing.
+
+Counted for 32 keys of 64 elements in bfloat16: 16 reads, 32 products of matrices, 8 exponentials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import tvm
+
+from mxforge.kv_layout import PAGE_TOKENS
+
+from ..cuda.instructions import LANES, mma_bf16, mma_f16
+from ..formats.kv import BF16, F16, INT8, KV
+from ..kernel import Schedule, T, Tensor, TileConfig, gpu
+from ..math import LOG2_E, LOWEST
+from .attend import HEADS, WORDS, Words, once, over_blocks, upper
+from .pages import physical_page
+
+LN_2 = 0.6931472
+GROUPS = 8  # of slots, that a warp takes at once: the columns of B
+PAIR = 0x7632  # selects the upper halves of two words
+
+
+@dataclass(frozen=True)
+class WarpsTile(TileConfig):
+    warps: int  # of a block
+
+
+# Eight warps and two blocks fill the registers. Not measured.
+TILE = WarpsTile(warps=8)
+
+
+class State(NamedTuple):
+    """Of a block, in shared memory; then those that each thread has of its own."""
+
+    tops: Any  # f32 [warps, 8 heads]
+    totals: Any  # f32 [warps, 8 heads]
+    sums: Any  # f32 [warps, 8 heads, pitch]
+    query: Any  # u32 [D/16, 4]: fragments of A
+    weight: Any  # u32 [4]: a fragment of A
+    b: Any  # u32 [2]: a fragment of B
+    score: Any  # f32 [wide, 4]: fragments of D; the group's slots
+    acc: Any  # f32 [D/8, 4]: fragments of D
+    keys: Any  # u32 [D/16, 4/p, 4]: words
+    values: Any  # u32 [2, wide/4, D/8/wide, 4/p, 4]: words
+    key_scales: Any  # u32 [4]: of 8 slots
+    value_scales: Any  # u32 [4]
+    x: Any  # f32 [4]
+    rest: Any  # f32 [4]
+    top: Any  # f32
+    total: Any  # f32
+    running: Any  # f32
+
+
+def bits(x: Any) -> Any:
+    return T.reinterpret("uint32", x)
+
+
+def permuted(low: Any, high: Any, selector: Any) -> Any:
+    return T.call_extern("uint32", "__byte_perm", low, high, selector)
+
+
+def over_group(combine: Any, value: Any) -> Any:
+    """Over the four lanes with the same g."""
+    for distance in (1, 2):
+        other = T.cuda.__shfl_xor_sync(T.uint32(0xFFFFFFFF), value, distance, LANES)
+        value = combine(value, other)
+    return value
+
+
+def _byte(word: Any, i: int) -> Any:
+    """float32 of byte i of a word of int8 that is flipped by 0x80808080: the last bits of 2²³."""
+    wide = permuted(word, T.uint32(0x4B000000), T.uint32(0x7540 + i))
+    return T.reinterpret("float32", wide) - T.float32(8388736)
+
+
+def fits(*, head_dim: int, kv_dtype: str, **_static: Any) -> bool:
+    """A row of values is whole reads of a warp; more than 128 columns want too many registers."""
+    return kv_dtype in (F16.name, BF16.name, INT8.name) and head_dim in (64, 128)
+
+
+def build(
+    split: bool,
+    arguments: tuple[Tensor, ...],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    kv_dtype: str,
+    window: int = 0,
+    tile: WarpsTile,
+) -> tvm.tirx.PrimFunc:
+    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION."""
+    words = Words(kv_dtype, head_dim)
+    half, scaled = kv_dtype == F16.name, KV[kv_dtype].scaled
+    group = heads // kv_heads
+    per_kv_head = -(-group // HEADS)
+    warps, threads = tile.warps, tile.warps * LANES
+    word, wide, slot_groups = words.word, words.wide, words.slot_groups
+    pages_at_once = GROUPS // slot_groups
+    keys_at_once = pages_at_once * PAGE_TOKENS
+    reads = 4 // word  # that four elements are in
+    steps = head_dim // 16  # of A's columns
+    quads, blocks = wide // 4, head_dim // (8 * wide)  # of a group's slots; of a value's columns
+    # Weights up to 2¹⁴: float16 has its full precision from 2⁻¹⁴ on.
+    bias = 14 if half else 0
+    kept = 0xFFFFE000 if half else 0xFFFF0000  # bits of a float32 that the high part has
+    # From row to row, so that a quarter of a warp that stores 16 bytes each meets every bank once.
+    pitch = head_dim + (8 if half else 4)
+    mma = mma_f16 if half else mma_bf16
+
+    def allocated():
+        def shared(*shape):
+            return T.sblock_alloc_buffer(shape, "float32", scope="shared")
+
+        def local(*shape, dtype="float32"):
+            return T.sblock_alloc_buffer(shape, dtype, scope="local")
+
+        return State(
+            tops=shared(warps * HEADS),
+            totals=shared(warps * HEADS),
+            sums=shared(warps * HEADS * pitch),
+            query=local(steps * 4, dtype="uint32"),
+            weight=local(4, dtype="uint32"),
+            b=local(2, dtype="uint32"),
+            score=local(wide * 4),
+            acc=local(head_dim // 8 * 4),
+            keys=local(steps * reads * WORDS, dtype="uint32"),
+            values=local(2 * quads * blocks * reads * WORDS, dtype="uint32"),
+            key_scales=local(WORDS, dtype="uint32"),
+            value_scales=local(WORDS, dtype="uint32"),
+            x=local(4),
+            rest=local(4),
+            top=local(1),
+            total=local(1),
+            running=local(1),
+        )
+
+    def packed(x, i):
+        """The type's pair of x[i] and x[i + 1], which it holds in full but for rounding."""
+        if not half:
+            return permuted(bits(x[i]), bits(x[i + 1]), T.uint32(PAIR))
+        low, high = (
+            T.Cast("uint32", T.reinterpret("uint16", T.Cast("float16", x[i + j]))) for j in (0, 1)
+        )
+        return T.bitwise_or(low, T.shift_left(high, T.uint32(16)))
+
+    @T.inline
+    def put_parts(own, a, at):
+        """The fragment a[at …] of A of four numbers x: high parts, and below them low ones."""
+        for i in T.unroll(4):
+            high: T.let = T.bitwise_and(bits(own.x[i]), T.uint32(kept))
+            own.rest[i] = own.x[i] - T.reinterpret("float32", high)
+            own.x[i] = T.reinterpret("float32", high)
+        a[at] = packed(own.x, 0)
+        a[at + 1] = packed(own.rest, 0)
+        a[at + 2] = packed(own.x, 2)
+        a[at + 3] = packed(own.rest, 2)
+
+    @T.inline
+    def take_fragment(own, read, at, i):
+        """b = number i of four elements each, in `reads` times four words from `at` on."""
+        if half:
+            selector: T.let = T.Cast("uint32", 0x5410 + i % 2 * (PAIR - 0x5410))
+            for j in T.unroll(2):
+                own.b[j] = permuted(
+                    read[at + j * 2 * WORDS + i // 2],
+                    read[at + (j * 2 + 1) * WORDS + i // 2],
+                    selector,
+                )
+        elif scaled:
+            flipped: T.let = T.bitwise_xor(read[at + i], T.uint32(0x80808080))
+            own.b[0] = permuted(bits(_byte(flipped, 0)), bits(_byte(flipped, 1)), T.uint32(PAIR))
+            own.b[1] = permuted(bits(_byte(flipped, 2)), bits(_byte(flipped, 3)), T.uint32(PAIR))
+        else:
+            for j in T.unroll(2):
+                own.b[j] = read[at + j * WORDS + i]
+
+    @T.inline
+    def take_query(own, q, t, head, exists, lane):
+        """Fragments of q / √D in units of log 2; float16's in units of the largest power of two
+        in the row, which comes back in `running`."""
+        own.running[0] = T.float32(1)
+        if half:
+            own.running[0] = T.float32(0)
+            if exists:
+                for s in T.unroll(steps):
+                    for j in T.unroll(4):
+                        own.running[0] = T.max(
+                            own.running[0],
+                            T.fabs(q[t, head * head_dim + s * 16 + lane % 4 * 4 + j])
+                            * T.float32(LOG2_E * head_dim**-0.5),
+                        )
+            own.running[0] = over_group(T.max, own.running[0])
+            own.running[0] = T.reinterpret(
+                "float32", T.bitwise_and(bits(own.running[0]), T.uint32(0x7F800000))
+            )
+        for s in T.unroll(steps):
+            own.x[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
+            if exists:
+                own.x[T.ramp(0, 1, 4)] = q[t, T.ramp(head * head_dim + s * 16 + lane % 4 * 4, 1, 4)]
+            for j in T.unroll(4):
+                own.x[j] = own.x[j] * T.float32(LOG2_E * head_dim**-0.5)
+                if half:  # 1 / running
+                    own.x[j] = own.x[j] * T.reinterpret(
+                        "float32", T.uint32(0x7F000000) - bits(own.running[0])
+                    )
+            put_parts(own, own.query, s * 4)
+
+    @T.inline
+    def read_keys(own, cache, kv_head, page, lane):
+        for s in T.unroll(steps):
+            for u in T.unroll(reads):
+                at: T.let = words.key_at(
+                    s * (16 // word) + lane % 4 * reads + u, lane // 4 % slot_groups
+                )
+                own.keys[T.ramp((s * reads + u) * WORDS, 1, WORDS)] = cache[
+                    0, kv_head, page, T.ramp(at, 1, WORDS)
+                ]
+
+    @T.inline
+    def read_values(own, cache, kv_head, page, key0, lane, low, high):
+        """Of the 2·wide slots from `slot` on; words without a key that is seen become 0."""
+        for r in T.unroll(2 * quads):
+            for c in T.unroll(blocks):
+                for u in T.unroll(reads):
+                    slot: T.let = lane % 4 * 2 % slot_groups * wide + r * 4 + u * word
+                    number: T.let = ((r * blocks + c) * reads + u) * WORDS
+                    own.values[T.ramp(number, 1, WORDS)] = T.broadcast(T.uint32(0), WORDS)
+                    if key0 + slot + word > low and key0 + slot <= high:
+                        at: T.let = words.value_at(slot // word, c * 8 + lane // 4)
+                        own.values[T.ramp(number, 1, WORDS)] = cache[
+                            1, kv_head, page, T.ramp(at, 1, WORDS)
+                        ]
+
+    @T.inline
+    def mask_values(own, key0, lane, low, high):
+        """Numbers of two slots in a word, of which one may be NaN."""
+        for r in T.unroll(2 * quads):
+            for u in T.unroll(reads):
+                key: T.let = key0 + lane % 4 * 2 % slot_groups * wide + r * 4 + u * word
+                keep: T.let = T.bitwise_or(
+                    T.Select(key < low, T.uint32(0), T.uint32(0xFFFF)),
+                    T.Select(key + 1 > high, T.uint32(0), T.uint32(0xFFFF0000)),
+                )
+                for c in T.unroll(blocks):
+                    for w in T.unroll(WORDS):
+                        at: T.let = ((r * blocks + c) * reads + u) * WORDS + w
+                        own.values[at] = T.bitwise_and(own.values[at], keep)
+
+    @T.inline
+    def score_keys(own, unit, key0, low, high):
+        """score [slot, group 2t or 2t+1] = q·k of head g, in units of log 2; LOWEST where the key
+        is not seen. `unit`: what the query is in; key0: the first of this lane's 2·wide keys."""
+        for i in T.unroll(wide * 4):
+            own.score[i] = T.float32(0)
+        for s in T.unroll(steps):
+            for i in T.unroll(wide):
+                take_fragment(own, own.keys, s * reads * WORDS, i)
+                mma(own.score, i * 4, own.query, s * 4, own.b, 0)
+        for j in T.unroll(2):
+            for i in T.unroll(wide):
+                own.score[i * 4 + j] = own.score[i * 4 + j] + own.score[i * 4 + j + 2]
+                if half:
+                    own.score[i * 4 + j] = own.score[i * 4 + j] * unit
+                if scaled:
+                    own.score[i * 4 + j] = own.score[i * 4 + j] * upper(
+                        own.key_scales[j * 2 + i // 2], T.Cast("uint32", i % 2 * 16)
+                    )
+                key: T.let = key0 + j * wide + i
+                own.score[i * 4 + j] = T.Select(
+                    key < low or key > high, T.float32(LOWEST), own.score[i * 4 + j]
+                )
+
+    @T.inline
+    def weigh(own):
+        """score = 2^(score - top), and the sums corrected where top has grown."""
+        own.running[0] = own.score[0]
+        for j in T.unroll(2):
+            for i in T.unroll(wide):
+                own.running[0] = T.max(own.running[0], own.score[i * 4 + j])
+        own.running[0] = over_group(T.max, own.running[0])
+        if own.running[0] > own.top[0]:
+            factor: T.let = T.exp2(own.top[0] - own.running[0])
+            own.total[0] = own.total[0] * factor
+            for i in T.unroll(head_dim // 8 * 4):
+                own.acc[i] = own.acc[i] * factor
+            own.top[0] = own.running[0]
+        for j in T.unroll(2):
+            for i in T.unroll(wide):
+                own.score[i * 4 + j] = T.exp2(own.score[i * 4 + j] - own.top[0] + T.float32(bias))
+                own.total[0] = own.total[0] + own.score[i * 4 + j]
+
+    @T.inline
+    def add_values(own):
+        """acc += weights · values: groups 2t and 2t+1, four slots of each at once."""
+        for j in T.unroll(2):
+            for r in T.unroll(quads):
+                for e in T.unroll(4):
+                    own.x[e] = own.score[(r * 4 + e) * 4 + j]
+                    if scaled and own.x[e] > T.float32(0):
+                        own.x[e] = own.x[e] * upper(
+                            own.value_scales[j * 2 + e // 2], T.Cast("uint32", e % 2 * 16)
+                        )
+                put_parts(own, own.weight, 0)
+                for c in T.unroll(blocks):
+                    for i in T.unroll(wide):
+                        at: T.let = ((j * quads + r) * blocks + c) * reads * WORDS
+                        take_fragment(own, own.values, at, i)
+                        mma(own.acc, (c * wide + i) * 4, own.weight, 0, own.b, 0)
+
+    @T.inline
+    def put_sums(own, warp, lane, factor):
+        """Columns of groups 2t and 2t+1 of head g: `wide` each, which follow each other."""
+        for c in T.unroll(blocks):
+            for j in T.unroll(2):
+                for i4 in T.unroll(quads):
+                    for e in T.unroll(4):
+                        at: T.let = (c * wide + i4 * 4 + e) * 4 + j
+                        own.x[e] = (own.acc[at] + own.acc[at + 2]) * factor
+                    column: T.let = c * 8 * wide + (lane % 4 * 2 + j) * wide + i4 * 4
+                    own.sums[T.ramp((warp * HEADS + lane // 4) * pitch + column, 1, 4)] = own.x[
+                        T.ramp(0, 1, 4)
+                    ]
+
+    @T.inline
+    def put_result(own, sinks, out, stats, t, row, head0, heads_left, tx):
+        """Four columns of a head: sums of all warps."""
+        head: T.let = tx // (head_dim // 4)
+        column: T.let = tx % (head_dim // 4) * 4
+        if head < heads_left:
+            own.top[0] = T.float32(LOWEST)
+            for w in T.unroll(warps):
+                own.top[0] = T.max(own.top[0], own.tops[w * HEADS + head])
+            own.total[0] = T.float32(0)
+            if not split:
+                sink: T.let = T.max(sinks[head0 + head] * T.float32(LOG2_E), T.float32(LOWEST))
+                own.top[0] = T.max(own.top[0], sink)
+                own.total[0] = T.exp2(sink - own.top[0])
+            own.x[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
+            for w in T.unroll(warps):
+                own.total[0] = own.total[0] + own.totals[w * HEADS + head] * T.exp2(
+                    own.tops[w * HEADS + head] - own.top[0] - T.float32(bias)
+                )
+                own.x[T.ramp(0, 1, 4)] = (
+                    own.x[T.ramp(0, 1, 4)]
+                    + own.sums[T.ramp((w * HEADS + head) * pitch + column, 1, 4)]
+                )
+            if split:
+                out[t, row, T.ramp((head0 + head) * head_dim + column, 1, 4)] = own.x[
+                    T.ramp(0, 1, 4)
+                ]
+                if column == 0:
+                    stats[t, row, head0 + head, 0] = own.top[0] * T.float32(LN_2)
+                    stats[t, row, head0 + head, 1] = own.total[0]
+            else:
+                out[t, T.ramp((head0 + head) * head_dim + column, 1, 4)] = own.x[
+                    T.ramp(0, 1, 4)
+                ] / T.broadcast(own.total[0], 4)
+
+    @T.inline
+    def attend(cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
+        """Head block hb of token t over the keys low … high, into `row` of out and stats."""
+        own = allocated()
+        unit = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        kv_head: T.let = hb // per_kv_head
+        head0: T.let = kv_head * group + hb % per_kv_head * HEADS
+        heads_left: T.let = group - hb % per_kv_head * HEADS
+        page0: T.let = low // PAGE_TOKENS
+        page_end: T.let = high // PAGE_TOKENS + 1
+        for tx in T.thread_binding(threads, thread="threadIdx.x"):
+            warp: T.let = tx // LANES
+            lane: T.let = tx % LANES
+            if split and low > high and tx < HEADS and tx < heads_left:
+                stats[t, row, head0 + tx, 1] = T.float32(0)
+            for _ in T.serial(once(split, low, high)):
+                take_query(own, q, t, head0 + lane // 4, lane // 4 < heads_left, lane)
+                unit[0] = own.running[0]
+                own.top[0] = T.float32(LOWEST)
+                own.total[0] = T.float32(0)
+                for i in T.unroll(head_dim // 8 * 4):
+                    own.acc[i] = T.float32(0)
+                turns: T.let = T.ceildiv(
+                    page_end - page0 - warp * pages_at_once, warps * pages_at_once
+                )
+                for turn in T.serial(turns):
+                    first: T.let = page0 + (turn * warps + warp) * pages_at_once
+                    of_keys: T.let = first + lane // 4 // slot_groups
+                    of_values: T.let = first + lane % 4 * 2 // slot_groups
+                    key0: T.let = of_values * PAGE_TOKENS
+                    own_key0: T.let = key0 + lane % 4 * 2 % slot_groups * wide
+                    if of_keys < page_end:
+                        read_keys(
+                            own, cache, kv_head,
+                            physical_page(table, first_page, sequence, of_keys), lane,
+                        )  # fmt: skip
+                    page: T.let = physical_page(
+                        table, first_page, sequence, T.min(of_values, page_end - 1)
+                    )
+                    if scaled:
+                        at: T.let = words.scales + lane % 4 * 2 % slot_groups * 2
+                        own.key_scales[T.ramp(0, 1, WORDS)] = cache[
+                            0, kv_head, page, T.ramp(at, 1, WORDS)
+                        ]
+                        own.value_scales[T.ramp(0, 1, WORDS)] = cache[
+                            1, kv_head, page, T.ramp(at, 1, WORDS)
+                        ]
+                    if not half:  # as many registers as there are: float16 reads 64 keys
+                        read_values(own, cache, kv_head, page, key0, lane, low, high)
+                    score_keys(own, unit[0], own_key0, low, high)
+                    if half:
+                        read_values(own, cache, kv_head, page, key0, lane, low, high)
+                    weigh(own)
+                    if word == 2 and (
+                        first * PAGE_TOKENS < low or first * PAGE_TOKENS + keys_at_once > high
+                    ):
+                        mask_values(own, key0, lane, low, high)
+                    add_values(own)
+                own.total[0] = over_group(lambda a, b: a + b, own.total[0])
+                if lane % 4 == 0:
+                    own.tops[warp * HEADS + lane // 4] = own.top[0]
+                    own.totals[warp * HEADS + lane // 4] = own.total[0]
+                own.running[0] = T.float32(LOWEST)
+                for w in T.unroll(warps):
+                    own.running[0] = T.max(own.running[0], own.tops[w * HEADS + lane // 4])
+                if not split and lane // 4 < heads_left:
+                    own.running[0] = T.max(
+                        own.running[0], sinks[head0 + lane // 4] * T.float32(LOG2_E)
+                    )
+                put_sums(own, warp, lane, T.exp2(own.top[0] - own.running[0] - T.float32(bias)))
+                if tx < HEADS * head_dim // 4:
+                    put_result(own, sinks, out, stats, t, row, head0, heads_left, tx)
+
+    return over_blocks(
+        attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window
+    )
+
+
+def schedules(*, split: bool) -> tuple[Schedule, ...]:
+    """Of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION."""
+    return (
+        Schedule(
+            "keys over warps, mma", gpu("cuda", "sm_80"), partial(build, split), TILE, fits=fits
+        ),
+    )
