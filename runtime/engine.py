@@ -33,14 +33,14 @@ from .manifest import Manifest
 from .model import check_memory_plan
 from .results import Completion, Piece
 from .sampling import SamplingParams, TokenHistory, new_seed
-from .scheduler import Request, Worker
+from .scheduler import DeviceCheck, Request, Submitted, Worker
 from .text import TextStream
 from .tokenizer import Tokenizer
 
 # Beside weights and KV: Python, TVM and the logits of one step.
 OVERHEAD_BYTES = 512 << 20
 
-_workers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Request | None]] = (
+_workers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Submitted]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -57,6 +57,16 @@ def _stop_workers() -> None:
     for thread, requests in list(_workers.items()):
         requests.put(None)
         thread.join()
+
+
+def _check_devices() -> None:
+    """Let every engine look whether its device is still there; one has found its own lost.
+
+    A device is opened anew when nobody has anything on it any more, and an engine without requests
+    would not notice.
+    """
+    for requests in list(_workers.values()):
+        requests.put(DeviceCheck())
 
 
 class Engine:
@@ -88,7 +98,7 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._harmony: Harmony | None = None
         self._tokenizer_lock = threading.Lock()
-        self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Submitted] = queue.SimpleQueue()
         self._closed = threading.Event()
         ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         worker = Worker(
@@ -99,6 +109,7 @@ class Engine:
             context_length=self.context_length,
             max_batch=self.max_batch,
             prefill_chunk=self.prefill_chunk,
+            on_loss=_check_devices,
         )
         self._thread = threading.Thread(
             target=worker.run, args=(ready,), name="mxforge-engine", daemon=True
@@ -132,7 +143,7 @@ class Engine:
         prefill_chunk   most prompt tokens in one step; None: what it was compiled for
 
         Raises ArtifactError and its subclasses, KVMemoryError (before anything is allocated),
-        UsageError.
+        DeviceMemoryError, DeviceLostError, UsageError.
         """
         return cls(
             open_artifact(path),
@@ -172,6 +183,8 @@ class Engine:
 
         `cancel`, when set, ends the answer with finish_reason "cancelled" and what there is of it.
         Raises ContextLengthError, TokenRangeError, SamplingError, TokenizerError, UsageError.
+        DeviceLostError ends all requests on a GPU that fails; the next one loads the weights
+        again.
         """
         pieces = list(self.stream(prompt, params, cancel=cancel))
         last = pieces[-1]

@@ -27,6 +27,8 @@ A message says what was expected, what was found and what to do, in one or two s
     │   ├── ArtifactCorruptError        a file is missing, changed or unreadable
     │   └── ArtifactTargetError         it was compiled for another CPU, GPU or system
     ├── VulkanError                 Vulkan, its library here or a device of it cannot be used
+    ├── DeviceLostError             a device takes no more work: a kernel or the driver failed
+    ├── DeviceMemoryError           a device had less memory left than was counted on
     ├── KVMemoryError               the KV pool does not fit, or its pages are used up
     ├── ContextLengthError          a prompt is longer than the context
     ├── TokenRangeError             a token id lies outside the vocabulary
@@ -143,6 +145,14 @@ class ArtifactTargetError(ArtifactError):
 
 class VulkanError(MxforgeError):
     """Vulkan is not installed, not built here, or has no device that can be used."""
+
+
+class DeviceLostError(MxforgeError):
+    """A device failed while it was used, and what is on it is lost; the process goes on."""
+
+
+class DeviceMemoryError(MxforgeError):
+    """A device had no memory left for a tensor, though the plan fitted; it can still be used."""
 
 
 class KVMemoryError(MxforgeError):

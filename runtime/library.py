@@ -23,6 +23,7 @@ import numpy as np
 from . import cuda
 from .artifact import device_code_name
 from .errors import ArtifactTargetError, MxforgeError
+from .failures import named
 from .manifest import short
 
 
@@ -53,11 +54,18 @@ _CPU = 1
 class _DeviceKind:
     """DLPack's device number, and what brings TVM's device API for it into the process.
 
-    load(target, index) raises ArtifactTargetError where the device cannot run the target's code
+    load(target, index)         raises ArtifactTargetError where the device cannot run the target's
+                                code
+    prepare(module, index)      what of it the first call would do; raises where kernels need what
+                                the device has not
+    frees_after_loss            memory of a lost device can be freed, and then the device be used
+                                again. CUDA's cannot: TVM ends the process where freeing fails
     """
 
     number: int
     load: Callable[[str, int], None]
+    prepare: Callable[[Any, int], None] = lambda module, index: None
+    frees_after_loss: bool = True
 
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -155,14 +163,26 @@ def _load_vulkan(_target: str, index: int) -> None:
     vulkan.check(index)
 
 
+def _check_vulkan(module: Any, index: int) -> None:
+    from . import vulkan
+
+    vulkan.function("check")(module, index)
+
+
 _DEVICES = {
     "cpu": _DeviceKind(_CPU, _load_nothing),
-    "cuda": _DeviceKind(2, _load_cuda),
-    "vulkan": _DeviceKind(7, _load_vulkan),
+    "cuda": _DeviceKind(2, _load_cuda, frees_after_loss=False),
+    "vulkan": _DeviceKind(7, _load_vulkan, _check_vulkan),
     "metal": _DeviceKind(8, _load_from_wheel),
 }
 
 
+def frees_after_loss(target: str) -> bool:
+    """Whether a device that was lost can be used again by this process, once all is freed."""
+    return _DEVICES[target.partition(":")[0]].frees_after_loss
+
+
+_RECENT = 64  # at least the tensors made in one step
 _device_code: dict[str, Path] = {}
 
 
@@ -179,6 +199,11 @@ def _offer_device_code(files: Mapping[str, Path]) -> None:
         return _device_code[name].read_bytes()
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
+
+
+def keep_forever(owner: object) -> None:
+    """Never free this, nor what it holds."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -222,22 +247,43 @@ class Library:
         kind, device_kind = _load_device(target, device_index), target.partition(":")[0]
         _offer_device_code(device_code or {})
         self.on_cpu = kind.number == _CPU
+        self.frees_after_loss = frees_after_loss(target)
         self.device = tvm_ffi.device(device_kind, device_index)
         try:
             self._module = tvm_ffi.load_module(str(path))
+            kind.prepare(self._module, device_index)
             self._machine = self._module["vm_load_executable"]()
             where = (kind.number, device_index, _POOLED_ALLOCATOR)
             self._machine["vm_initialization"](*where, _CPU, 0, _POOLED_ALLOCATOR)
         except (RuntimeError, AttributeError, ValueError) as error:
-            reason = str(error).strip() or type(error).__name__
+            failure = named(error, target)
+            if failure is not error:
+                raise failure from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise ArtifactTargetError(
-                f"{path.name} should load on {device_kind} but does not: {reason.splitlines()[-1]}"
+                f"{path.name} should load on {target} but does not: {reason}"
             ) from error
         self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
         self._view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
         self._from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
         self._to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
+        self._synchronize = tvm_ffi.get_global_func("runtime.Device_StreamSync")
         self._functions: dict[str, Any] = {}
+        self._recent: list[Any] = []
+
+    def close(self) -> None:
+        """Free what the machine has, and the memory that TVM keeps for later.
+
+        It is of no use afterwards. tvm_ffi never unloads a module, whose code may be in use.
+        """
+        self._functions.clear()
+        del self._machine
+        tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()  # only what nobody uses
+
+    def synchronize(self) -> None:
+        """Wait for the device; raises what went wrong on it."""
+        if not self.on_cpu:
+            self._synchronize(self.device, 0)
 
     def __getitem__(self, name: str) -> Any:
         """A function of the library."""
@@ -265,7 +311,14 @@ class Library:
             copy[...] = array
             return tvm_ffi.from_dlpack(copy, require_alignment=ALIGNMENT)
         tensor = self.empty(array.shape, array.dtype.name)
+        if self.frees_after_loss:
+            self._fill(tensor, np.ascontiguousarray(array))
+            return tensor
+        # An error below must not free it. Filling waits for the device: what succeeds shows that it
+        # is there, and what was made earlier can be freed.
+        self._recent.append(tensor)
         self._fill(tensor, np.ascontiguousarray(array))
+        del self._recent[:-_RECENT]
         return tensor
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:

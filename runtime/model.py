@@ -15,7 +15,7 @@ from .artifact import Artifact
 from .errors import ArtifactCorruptError
 from .kv import PageNeeds, PageTables, available_memory
 from .kv_layout import page_bytes, row_elements
-from .library import Library, aligned_empty
+from .library import Library, aligned_empty, keep_forever
 from .manifest import REMEDY, WEIGHT_BYTES, Manifest, WeightInfo
 from .prefault import Prefault
 from .random_weights import fill_random
@@ -46,8 +46,28 @@ class Model:
         self._prefault = Prefault(mapped)  # last, so that an error above leaves no thread behind
 
     def close(self) -> None:
-        """Stop reading ahead, so that the files can be unmapped."""
+        """Free all memory; the files can be unmapped. The model is of no use afterwards."""
+        try:
+            self.library.synchronize()
+        except RuntimeError:  # lost since the last step, and nobody asks any more
+            self.forsake()
+        else:
+            self._free()
+
+    def forsake(self) -> None:
+        """Close it where its device was lost, so that the device can be opened anew."""
+        if self.library.frees_after_loss:
+            self._free()
+            return
         self._prefault.close()
+        keep_forever(self)
+
+    def _free(self) -> None:
+        self._prefault.close()
+        self.weights.clear()
+        self._ordered.clear()
+        self.kv.clear()
+        self.library.close()
 
     def forward(
         self,

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from .artifact import Artifact
-from .errors import CancelledError, NumericsError
+from .errors import CancelledError, DeviceLostError, NumericsError
+from .failures import named
 from .kv import KVPages, PageNeeds, PageTables, SequencePages
 from .kv_layout import PAGE_TOKENS
-from .library import Library
+from .library import Library, frees_after_loss
 from .model import Model
 from .results import Piece, Timings, TokenLogprob, Usage
 from .sampling import SampleRow, SamplingParams, TokenHistory, sample_arguments
@@ -30,6 +31,7 @@ from .text import TextStream
 # Rows of logits in one step when all are wanted, of all requests together: 64 of a 201,088
 # vocabulary are 51 MB.
 LOGITS_CHUNK = 64
+LETTING_GO_S = 5.0  # longer than any engine needs to notice that its device is lost
 MIN_PREFIXES = 32  # prompt beginnings kept for reuse; at least one for each running sequence
 
 
@@ -72,6 +74,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class DeviceCheck:
+    """Sent in place of a request: see whether the device is still there."""
+
+
+Submitted = Request | DeviceCheck | None  # None: end
+
+
+@dataclass(frozen=True)
 class _Part:
     """What one request contributes to a step.
 
@@ -84,18 +94,23 @@ class _Part:
 
 
 class Worker:
-    """Runs in its own thread until None arrives in `requests`."""
+    """Runs in its own thread until None arrives in `requests`.
+
+    Where the device is lost, all its requests fail, and nothing is kept of the model, so that the
+    device can be opened anew; the next request loads it again. `on_loss` is called in between.
+    """
 
     def __init__(
         self,
         artifact: Artifact,
-        requests: queue.SimpleQueue[Request | None],
+        requests: queue.SimpleQueue[Submitted],
         needs: PageNeeds,
         *,
         threads: int,
         context_length: int,
         max_batch: int,
         prefill_chunk: int,
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         self._artifact = artifact
         self._requests = requests
@@ -104,26 +119,32 @@ class Worker:
         self._context_length = context_length
         self._max_batch = max_batch
         self._prefill_chunk = prefill_chunk
+        self._on_loss = on_loss
         manifest = artifact.manifest
         self._vocab_size = int(manifest.config["vocab_size"])
         self._stop_ids = frozenset(manifest.stop_token_ids)
-        self._kv = KVPages(
-            needs.full_pages,
-            needs.sliding_pages,
-            int(manifest.config["sliding_window"]),
-            prefixes=max(MIN_PREFIXES, max_batch),
-        )
+        self._kv = self._empty_pages()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._closing = False
+        self._model: Model  # where it is not lost
+        self._lost = False
+
+    def _empty_pages(self) -> KVPages:
+        return KVPages(
+            self._needs.full_pages,
+            self._needs.sliding_pages,
+            int(self._artifact.manifest.config["sliding_window"]),
+            prefixes=max(MIN_PREFIXES, self._max_batch),
+        )
 
     def run(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
         """Load, tell `ready`, then serve."""
         try:
             Library.use_threads(self._threads)
-            self._model = Model(self._artifact, self._needs)
+            self._load()
         except BaseException as error:  # the caller's thread raises it
-            ready.put(error)
+            ready.put(named(error, self._artifact.variant.target))
             return
         ready.put(None)
         while not self._closing:
@@ -132,13 +153,44 @@ class Worker:
                 if not self._closing:
                     self._step()
             except Exception as error:  # every running request hears of it, none hangs
-                for request in self._running:
-                    self._kv.release(request.pages)
-                    request.inbox.put(error)
-                self._running.clear()
-        self._model.close()
+                self._fail_all(named(error, self._artifact.variant.target))
+        if not self._lost:
+            self._model.close()
         for request in (*self._running, *self._waiting):
             request.inbox.put(CancelledError("The engine was closed while it answered."))
+
+    def _load(self) -> None:
+        """Load the model; where others still let go of a lost device, in a moment."""
+        target = self._artifact.variant.target
+        patience = time.monotonic() + LETTING_GO_S
+        while True:
+            try:
+                self._model = Model(self._artifact, self._needs)
+                return
+            except Exception as error:
+                failure = named(error, target)
+                lost = isinstance(failure, DeviceLostError) and frees_after_loss(target)
+                if not lost or time.monotonic() > patience:
+                    raise failure from failure.__cause__
+            time.sleep(0.02)
+
+    def _fail_all(self, error: BaseException) -> None:
+        """End what runs; where there is no model any more, also what waits for it."""
+        for request in self._running:
+            self._kv.release(request.pages)
+        failed = list(self._running)
+        self._running.clear()
+        if isinstance(error, DeviceLostError) and not self._lost:
+            self._lost = True
+            self._model.forsake()
+            del self._model
+            self._kv = self._empty_pages()
+            self._on_loss()
+        if self._lost:
+            failed += self._waiting
+            self._waiting.clear()
+        for request in failed:  # last: whoever hears of it may load an engine at once
+            request.inbox.put(error)
 
     def _receive(self) -> None:
         """Take what was submitted; wait only when there is nothing else to do."""
@@ -151,7 +203,11 @@ class Worker:
             if request is None:
                 self._closing = True
                 return
-            self._waiting.append(request)
+            if isinstance(request, DeviceCheck):
+                if not self._lost:
+                    self._model.library.synchronize()
+            else:
+                self._waiting.append(request)
 
     def _admit(self) -> None:
         """Let waiting requests run where there is room; those that were cancelled end here."""
@@ -188,6 +244,9 @@ class Worker:
             self._kv.commit(pages, count)
 
     def _step(self) -> None:
+        if self._lost:
+            self._load()
+            self._lost = False
         self._admit()
         parts = self._plan()
         if not parts:

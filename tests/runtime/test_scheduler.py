@@ -118,7 +118,9 @@ def make_worker(
         config={"vocab_size": VOCAB, "sliding_window": WINDOW}, stop_token_ids=(STOP,)
     )
     worker = Worker(
-        SimpleNamespace(manifest=manifest),  # type: ignore[arg-type]
+        SimpleNamespace(  # type: ignore[arg-type]
+            manifest=manifest, variant=SimpleNamespace(target="cpu:best")
+        ),
         queue.SimpleQueue(),
         needs,
         threads=1,

@@ -11,6 +11,7 @@ Copier::Copier(Core* core, Memory* memory, std::mutex* device_mutex)
 
 void Copier::Provide(Ring* ring, MemoryKind kind) {
   const Lock lock(*device_mutex_);
+  core_->EnsureAlive();
   const uint64_t bytes = core_->settings.staging_chunk_bytes;
   const bool fits =
       ring->chunks.size() == core_->settings.staging_chunks && ring->chunks[0]->size == bytes;
@@ -25,6 +26,11 @@ void Copier::Provide(Ring* ring, MemoryKind kind) {
   }
   ring->current = 0;
   ring->used = 0;
+}
+
+void Copier::GiveUp() {
+  upload_.chunks.clear();
+  download_.chunks.clear();
 }
 
 void Copier::WaitUntilUnused(const Buffer& buffer, Lock* lock) {

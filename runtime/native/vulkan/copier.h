@@ -28,6 +28,8 @@ class Copier {
   void Download(Stream* stream, uint64_t from, uint8_t* to, uint64_t bytes);
   /*! \brief From one address of the device to another, which may overlap. */
   void Within(Stream* stream, uint64_t from, uint64_t to, uint64_t bytes);
+  /*! \brief Free the staging memory, of a lost device without tensors; its mutex is held. */
+  void GiveUp();
 
  private:
   /*! \brief Staging memory that is filled, waited for and filled again. */

@@ -4,6 +4,11 @@
 
 namespace mxforge {
 namespace vulkan {
+namespace {
+
+constexpr const char* kOpenedAnew = "it is opened anew when all its tensors are freed.";
+
+}  // namespace
 
 Core::Core(const PhysicalDevice& described) : physical(described) {
   const InstanceFunctions& instance = Instance::Get().functions();
@@ -46,7 +51,8 @@ void Core::Check(VkResult result, const char* function) {
     TVM_FFI_THROW(RuntimeError)
         << Label() << " was lost in " << function
         << " (VK_ERROR_DEVICE_LOST): a kernel ran too long or touched memory that is not there, or "
-           "the driver failed. Nothing on it can be used any more; start the process again.";
+           "the driver failed. Nothing on it can be used any more; "
+        << kOpenedAnew;
   }
   CheckResult(result, function);
 }
@@ -56,11 +62,11 @@ void Core::CheckFatal(VkResult result, const char* function) {
     Lose(result, function);
     TVM_FFI_THROW(RuntimeError) << Label() << " takes no more work: " << function << " answered "
                                 << ResultName(result)
-                                << ", and what was recorded cannot be done; start the process again"
+                                << ", and what was recorded cannot be done; " << kOpenedAnew
                                 << (result == VK_ERROR_OUT_OF_DEVICE_MEMORY ||
                                             result == VK_ERROR_OUT_OF_HOST_MEMORY
-                                        ? ", with a smaller model, batch or context."
-                                        : ".");
+                                        ? " Use a smaller model, batch or context."
+                                        : "");
   }
   Check(result, function);
 }
@@ -71,10 +77,21 @@ void Core::Lose(VkResult result, const char* function) {
   lost_.store(true);
 }
 
+void Core::Settle() {
+  if (!lost() || settled_ || handle == VK_NULL_HANDLE) return;
+  settled_ = true;
+  call.DeviceWaitIdle(handle);  // which answers at once where the device is really gone
+}
+
+void Core::Destroy() {
+  call.DestroyDevice(handle, nullptr);
+  handle = VK_NULL_HANDLE;
+}
+
 void Core::ThrowLost() const {
   const std::lock_guard<std::mutex> lock(cause_mutex_);
   TVM_FFI_THROW(RuntimeError) << Label() << " was lost earlier (" << cause_
-                              << ") and takes no more work; start the process again.";
+                              << ") and takes no more work; " << kOpenedAnew;
   TVM_FFI_UNREACHABLE();
 }
 

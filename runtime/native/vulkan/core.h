@@ -55,7 +55,7 @@ struct KernelTime {
   double nanoseconds = 0;
 };
 
-/*! \brief VkDevice, its queue and functions. Never destroyed, like the instance. */
+/*! \brief VkDevice, its queue and functions. Destroyed only after it was lost. */
 class Core {
  public:
   explicit Core(const PhysicalDevice& physical);
@@ -71,6 +71,9 @@ class Core {
   Statistics statistics;
   bool profiling = false;
   std::map<std::string, KernelTime> times;
+  /*! \brief Threads that call the driver without the device's mutex: for them a lost device
+   *  stays. The mutex is over it. */
+  uint32_t guests = 0;
 
   /*! \brief "vulkan:0 (NAME)" */
   std::string Label() const;
@@ -86,8 +89,15 @@ class Core {
   }
   bool lost() const { return lost_.load(std::memory_order_relaxed); }
 
+  /*! \brief On a lost device: nothing of it runs any more afterwards. For whoever holds the
+   *  mutex. A device that takes no more work may still be at work on what came before. */
+  void Settle();
+  /*! \brief Destroy the VkDevice; everything made of it was destroyed before. */
+  void Destroy();
+
  private:
   std::atomic<bool> lost_{false};
+  bool settled_ = false;
   mutable std::mutex cause_mutex_;
   std::string cause_;  // what was answered first, and by which function
   void Lose(VkResult result, const char* function);

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <exception>
 #include <thread>
 
 namespace mxforge {
@@ -47,7 +48,7 @@ Device* Device::Get(int id) {
   Registry& registry = TheRegistry();
   if (id >= 0 && id < kMostDevices) {
     Device* device = registry.devices[id].load(std::memory_order_acquire);
-    if (device != nullptr) return device;
+    if (device != nullptr && !device->core_.lost()) return device;
   }
   const std::lock_guard<std::mutex> lock(registry.opening);
   Instance::Get().Chosen(id);  // throws where there is no such device
@@ -56,8 +57,9 @@ Device* Device::Get(int id) {
                                 << " devices that one process may use.";
   }
   Device* device = registry.devices[id].load(std::memory_order_acquire);
-  if (device != nullptr) return device;
-  device = new Device(id);
+  if (device != nullptr && !device->GiveUp()) return device;
+  // What is left of a lost one, all freed, is leaked: a thread may be about to ask it.
+  device = new Device(id, device);
   registry.devices[id].store(device, std::memory_order_release);
   // Registered after the driver was loaded, and therefore called before its own exit handlers,
   // which take down what pending work still runs on.
@@ -78,7 +80,7 @@ int Device::CurrentId() { return current_id; }
 
 void Device::SetCurrentId(int id) { current_id = id; }
 
-Device::Device(int id)
+Device::Device(int id, const Device* before)
     : core_(Instance::Get().Chosen(id)),
       cache_(&core_),
       memory_(&core_),
@@ -87,7 +89,24 @@ Device::Device(int id)
   memory_.SetForget([this](uint32_t resource) {
     for (const auto& stream : streams_) stream->hazards.Forget(resource);
   });
+  if (before != nullptr) core_.settings = before->core_.settings;
   streams_.push_back(std::make_unique<Stream>(&core_, &memory_, &streams_));
+}
+
+bool Device::GiveUp() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!core_.lost() || memory_.live() != 0 || core_.guests != 0) return false;
+  if (core_.handle == VK_NULL_HANDLE) return true;  // given up before, but the next did not open
+  core_.Settle();
+  for (const auto& each : pipelines_) {
+    if (const std::shared_ptr<Pipelines> pipelines = each.lock()) pipelines->GiveUp();
+  }
+  copier_.GiveUp();
+  for (const auto& stream : streams_) stream->GiveUp();
+  memory_.GiveUp();
+  cache_.GiveUp();
+  core_.Destroy();
+  return true;
 }
 
 void* Device::Allocate(uint64_t bytes, uint64_t alignment) {
@@ -208,15 +227,36 @@ void Device::SynchronizeFromTo(void* from, void* to) {
   Known(to)->RunAfter(Known(from));
 }
 
-void Device::Retire(std::shared_ptr<void> remains) {
+std::shared_ptr<Pipelines> Device::Prepare(const std::vector<KernelInfo>* kernels) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  ++core_.guests;
+  lock.unlock();  // compiling takes long
+  std::shared_ptr<Pipelines> made;
+  std::exception_ptr failure;
+  try {
+    made = std::make_shared<Pipelines>(&core_, &cache_, kernels);
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  lock.lock();
+  --core_.guests;
+  if (failure) std::rethrow_exception(failure);
+  const auto gone = [](const std::weak_ptr<Pipelines>& each) { return each.expired(); };
+  pipelines_.erase(std::remove_if(pipelines_.begin(), pipelines_.end(), gone), pipelines_.end());
+  pipelines_.push_back(made);
+  return made;
+}
+
+void Device::Retire(std::shared_ptr<Pipelines> pipelines) {
   if (exiting.load(std::memory_order_relaxed)) {
-    new std::shared_ptr<void>(std::move(remains));  // never let go of
+    new std::shared_ptr<Pipelines>(std::move(pipelines));  // never let go of
     return;
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Use> uses;
   for (const auto& stream : streams_) uses.push_back({stream.get(), stream->Latest(), 0});
-  memory_.Bury(std::move(remains), std::move(uses));
+  memory_.Bury(std::move(pipelines), std::move(uses));
 }
 
 void Device::LogHazards(bool on) {

@@ -16,6 +16,7 @@
 #include "hazards.h"
 #include "memory.h"
 #include "pipeline_cache.h"
+#include "pipelines.h"
 #include "stream.h"
 
 namespace mxforge {
@@ -31,7 +32,11 @@ struct PointerUse {
 
 class Device {
  public:
-  /*! \brief vulkan:id, opened when it is first asked for; throws where that cannot be. */
+  /*! \brief vulkan:id, opened when it is first asked for; throws where that cannot be.
+   *
+   * A lost one is opened anew once it has no tensors, whose addresses would be mistaken for those
+   * of the new one. Until then it is the lost one.
+   */
   static Device* Get(int id);
   /*! \brief Every device opened so far. */
   static std::vector<Device*> Opened();
@@ -54,8 +59,10 @@ class Device {
   Core& core() { return core_; }
   PipelineCache& cache() { return cache_; }
 
-  /*! \brief Keep something that recorded commands use until they have ended. */
-  void Retire(std::shared_ptr<void> remains);
+  /*! \brief A module's pipelines; throws where the device is lost or cannot run the kernels. */
+  std::shared_ptr<Pipelines> Prepare(const std::vector<KernelInfo>* kernels);
+  /*! \brief The module is gone: keep its pipelines until recorded commands have ended. */
+  void Retire(std::shared_ptr<Pipelines> pipelines);
 
   /*! \brief For hooks, which look into everything. */
   std::mutex& mutex() { return mutex_; }
@@ -70,7 +77,8 @@ class Device {
   void WaitAtExit() noexcept;
 
  private:
-  explicit Device(int id);
+  /*! \brief With the settings of the lost one before it, if there was one. */
+  Device(int id, const Device* before);
 
   std::mutex mutex_;
   Core core_;
@@ -80,11 +88,14 @@ class Device {
   // The default one is the first. None is ever destroyed, because uses of buffers and other
   // threads' waits point to them: a freed one waits to be handed out again.
   std::vector<std::unique_ptr<Stream>> streams_;
+  std::vector<std::weak_ptr<Pipelines>> pipelines_;
   HazardLog log_;
   std::vector<Access> accesses_;  // of the launch being recorded
   std::vector<Buffer*> buffers_;
 
   Stream* Known(void* handle);
+  /*! \brief Whether this is a lost device that nobody uses; then all that it has is freed. */
+  bool GiveUp();
   /*! \brief Make memory free. Where a command is being recorded, its batch must stay open. */
   void Reclaim(bool recording);
 };

@@ -149,9 +149,11 @@ void Simulate(int id, const String& event, int64_t count) {
   Device* device = Device::Get(id);
   const std::lock_guard<std::mutex> lock(device->mutex());
   if (event == "device_lost") {
-    device->default_stream()->answer_to_simulate = count != 0 ? VK_ERROR_DEVICE_LOST : VK_SUCCESS;
+    device->default_stream()->submit_to_simulate = count != 0 ? VK_ERROR_DEVICE_LOST : VK_SUCCESS;
+  } else if (event == "device_lost_at_wait") {
+    device->default_stream()->wait_to_simulate = count != 0 ? VK_ERROR_DEVICE_LOST : VK_SUCCESS;
   } else if (event == "out_of_memory_at_submit") {
-    device->default_stream()->answer_to_simulate =
+    device->default_stream()->submit_to_simulate =
         count != 0 ? VK_ERROR_OUT_OF_DEVICE_MEMORY : VK_SUCCESS;
   } else if (event == "out_of_memory") {
     device->memory().failures_to_simulate = static_cast<uint32_t>(count);
@@ -162,6 +164,14 @@ void Simulate(int id, const String& event, int64_t count) {
     TVM_FFI_THROW(ValueError) << "There is no event " << event
                               << " to simulate; README.md lists those that there are.";
   }
+}
+
+/*! \brief Throw where the device cannot run kernels of the module, or of one that it imports. */
+void Check(const ffi::Module& module, int id) {
+  if (std::string(module->kind()) == "vulkan") {
+    static_cast<ModuleNode*>(const_cast<ffi::ModuleObj*>(module.operator->()))->Check(id);
+  }
+  for (const ffi::Any& each : module->imports()) Check(each.cast<ffi::Module>(), id);
 }
 
 void Profile(int id, bool on) {
@@ -292,6 +302,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def_packed("device_api.vulkan",
                   [](ffi::PackedArgs, ffi::Any* result) { *result = TheDeviceAPI(); })
       .def("mxforge.vulkan.module", &LoadModule)
+      .def("mxforge.vulkan.check", &Check)
       .def("mxforge.vulkan.devices", &Devices)
       .def("mxforge.vulkan.statistics", &StatisticsOf)
       .def("mxforge.vulkan.configure", &Configure)

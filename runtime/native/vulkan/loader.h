@@ -52,10 +52,14 @@ namespace vulkan {
   X(CreateShaderModule)                    \
   X(DestroyBuffer)                         \
   X(DestroyCommandPool)                    \
+  X(DestroyDevice)                         \
   X(DestroyPipeline)                       \
+  X(DestroyPipelineCache)                  \
   X(DestroyPipelineLayout)                 \
   X(DestroyQueryPool)                      \
+  X(DestroySemaphore)                      \
   X(DestroyShaderModule)                   \
+  X(DeviceWaitIdle)                        \
   X(EndCommandBuffer)                      \
   X(FreeMemory)                            \
   X(GetBufferDeviceAddress)                \

@@ -395,5 +395,10 @@ void Memory::Collect() {
                 graves_.end());
 }
 
+void Memory::GiveUp() {
+  graves_.clear();
+  FreeEmptyBlocks(0);
+}
+
 }  // namespace vulkan
 }  // namespace mxforge

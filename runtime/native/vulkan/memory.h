@@ -119,6 +119,8 @@ class Memory {
   void Bury(std::shared_ptr<void> remains, std::vector<Use> uses);
   /*! \brief Let go of what is in use no longer. */
   void Collect();
+  /*! \brief Free all that is left of a lost device without tensors. */
+  void GiveUp();
 
   size_t live() const { return live_.size(); }
   size_t blocks() const { return blocks_.size(); }

@@ -24,11 +24,9 @@ ModuleNode::ModuleNode(const ffi::Bytes& bytes)
 }
 
 ModuleNode::~ModuleNode() {
-  for (int id = 0; id < kMostDevices; ++id) {
-    Pipelines* pipelines = pipelines_[id].load();
-    if (pipelines == nullptr) continue;
+  for (const auto& each : prepared_) {
     try {
-      Device::Get(id)->Retire(std::shared_ptr<Pipelines>(pipelines));
+      each->device->Retire(std::move(each->pipelines));
     } catch (const std::exception&) {  // nobody could hear of it here
     }
   }
@@ -61,18 +59,22 @@ ffi::String ModuleNode::InspectSource(const ffi::String& format) const {
 }
 
 Pipelines* ModuleNode::PipelinesFor(Device* device) {
-  auto& slot = pipelines_[device->core().physical.device_id];
-  Pipelines* known = slot.load(std::memory_order_acquire);
-  if (known != nullptr) return known;
+  auto& slot = current_[device->core().physical.device_id];
+  const auto ready = [&slot, device]() -> Pipelines* {
+    const Prepared* known = slot.load(std::memory_order_acquire);
+    return known != nullptr && known->device == device ? known->pipelines.get() : nullptr;
+  };
+  if (Pipelines* pipelines = ready()) return pipelines;
   const std::lock_guard<std::mutex> lock(preparing_);
-  known = slot.load(std::memory_order_acquire);
-  if (known != nullptr) return known;
+  if (Pipelines* pipelines = ready()) return pipelines;
   // The kernels' description must outlive pipelines that are retired after the module is gone,
   // but those only destroy what they made.
-  auto made = std::make_unique<Pipelines>(&device->core(), &device->cache(), &kernels_);
-  slot.store(made.get(), std::memory_order_release);
-  return made.release();
+  prepared_.push_back(std::make_unique<Prepared>(Prepared{device, device->Prepare(&kernels_)}));
+  slot.store(prepared_.back().get(), std::memory_order_release);
+  return prepared_.back()->pipelines.get();
 }
+
+void ModuleNode::Check(int device_id) { CheckKernels(Device::Get(device_id)->core(), kernels_); }
 
 void ModuleNode::Launch(size_t index, const TVMFFIAny* arguments, int count) {
   const KernelInfo& kernel = kernels_[index];

@@ -40,6 +40,8 @@ class ModuleNode final : public tvm::ffi::ModuleObj {
 
   /*! \brief Run a kernel on this thread's device, with its arguments and then its extents. */
   void Launch(size_t kernel, const TVMFFIAny* arguments, int count);
+  /*! \brief Throw where the device lacks what a kernel requires, as the first launch would. */
+  void Check(int device_id);
 
  private:
   static constexpr int kMostDevices = 16;
@@ -48,8 +50,13 @@ class ModuleNode final : public tvm::ffi::ModuleObj {
   const std::vector<KernelInfo> kernels_;
   std::unordered_map<std::string, size_t> by_name_;
   std::mutex preparing_;
+  struct Prepared {
+    Device* device;
+    std::shared_ptr<Pipelines> pipelines;
+  };
+  std::vector<std::unique_ptr<Prepared>> prepared_;  // also for devices that were lost since
   // By device: read without a lock at every launch.
-  std::array<std::atomic<Pipelines*>, kMostDevices> pipelines_{};
+  std::array<std::atomic<Prepared*>, kMostDevices> current_{};
 
   Pipelines* PipelinesFor(Device* device);
 };

@@ -142,11 +142,17 @@ void PipelineCache::SaveInTime() noexcept {
 }
 
 void PipelineCache::SaveAtExit() noexcept {
-  if (pending_.load() && !core_->lost()) Save();
+  if (pending_.load()) Save();
+}
+
+void PipelineCache::GiveUp() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_->call.DestroyPipelineCache(core_->handle, handle_, nullptr);
+  handle_ = VK_NULL_HANDLE;
 }
 
 void PipelineCache::Write() {
-  if (path_.empty() || handle_ == VK_NULL_HANDLE) return;
+  if (path_.empty() || handle_ == VK_NULL_HANDLE || core_->lost()) return;
   saved_ = std::chrono::steady_clock::now();
   pending_.store(false);
   ++saves_;

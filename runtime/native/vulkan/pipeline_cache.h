@@ -37,6 +37,8 @@ class PipelineCache {
    *  next one comes, or at the process's exit. */
   void SaveInTime() noexcept;
   void SaveAtExit() noexcept;
+  /*! \brief Destroy what the driver holds of it, of a lost device. */
+  void GiveUp();
 
   const std::filesystem::path& path() const { return path_; }
   /*! \brief "loaded", "absent" or what was wrong with the file. */

@@ -20,12 +20,107 @@ const std::string* Intern(const std::string& name) {
   return &*names->insert(name).first;
 }
 
+void CheckSize(const Core& core, const KernelInfo& kernel, const Pipelines::LocalSize& size) {
+  const VkPhysicalDeviceLimits& limits = core.physical.limits;
+  uint64_t threads = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    threads *= size[axis];
+    if (size[axis] <= limits.maxComputeWorkGroupSize[axis]) continue;
+    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << size[axis]
+                                << " threads in " << "xyz"[axis] << ", more than the "
+                                << limits.maxComputeWorkGroupSize[axis] << " that "
+                                << core.Label() << " allows; use smaller blocks.";
+  }
+  if (threads > limits.maxComputeWorkGroupInvocations) {
+    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << threads
+                                << " threads, more than the "
+                                << limits.maxComputeWorkGroupInvocations << " that "
+                                << core.Label() << " allows; use smaller blocks.";
+  }
+  const PhysicalDevice& device = core.physical;
+  const uint32_t lanes = kernel.subgroup_size != 0 ? kernel.subgroup_size : device.subgroup_size;
+  if (kernel.full_subgroups && size[0] % lanes != 0) {
+    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << size[0]
+                                << " threads in x, but needs full subgroups, a multiple of "
+                                << lanes << " threads on " << core.Label() << ".";
+  }
+  const uint64_t subgroups = device.max_workgroup_subgroups;
+  if (kernel.subgroup_size != 0 && subgroups != 0 && threads > subgroups * kernel.subgroup_size) {
+    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << threads
+                                << " threads, more than " << subgroups << " subgroups of "
+                                << kernel.subgroup_size << ", the most that " << core.Label()
+                                << " allows; use smaller blocks.";
+  }
+}
+
+void CheckRequirements(const Core& core, const KernelInfo& kernel) {
+  const PhysicalDevice& device = core.physical;
+  std::string missing;
+  const auto miss = [&missing](const std::string& what) {
+    missing += (missing.empty() ? "" : ", ") + what;
+  };
+  for (const std::string& name : kernel.features) {
+    if (device.features.count(name) != 0) continue;
+    const auto& table = FeatureTable();
+    const bool known = std::any_of(table.begin(), table.end(),
+                                   [&](const Feature& each) { return name == each.name; });
+    miss("feature " + name + (known ? "" : " (unknown to this runtime)"));
+  }
+  for (const std::string& name : kernel.extensions) {
+    if (core.enabled_extensions.count(name) != 0 || IsCore(name, device.api_version)) continue;
+    miss("extension " + name);
+  }
+  for (const std::string& name : kernel.subgroup_operations) {
+    if (device.subgroup_operations.count(name) != 0) continue;
+    std::string has;
+    for (const std::string& each : device.subgroup_operations) {
+      has += (has.empty() ? "" : ", ") + each;
+    }
+    miss("subgroup operation " + name + " (it has " + (has.empty() ? "none" : has) + ")");
+  }
+  if (kernel.subgroup_size != 0) {
+    const uint32_t size = kernel.subgroup_size;
+    const bool fixed = device.min_subgroup_size == size && device.max_subgroup_size == size;
+    const bool control = device.features.count("subgroupSizeControl") != 0 &&
+                         device.compute_can_require_subgroup_size &&
+                         device.min_subgroup_size <= size && size <= device.max_subgroup_size &&
+                         (size & (size - 1)) == 0;
+    if (!fixed && !control) {
+      miss("subgroup size " + std::to_string(size) + " (it has " +
+           std::to_string(device.min_subgroup_size) + " to " +
+           std::to_string(device.max_subgroup_size) + ")");
+    }
+  }
+  const uint32_t shared = device.limits.maxComputeSharedMemorySize;
+  if (kernel.shared_bytes > shared) {
+    miss(std::to_string(kernel.shared_bytes) + " bytes of shared memory (it has " +
+         std::to_string(shared) + ")");
+  }
+  const uint32_t push = kernel.argument_buffer ? 8 : kernel.argument_bytes;
+  if (push > device.limits.maxPushConstantsSize) {
+    miss(std::to_string(push) + " bytes of push constants (it has " +
+         std::to_string(device.limits.maxPushConstantsSize) + ")");
+  }
+  if (!missing.empty()) {
+    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " cannot run on " << core.Label()
+                                << ", which lacks: " << missing
+                                << "; compile for a profile that the device meets: "
+                                   "vulkan:minimum asks for least.";
+  }
+  if (!kernel.HasDynamicSize()) {
+    CheckSize(core, kernel, {kernel.local_size[0], kernel.local_size[1], kernel.local_size[2]});
+  }
+}
+
 }  // namespace
+
+void CheckKernels(const Core& core, const std::vector<KernelInfo>& kernels) {
+  for (const KernelInfo& kernel : kernels) CheckRequirements(core, kernel);
+}
 
 Pipelines::Pipelines(Core* core, PipelineCache* cache, const std::vector<KernelInfo>* kernels)
     : core_(core), cache_(cache), kernels_(kernels), prepared_(kernels->size()) {
-  core_->EnsureAlive();
-  for (const KernelInfo& kernel : *kernels_) CheckRequirements(kernel);
+  CheckKernels(*core_, *kernels_);
   try {
     CreateAll();
   } catch (...) {
@@ -53,90 +148,11 @@ void Pipelines::Destroy() {
   }
 }
 
-void Pipelines::CheckRequirements(const KernelInfo& kernel) const {
-  const PhysicalDevice& device = core_->physical;
-  std::string missing;
-  const auto miss = [&missing](const std::string& what) {
-    missing += (missing.empty() ? "" : ", ") + what;
-  };
-  for (const std::string& name : kernel.features) {
-    if (device.features.count(name) != 0) continue;
-    const auto& table = FeatureTable();
-    const bool known = std::any_of(table.begin(), table.end(),
-                                   [&](const Feature& each) { return name == each.name; });
-    miss("feature " + name + (known ? "" : " (unknown to this runtime)"));
-  }
-  for (const std::string& name : kernel.extensions) {
-    if (core_->enabled_extensions.count(name) != 0 || IsCore(name, device.api_version)) continue;
-    miss("extension " + name);
-  }
-  for (const std::string& name : kernel.subgroup_operations) {
-    if (device.subgroup_operations.count(name) == 0) miss("subgroup operation " + name);
-  }
-  if (kernel.subgroup_size != 0) {
-    const uint32_t size = kernel.subgroup_size;
-    const bool fixed = device.min_subgroup_size == size && device.max_subgroup_size == size;
-    const bool control = device.features.count("subgroupSizeControl") != 0 &&
-                         device.compute_can_require_subgroup_size &&
-                         device.min_subgroup_size <= size && size <= device.max_subgroup_size &&
-                         (size & (size - 1)) == 0;
-    if (!fixed && !control) {
-      miss("subgroup size " + std::to_string(size) + " (it has " +
-           std::to_string(device.min_subgroup_size) + " to " +
-           std::to_string(device.max_subgroup_size) + ")");
-    }
-  }
-  const uint32_t shared = device.limits.maxComputeSharedMemorySize;
-  if (kernel.shared_bytes > shared) {
-    miss(std::to_string(kernel.shared_bytes) + " bytes of shared memory (it has " +
-         std::to_string(shared) + ")");
-  }
-  const uint32_t push = kernel.argument_buffer ? 8 : kernel.argument_bytes;
-  if (push > device.limits.maxPushConstantsSize) {
-    miss(std::to_string(push) + " bytes of push constants (it has " +
-         std::to_string(device.limits.maxPushConstantsSize) + ")");
-  }
-  if (!missing.empty()) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " cannot run on " << core_->Label()
-                                << ", which lacks: " << missing
-                                << "; compile for a profile that the device meets.";
-  }
-  if (!kernel.HasDynamicSize()) {
-    CheckSize(kernel, {kernel.local_size[0], kernel.local_size[1], kernel.local_size[2]});
-  }
-}
-
-void Pipelines::CheckSize(const KernelInfo& kernel, const LocalSize& size) const {
-  const VkPhysicalDeviceLimits& limits = core_->physical.limits;
-  uint64_t threads = 1;
-  for (int axis = 0; axis < 3; ++axis) {
-    threads *= size[axis];
-    if (size[axis] <= limits.maxComputeWorkGroupSize[axis]) continue;
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << size[axis]
-                                << " threads in " << "xyz"[axis] << ", more than the "
-                                << limits.maxComputeWorkGroupSize[axis] << " that "
-                                << core_->Label() << " allows; use smaller blocks.";
-  }
-  if (threads > limits.maxComputeWorkGroupInvocations) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << threads
-                                << " threads, more than the "
-                                << limits.maxComputeWorkGroupInvocations << " that "
-                                << core_->Label() << " allows; use smaller blocks.";
-  }
-  const PhysicalDevice& device = core_->physical;
-  const uint32_t lanes = kernel.subgroup_size != 0 ? kernel.subgroup_size : device.subgroup_size;
-  if (kernel.full_subgroups && size[0] % lanes != 0) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << size[0]
-                                << " threads in x, but needs full subgroups, a multiple of "
-                                << lanes << " threads on " << core_->Label() << ".";
-  }
-  const uint64_t subgroups = device.max_workgroup_subgroups;
-  if (kernel.subgroup_size != 0 && subgroups != 0 && threads > subgroups * kernel.subgroup_size) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << threads
-                                << " threads, more than " << subgroups << " subgroups of "
-                                << kernel.subgroup_size << ", the most that " << core_->Label()
-                                << " allows; use smaller blocks.";
-  }
+void Pipelines::GiveUp() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Destroy();
+  for (Prepared& each : prepared_) each = Prepared();
+  layouts_.clear();
 }
 
 VkPipelineLayout Pipelines::LayoutFor(uint32_t push_bytes) {
@@ -245,7 +261,8 @@ VkPipeline Pipelines::Get(size_t kernel, const LocalSize& size) {
     for (const auto& [known, pipeline] : each.by_size) {
       if (known == size) return pipeline;
     }
-    CheckSize((*kernels_)[kernel], size);
+    core_->EnsureAlive();
+    CheckSize(*core_, (*kernels_)[kernel], size);
     made = Create(kernel, size);
     each.by_size.emplace_back(size, made);
   }

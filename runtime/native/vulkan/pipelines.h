@@ -20,6 +20,9 @@
 namespace mxforge {
 namespace vulkan {
 
+/*! \brief Throw an error that names the kernel and what the device lacks for it, if anything. */
+void CheckKernels(const Core& core, const std::vector<KernelInfo>& kernels);
+
 /*! \brief Checks what the kernels require, then creates their pipelines, several at a time.
  *
  * Kernels whose block size is known only at launch get a pipeline for each size when it comes.
@@ -34,6 +37,8 @@ class Pipelines {
   Pipelines& operator=(const Pipelines&) = delete;
 
   VkPipeline Get(size_t kernel, const LocalSize& size);
+  /*! \brief Destroy everything, of a lost device: there is nothing to get any more. */
+  void GiveUp();
   VkPipelineLayout layout(size_t kernel) const { return prepared_[kernel].layout; }
   const std::string* name(size_t kernel) const { return prepared_[kernel].name; }
 
@@ -57,8 +62,6 @@ class Pipelines {
   VkPipelineLayout LayoutFor(uint32_t push_bytes);
   void CreateAll();
   VkPipeline Create(size_t kernel, const LocalSize& size);
-  void CheckRequirements(const KernelInfo& kernel) const;
-  void CheckSize(const KernelInfo& kernel, const LocalSize& size) const;
 };
 
 }  // namespace vulkan

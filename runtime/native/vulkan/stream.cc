@@ -322,8 +322,8 @@ uint64_t Stream::Submit() {
   info.pCommandBuffers = &open_->commands;
   info.signalSemaphoreCount = 1;
   info.pSignalSemaphores = &timeline_;
-  const VkResult result = answer_to_simulate != VK_SUCCESS
-                              ? answer_to_simulate
+  const VkResult result = submit_to_simulate != VK_SUCCESS
+                              ? submit_to_simulate
                               : core_->call.QueueSubmit(core_->queue, 1, &info, VK_NULL_HANDLE);
   core_->CheckFatal(result, "vkQueueSubmit");
   ++core_->statistics.submits;
@@ -361,7 +361,11 @@ void Stream::Poll() {
 }
 
 bool Stream::Ended(uint64_t value) {
-  if (value <= ended_ || core_->lost()) return true;  // nothing runs on a lost device
+  if (value <= ended_) return true;
+  if (core_->lost()) {
+    core_->Settle();
+    return true;
+  }
   if (value > submitted_) return false;
   Poll();
   return value <= ended_;
@@ -375,9 +379,14 @@ void Stream::Wait(uint64_t value, std::unique_lock<std::mutex>* lock) {
   info.semaphoreCount = 1;
   info.pSemaphores = &timeline_;
   info.pValues = &value;
-  if (lock != nullptr) lock->unlock();
-  const VkResult result = core_->call.WaitSemaphores(core_->handle, &info, UINT64_MAX);
-  if (lock != nullptr) lock->lock();
+  VkResult result = wait_to_simulate;
+  if (result == VK_SUCCESS) {
+    ++core_->guests;
+    if (lock != nullptr) lock->unlock();
+    result = core_->call.WaitSemaphores(core_->handle, &info, UINT64_MAX);
+    if (lock != nullptr) lock->lock();
+    --core_->guests;
+  }
   core_->Check(result, "vkWaitSemaphores");
   Reached(value);
 }
@@ -388,6 +397,14 @@ void Stream::RunAfter(Stream* other) {
   const uint64_t value = other->Submit();
   // Even where the other has ended: waiting for the semaphore also makes its writes visible.
   if (value != 0) dependencies_[other] = value;
+}
+
+void Stream::GiveUp() {
+  open_.reset();
+  in_flight_.clear();
+  spare_.clear();
+  core_->call.DestroySemaphore(core_->handle, timeline_, nullptr);
+  timeline_ = VK_NULL_HANDLE;
 }
 
 void Stream::WaitAtExit(uint64_t nanoseconds) noexcept {

@@ -119,6 +119,9 @@ class Stream {
   /*! \brief Wait for what is submitted, at most so long, without a word; for the process's exit. */
   void WaitAtExit(uint64_t nanoseconds) noexcept;
 
+  /*! \brief Destroy batches and semaphore, of a lost device that has settled. */
+  void GiveUp();
+
   uint64_t submitted() const { return submitted_; }
   /*! \brief The value behind everything recorded so far, submitted or not. */
   uint64_t Latest() const { return open_ ? open_->value : submitted_; }
@@ -132,8 +135,9 @@ class Stream {
   /*! \brief False between FreeStream and the next CreateStream. */
   bool in_use = true;
 
-  /*! \brief For tests: what the next submit answers. */
-  VkResult answer_to_simulate = VK_SUCCESS;
+  /*! \brief For tests: what the next submits, or waits, answer. */
+  VkResult submit_to_simulate = VK_SUCCESS;
+  VkResult wait_to_simulate = VK_SUCCESS;
 
  private:
   Core* core_;
