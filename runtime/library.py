@@ -291,6 +291,11 @@ class Library:
             self._functions[name] = self._machine[name]
         return self._functions[name]
 
+    def kernel(self, name: str) -> Any:
+        """One kernel of the library by its name, as the manifest lists it: a call takes its inputs,
+        then its outputs, all of them device tensors."""
+        return self._module.get_function(name, query_imports=True)
+
     @staticmethod
     def use_threads(threads: int) -> None:
         """Let kernels called from this thread run on `threads` threads; call before the first.

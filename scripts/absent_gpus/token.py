@@ -185,28 +185,12 @@ def launches(
 ) -> list[Launch]:
     """Every launch of one decoded token of so many sequences, that many tokens into the context,
     in order: the model, then sampling."""
-    target, config = resolve(target_name), GptOssConfig.from_hf(hf_config(model))
-    precision = target.precision(numerics, config)
-    weights = packed_weights(GPT_OSS.weights(config), target.kernels, precision)
-    module = GPT_OSS.module(config, target.kernels, precision, Limits(16, 512), weights)
-    planned, hosts = _lowered(module, target)
-    read = {
-        weight.name.replace(".", "_"): round(weight.nbytes * _share(weight.name, config, sequences))
-        for weight in weights
-    }
-    sizes = _sizes(sequences, context)
-    page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv)
+    token = _Token(target_name, hf_config(model), numerics, sequences, context)
     found = []
     for name in FUNCTIONS:
-        for kernel, arguments in _calls(planned[name]):
-            inputs = [a.name for a in arguments if isinstance(a, relax.Var)]
-            cache = 0
-            if "attention" in kernel:
-                tables = [name for name in inputs if name.endswith("_table")]
-                columns = [sizes[table.replace("table", "columns")] for table in tables]
-                cache = sequences * sum(columns) * page
-            bytes_ = sum(read.get(name, 0) for name in inputs)
-            for function, axes in _started(hosts[kernel], arguments, sizes):
+        for kernel, arguments in _calls(token.functions[name]):
+            bytes_, cache = token.reads(kernel, arguments)
+            for function, axes in _started(token.hosts[kernel], arguments, token.sizes):
                 blocks, threads = (
                     math.prod(extent for axis, extent in axes.items() if axis.startswith(kind))
                     for kind in ("block", "thread")
@@ -214,6 +198,102 @@ def launches(
                 found.append(Launch(short(function), blocks, threads, bytes_, cache))
                 bytes_ = cache = 0  # the first of several reads them
     return found
+
+
+def tape(
+    target_name: str, config: Mapping[str, Any], numerics: str, context: int = 1024
+) -> dict[str, dict[str, Any]]:
+    """The calls of one decoded token of one sequence, so that they can be repeated one by one.
+
+    For `decode` and `sample`, the library's functions (a model's config.json is given):
+
+    values      [name, shape, dtype] of each tensor; first the function's parameters, in order
+    parameters  how many those are
+    calls       [kernel, values that it takes, bytes that it reads of weights and cache], in order
+    result      the value that the function returns
+    """
+    token = _Token(target_name, config, numerics, 1, context)
+    return {name: _tape(token.functions[name], token) for name in FUNCTIONS}
+
+
+def _tape(function: relax.Function, token: _Token) -> dict[str, Any]:
+    values: list[list[Any]] = []
+    known: dict[Any, Any] = {}  # variable -> the number of its value, or a tuple of these
+
+    def add(var: Any) -> None:
+        known[var] = len(values)
+        shape = [_value(extent, token.sizes) for extent in var.ty.shape]
+        values.append([var.name, shape, str(var.ty.dtype)])
+
+    def number(expression: Any) -> Any:
+        if isinstance(expression, relax.Tuple):
+            return tuple(map(number, expression.fields))
+        return known[expression]
+
+    for parameter in function.params:
+        add(parameter)
+    parameters, calls = len(values), []
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            var, value = binding.var, binding.value
+            if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
+                name, arguments = value.op.name_hint, list(value.args)
+                read = sum(token.reads(name, arguments))
+                calls.append([name, list(map(number, arguments)), read])
+            elif isinstance(value, relax.Call) and value.op.name.endswith("alloc_tensor"):
+                add(var)
+            elif isinstance(value, relax.TupleGetItem):
+                known[var] = number(value.tuple_value)[value.index]
+            elif isinstance(value, relax.Var | relax.Tuple):
+                known[var] = number(value)
+            elif not value.op.name.endswith("alloc_storage"):
+                raise TypeError(f"no rule for {value.op.name} among the calls of a token")
+    return {
+        "values": values,
+        "parameters": parameters,
+        "calls": calls,
+        "result": number(function.body.body),
+    }
+
+
+class _Token:
+    """One decoded token of so many sequences, that many tokens into the context.
+
+    functions   the library's, their calls in order
+    hosts       the host's part of each kernel
+    sizes       the library's symbolic sizes
+    """
+
+    def __init__(
+        self,
+        target_name: str,
+        raw: Mapping[str, Any],
+        numerics: str,
+        sequences: int,
+        context: int,
+    ) -> None:
+        target, config = resolve(target_name), GptOssConfig.from_hf(raw)
+        precision = target.precision(numerics, config)
+        weights = packed_weights(GPT_OSS.weights(config), target.kernels, precision)
+        module = GPT_OSS.module(config, target.kernels, precision, Limits(16, 512), weights)
+        self.functions, self.hosts = _lowered(module, target)
+        self.sizes = _sizes(sequences, context)
+        self._sequences = sequences
+        self._page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv)
+        self._read = {
+            w.name.replace(".", "_"): round(w.nbytes * _share(w.name, config, sequences))
+            for w in weights
+        }
+
+    def reads(self, kernel: str, arguments: list[Any]) -> tuple[int, int]:
+        """Bytes that a call reads of weights, and of keys and values."""
+        inputs = [a.name for a in arguments if isinstance(a, relax.Var)]
+        cache = 0
+        if "attention" in kernel:
+            tables = [name for name in inputs if name.endswith("_table")]
+            columns = [self.sizes[table.replace("table", "columns")] for table in tables]
+            cache = self._sequences * sum(columns) * self._page
+        return sum(self._read.get(name, 0) for name in inputs), cache
 
 
 def _share(name: str, config: GptOssConfig, sequences: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.prompts import NANO_PROMPTS
 
 from mxforge import Engine, SamplingParams, compile_model
 from mxforge.artifact import read_manifest
@@ -22,14 +23,6 @@ from mxforge.errors import TargetError, VulkanError
 EXACT = 1e-4
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = [profile.name for profile in VULKAN_PROFILES]
-PROMPTS = (
-    "What is 17 + 25?", "What is 510 - 91?", "12 * 84", "Which is larger, 905 or 918?",
-    "Is 81 more than 79?", "How many minutes are 25 hours?", "Convert 12 km to m.", "hello",
-    "What is 1234 * 5678?", "Why is the sky blue?", "999 + 1", "7 x 8", "what is 0 - 9",
-    "Compare 5 and 500.", "How many inches in 9 feet?", "Thanks!", "Who are you?", "3 - 3 =",
-    "Multiply 99 by 12.", "What is the minimum of 70 and 700?",
-)  # fmt: skip
-
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
 
@@ -108,7 +101,7 @@ def test_nano_writes_what_it_writes_on_the_cpu(nano_artifacts: dict[str, Path]):
     written: dict[str, Any] = {}
     for target, artifact in nano_artifacts.items():
         with Engine.load(artifact, context_length=512) as engine, ThreadPoolExecutor(16) as pool:
-            answers = pool.map(lambda prompt: engine.generate(prompt, params), PROMPTS)
+            answers = pool.map(lambda prompt: engine.generate(prompt, params), NANO_PROMPTS)
             written[target] = [answer.token_ids for answer in answers]
     assert all(len(ids) == 64 for ids in written["cpu"])
     assert written["vulkan"] == written["cpu"]

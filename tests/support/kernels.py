@@ -16,6 +16,8 @@ import numpy as np
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import Case, Kernel, Schedule, Target
 
+from .agreement import check
+
 
 @dataclass(frozen=True)
 class Call:
@@ -75,22 +77,7 @@ def compare(
     )
     assert len(results) == len(expected)
     for index, (ours, reference) in enumerate(zip(results, expected, strict=True)):
-        assert ours.shape == reference.shape, f"output {index}"
-        if np.issubdtype(reference.dtype, np.integer):  # not of rounded numbers kept as integers
-            np.testing.assert_array_equal(ours, reference, err_msg=f"output {index}")
-        else:
-            assert relative_error(ours, reference) <= case.tolerance, f"output {index}"
-
-
-def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """‖ours - reference‖ / ‖reference‖ over what is finite in the reference; NaN and infinity
-    must stand in the same places."""
-    ours, reference = ours.astype(np.float64), reference.astype(np.float64)
-    finite = np.isfinite(reference)
-    np.testing.assert_array_equal(ours[~finite], reference[~finite])
-    error = np.linalg.norm(ours[finite] - reference[finite])
-    norm = np.linalg.norm(reference[finite])
-    return float(error / norm) if norm else float(error)
+        check(ours, reference, case.tolerance, f"output {index}")
 
 
 def _unset(shape: tuple[int, ...], dtype: str) -> np.ndarray:
