@@ -97,7 +97,9 @@ class CompileTarget:
     tvm: dict[str, Any]
     required_features: tuple[str, ...] = ()
     host: str = field(default_factory=host_system)  # what loads the library, in its words
-    fast: Precision = field(default_factory=lambda: Precision(kv="float16"))
+    fast: Precision = field(
+        default_factory=lambda: Precision(kv="float16", dense="i8xf32")
+    )
     archs: tuple[str, ...] = ()  # what CUDA text is compiled for
 
     def precision(
@@ -251,7 +253,9 @@ def _vulkan(variant: str) -> CompileTarget:
             "supports_float16": "float16" in profile.features,
             "host": _host(),
         },
-        fast=Precision(kv="float16" if "float16" in profile.features else "float32"),
+        fast=Precision(
+            kv="float16" if "float16" in profile.features else "float32", dense="i8xf32"
+        ),
     )
 
 
