@@ -126,7 +126,7 @@ def _with_signs(h: Any, signs: Any) -> Any:
 
 @T.inline
 def unpack(word, four):
-    """`word` to four u32 [2]: its weights at even places in four[0], those at odd ones in four[1]."""
+    """`word` to four u32 [2]: its weights at even places, then those at odd ones."""
     # Nibbles: magnitude + 7 carries into the high bit unless it is zero. Then the low bit is the
     # mantissa's, but flipped.
     four[1] = word & T.uint32(LOW_THREE)
