@@ -1,27 +1,28 @@
 """MXFP4 weights on GPUs: how they are packed, and how a thread multiplies its part of some rows.
 
-A block of threads takes `rows` rows and strides over the inputs. Two threads beside each other, a
-pair, share two blocks of 32 inputs: of each, thread q has the inputs 8j + 4q … 8j + 4q + 3,
-j = 0 … 3. So 16 bytes hold a thread's weights of a row, its neighbour's lie beside them, and what
-threads read of the inputs at the same time fills sectors of 32 bytes.
+A block of threads takes R rows and strides over the inputs. Two threads beside each other, a pair,
+share two blocks of 32 inputs: of each, thread q has the inputs 8j + 4q … 8j + 4q + 3, j = 0 … 3. So
+16 bytes hold a thread's weights of a row, its neighbour's lie beside them, and what threads read of
+the inputs at the same time fills sectors of 32 bytes, without a copy in shared memory.
 
-    blocks u32 [experts, rows/R, R, 2·pairs, 4]   word (2i + j/2) of a thread: eight weights of
+    blocks u32 [experts, rows/R, R, 2·pairs, 4]   word 2i + j/2 of a thread: eight weights of
                                                   block i, those of j even, then of j odd
     scales u32 [experts, rows/R, pairs, 2·R/4]    byte i·R + r of a pair: block i's of row r
 
-A word has input n's magnitude in the low three bits of nibble n, and its sign in the high bit of
-nibble n ^ 2. Magnitudes are e2m1's with the low bit flipped from 1.0 on:
-
-    0   0.5   1   1.5   2   3   4   6
-    000 001  011  010  101 100 111 110
-
 An odd last block has a partner of zeros.
 
-e2m1 has one number that is subnormal, 0.5, and GPUs flush subnormal numbers in float32, some in
-float16 too. So eight weights at a time, held in one word, become four bits each, h·eet: h is 0 for
-zero alone, and a float32 with them in its lowest three bits of exponent and highest bit of
-mantissa is 2^-122 times the weight, and normal. Its inputs are 2^64 times what they are, so that
-products are normal too. That is about three integer operations a weight.
+A word has input n's magnitude in the low three bits of nibble n, and its sign in the high bit of
+nibble n ^ 1. Magnitudes are e2m1's with the low bit flipped from 1 on:
+
+    0    0.5  1    1.5  2    3    4    6
+    000  001  011  010  101  100  111  110
+
+Moved into a float16, e2m1's exponent and mantissa give 0.5 as a subnormal number, which some GPUs
+flush to zero, as nearly all do in float32. So all eight weights of a word at a time become four
+bits, h·eet. These are a float16's lowest three bits of exponent and highest one of mantissa: 2^-10
+times the weight, normal, and zero where the weight is. It takes 5 operations for all eight
+weights, 7 to give them their signs and a byte each, and 8 to make pairs of float16; then a GPU
+converts, many in the multiplication itself.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ QUAD = 4  # inputs beside each other among them
 HIGH = 0x88888888  # bits of all nibbles
 LOW_THREE = 0x77777777
 
-UNIT = 1024  # a weight by its float16, see above
+UNIT = 1024  # a weight divided by its float16
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _with_signs(h: Any, signs: Any) -> Any:
 
 @T.inline
 def unpack(word, four):
-    """The eight weights of `word` as four[0] and four[1], u32 [2]: see _plus_products."""
+    """`word` to four u32 [2]: its weights at even places, then those at odd ones."""
     # Nibbles: magnitude + 7 carries into the high bit unless it is zero. Then the low bit is the
     # mantissa's, but flipped.
     four[1] = word & T.uint32(LOW_THREE)
@@ -215,12 +216,15 @@ class ExpertRows:
         def multiply(one, inputs, word, scale, j, four, part):
             for r in T.unroll(rows):
                 one[r] = T.float32(0)
-                for i in T.unroll(PAIR):
+            for i in T.unroll(PAIR):
+                for r in T.unroll(rows):
                     part[0] = T.float32(0)
                     for v in T.unroll(WORDS // PAIR):
                         unpack(word[(j % ahead * rows + r) * WORDS + i * (WORDS // PAIR) + v], four)
-                        part[0] = _plus_products(part[0], four, inputs, j % ahead * BLOCK + i * PART + v * EIGHT)
-                    one[r] = one[r] + part[0] * scale_value(
+                        part[0] = _plus_products(
+                            part[0], four, inputs, j % ahead * BLOCK + i * PART + v * EIGHT
+                        )
+                    one[r] = one[r] + T.float32(UNIT) * part[0] * scale_value(
                         (
                             scale[j % ahead * per_pair + i * per_block + r // SCALES]
                             >> T.uint32(r % SCALES * 8)
@@ -252,7 +256,7 @@ class ExpertRows:
                         for r in T.unroll(rows):
                             # One thread has the bias, which has arrived by now.
                             acc[r] = acc[r] + factor(j) * (
-                                T.float32(UNIT) * one[r]
+                                one[r]
                                 + T.Select(lane == 0, begin[j % ahead * rows + r], T.float32(0))
                             )
                         if j + ahead < experts:

@@ -1,5 +1,7 @@
 """`down` on GPUs: some rows a block, or one thread an output element, weights as stored."""
 
+# ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)
+
 from __future__ import annotations
 
 from functools import partial
@@ -90,12 +92,18 @@ def _rows(
                     for lane in T.thread_binding(of.threads, thread="threadIdx.x"):
                         with T.sblock("thread"):
                             vg, vt, vm, vl = T.axis.remap("SSSS", [group, token, team, lane])
-                            expert = T.sblock_alloc_buffer((top_k // teams,), "int32", scope="local")
-                            weight = T.sblock_alloc_buffer((top_k // teams,), "float32", scope="local")
+                            expert = T.sblock_alloc_buffer(
+                                (top_k // teams,), "int32", scope="local"
+                            )
+                            weight = T.sblock_alloc_buffer(
+                                (top_k // teams,), "float32", scope="local"
+                            )
                             acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
                             total = T.sblock_alloc_buffer((1,), "float32", scope="local")
                             before = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                            parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
+                            parts = T.sblock_alloc_buffer(
+                                (sums.elements,), "float32", scope="shared"
+                            )
                             tx: T.let = vm * of.threads + vl
                             for j in T.unroll(top_k // teams):
                                 expert[j] = ids[vt, j * teams + vm]

@@ -1,5 +1,7 @@
 """`gate_up` on GPUs: some rows a block, or one thread an output element, weights as stored."""
 
+# ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)
+
 from __future__ import annotations
 
 from functools import partial
