@@ -184,8 +184,8 @@ class RunningSum:
 
     Number i is at place(i) of f32 [elements] in shared memory, which every thread sees.
 
-    share(parts, groups, tx)            every thread, with one barrier: groups f32 [self.groups],
-        shared, become the sums of groups
+    share(parts, groups, sum, tx)       every thread, with one barrier: groups f32 [self.groups],
+        shared, become the sums of groups; sum f32 [1] is scratch
     total(groups, sum)                  after it: sum f32 [1]
     find(parts, groups, bound, sums, found)   found[0] of i32 [2]: the last number that is more
         than 0 and before which the sum is not more than bound[0]; -1 where none is more than 0.
@@ -213,14 +213,13 @@ class RunningSum:
         count, threads, all_groups = self.count, self.threads, self.groups
 
         @T.inline
-        def share(parts, groups, tx):
+        def share(parts, groups, sum, tx):
             for i in T.serial(-(-all_groups // threads)):
                 if i * threads + tx < all_groups:
-                    groups[i * threads + tx] = T.float32(0)
+                    sum[0] = T.float32(0)
                     for j in T.serial(T.min(GROUP, count - (i * threads + tx) * GROUP)):
-                        groups[i * threads + tx] = (
-                            groups[i * threads + tx] + parts[(i * threads + tx) * (GROUP + 1) + j]
-                        )
+                        sum[0] = sum[0] + parts[(i * threads + tx) * (GROUP + 1) + j]
+                    groups[i * threads + tx] = sum[0]
             T.tvm_storage_sync("shared")
 
         return share

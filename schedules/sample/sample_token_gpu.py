@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import tvm
 
@@ -47,6 +48,14 @@ class SampleTile(TileConfig):
 def _own(vectors: int, threads: int) -> int:
     """Vectors of a thread where as many as possible of `threads` share them."""
     return next(v for v in range(-(-vectors // threads), vectors + 1) if vectors % v == 0)
+
+
+def _bound(low: Any, high: Any, part: Any) -> Any:
+    """The least key of one of WAYS parts of [low, high], i32 expressions."""
+    width = T.Cast("uint32", high) - T.Cast("uint32", low)  # which has 32 bits
+    whole = T.shift_right(width, T.uint32(BITS)) * T.Cast("uint32", part)
+    rest = T.bitwise_and(width, T.uint32(WAYS - 1)) * T.Cast("uint32", part) + T.uint32(WAYS - 1)
+    return low + T.Cast("int32", whole + T.shift_right(rest, T.uint32(BITS)))
 
 
 def _build(
@@ -130,6 +139,7 @@ def _build(
                 keys = T.sblock_alloc_buffer((count,), "int32", scope="shared")
                 start = T.sblock_alloc_buffer((1,), "int32", scope="shared")
                 parts = T.sblock_alloc_buffer((sums_of.elements,), "float32", scope="shared")
+                totals = T.sblock_alloc_buffer((WAYS + 1,), "float32", scope="shared")
                 lists = T.sblock_alloc_buffer((kept * row_threads,), "float32", scope="shared")
                 by_chunk = T.sblock_alloc_buffer((chunk_sums.elements,), "float32", scope="shared")
                 chunk_groups = T.sblock_alloc_buffer(
@@ -162,7 +172,7 @@ def _build(
                         bounds = T.sblock_alloc_buffer((WAYS,), "int32", scope="local")
                         low = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         high = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        left = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        before = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         above = T.sblock_alloc_buffer((1,), "float32", scope="local")
                         left_above = T.sblock_alloc_buffer((1,), "float32", scope="local")
                         beside = T.sblock_alloc_buffer((1,), "float32", scope="local")
@@ -224,14 +234,7 @@ def _build(
                                     listed[0] = listed[0] + 1
 
                             for j in T.unroll(WAYS):
-                                bounds[j] = low[0] + T.Cast(
-                                    "int32",
-                                    T.shift_right(
-                                        (T.Cast("int64", high[0]) - T.Cast("int64", low[0])) * j
-                                        + (WAYS - 1),
-                                        T.int64(BITS),
-                                    ),
-                                )
+                                bounds[j] = _bound(low[0], high[0], j)
                             for j in T.unroll(WAYS + 1):
                                 sums[j] = T.float32(0)
                             if in_lists[0] == 1:
@@ -247,34 +250,37 @@ def _build(
                                             each_logit(add_and_list, i * teams + tx // TEAM)
                                 sums[WAYS] = T.Select(listed[0] > kept, T.float32(1), T.float32(0))
                             sums_of.share(sums, parts, tx)
-                            for j in T.unroll(WAYS + 1):
-                                sums_of.total(parts, j, added)
-                                sums[j] = added[0]
+                            if tx < WAYS + 1:
+                                sums_of.total(parts, tx, added)
+                                totals[tx] = added[0]
                             barrier()
-                            if in_lists[0] == 1:
-                                for j in T.unroll(WAYS):
-                                    sums[j] = sums[j] + beside[0]
-                            elif sums[WAYS] == T.float32(0):
-                                in_lists[0] = 1
-                                beside[0] = above[0]
 
                         @T.inline
                         def narrow():  # to the part with the largest bound that is low enough
-                            left[0] = high[0]
-                            left_above[0] = above[0]
-                            high[0] = T.max(low[0], bounds[1] - 1)
-                            above[0] = sums[1]
-                            for j in T.unroll(1, WAYS):
-                                if sums[j] >= enough[0]:
-                                    low[0] = bounds[j]
+                            before[0] = low[0]
+                            before[1] = high[0]
+                            added[0] = above[0]
+                            high[0] = T.max(low[0], _bound(before[0], before[1], 1) - 1)
+                            above[0] = totals[1] + beside[0]
+                            for j in T.serial(1, WAYS):
+                                item[0] = totals[j] + beside[0]
+                                if item[0] >= enough[0]:
+                                    low[0] = _bound(before[0], before[1], j)
                                     if j == WAYS - 1:
-                                        high[0] = left[0]
-                                        above[0] = left_above[0]
+                                        high[0] = before[1]
+                                        above[0] = added[0]
                                     else:
                                         high[0] = T.max(
-                                            bounds[j], bounds[T.min(j + 1, WAYS - 1)] - 1
+                                            low[0], _bound(before[0], before[1], j + 1) - 1
                                         )
-                                        above[0] = sums[T.min(j + 1, WAYS - 1)]
+                                        above[0] = totals[j + 1] + beside[0]
+
+                        @T.inline
+                        def keep_lists():  # what is left is in them, but for what lies above
+                            item[0] = totals[WAYS]
+                            if in_lists[0] == 0 and item[0] == T.float32(0):
+                                in_lists[0] = 1
+                                beside[0] = left_above[0]
 
                         @T.inline
                         def begin_top_k():
@@ -304,7 +310,7 @@ def _build(
                                 # All logits count, but for those whose weights are so small that
                                 # all of them together may be left out.
                                 barrier()
-                                chunk_sums.share(by_chunk, chunk_groups, tx)
+                                chunk_sums.share(by_chunk, chunk_groups, total, tx)
                                 chunk_sums.total(chunk_groups, total)
                                 added[0] = (
                                     T.float32(MARGIN / vocab)
@@ -321,13 +327,17 @@ def _build(
                         def search(phase):  # the largest key at and above which there is enough
                             high[0] = found[0]
                             above[0] = T.float32(0)
+                            beside[0] = T.float32(0)
                             in_lists[0] = 0
                             for i in T.serial(STEPS):
                                 if low[0] < high[0]:
                                     sum_parts(phase)
                                     if phase == 1 and i == 0:
-                                        enough[0] = top_p[row] * T.max(total[0], sums[0])
+                                        item[0] = totals[0]
+                                        enough[0] = top_p[row] * T.max(total[0], item[0])
+                                    left_above[0] = above[0]
                                     narrow()
+                                    keep_lists()
 
                         @T.inline
                         def sum_kept():  # of each chunk
@@ -358,7 +368,7 @@ def _build(
                             word[1] = T.uint32(0)
                             threefry(word, cipher_key, turn)
                             barrier()
-                            chunk_sums.share(by_chunk, chunk_groups, tx)
+                            chunk_sums.share(by_chunk, chunk_groups, total, tx)
                             chunk_sums.total(chunk_groups, total)
                             bound[0] = (
                                 T.Cast("float32", T.shift_right(word[0], T.uint32(8)))
@@ -379,7 +389,7 @@ def _build(
                                 if tx < chunks.vectors // own:
                                     by_thread[column_sums.place(tx)] = total[0]
                                 barrier()
-                                column_sums.share(by_thread, thread_groups, tx)
+                                column_sums.share(by_thread, thread_groups, total, tx)
                                 column_sums.find(by_thread, thread_groups, bound, running, place)
                                 if tx == place[0]:
                                     for i in T.unroll(own * width):
@@ -414,13 +424,14 @@ def _build(
                                     by_chunk[chunk_sums.place(tx)] = record[3] * added[0]
                                 cuts_k: T.let = T.And(top_k[row] > 0, top_k[row] < vocab)
                                 cuts_p: T.let = top_p[row] < T.float32(1)
-                                for phase in T.serial(2):
-                                    if T.Select(phase == 0, cuts_k, cuts_p):
-                                        if phase == 0:
-                                            begin_top_k()
-                                        else:
-                                            begin_top_p()
-                                        search(phase)
+                                for phase in T.serial(
+                                    T.Select(cuts_k, 0, 1), T.Select(cuts_p, 2, 1)
+                                ):
+                                    if phase == 0:
+                                        begin_top_k()
+                                    else:
+                                        begin_top_p()
+                                    search(phase)
                                 if T.Or(T.Or(cuts_k, cuts_p), least[0] > T.float32(0)):
                                     sum_kept()
                                 draw()
