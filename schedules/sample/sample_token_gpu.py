@@ -23,7 +23,7 @@ from typing import Any
 
 import tvm
 
-from ..gpu.lanes import BlockSums
+from ..gpu.lanes import LANES, BlockSums
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..math import KEY_MINUS_INF, exp_f32, log_f32, order_key
 from .chunks_gpu import RECORD, BlockLargest, Chunks, RunningSum, clean, key_value
@@ -67,6 +67,7 @@ def _build(
     width, size, count, elements = chunks.width, chunks.size, chunks.count, chunks.elements
     load, store, each_vector = chunks.load, chunks.store, chunks.each_vector
     of_chunk, of_row = BlockLargest(family, threads), BlockLargest(family, row_threads)
+    lanes = LANES[family]
     weight_sum = BlockSums(family, threads, 1)
     sums_of = BlockSums(family, row_threads, WAYS + 1)
     own = _own(chunks.vectors, row_threads)  # vectors of a thread, in the draw
@@ -249,7 +250,16 @@ def _build(
                                         if here[0] >= low[0]:
                                             each_logit(add_and_list, i * teams + tx // TEAM)
                                 sums[WAYS] = T.Select(listed[0] > kept, T.float32(1), T.float32(0))
-                            sums_of.share(sums, parts, tx)
+                            # In a loop that stays one: NVK's code for a subgroup's sum is long, and
+                            # many of them at once need more predicates than there are.
+                            for j in T.serial(WAYS + 1 - in_lists[0]):
+                                item[0] = sums[WAYS]
+                                for i in T.unroll(WAYS):
+                                    item[0] = T.Select(j == i, sums[i], item[0])
+                                item[0] = lanes.total(item[0])
+                                if lanes.first(tx):
+                                    parts[lanes.number(tx) * (WAYS + 1) + j] = item[0]
+                            barrier()
                             if tx < WAYS + 1:
                                 sums_of.total(parts, tx, added)
                                 totals[tx] = added[0]
