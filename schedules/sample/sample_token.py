@@ -42,6 +42,7 @@ import numpy as np
 from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Signature, Size, f32, i32
 from . import sample_token_cpu, sample_token_gpu
+from .chunks_gpu import RECORD
 from .rows import random_logits, spoil_logits, tie_logits
 from .threefry import uniform_ref
 
@@ -168,7 +169,7 @@ SAMPLE_TOKEN = Kernel(
         # One thread: only vocabularies that are too small for a chunk.
         replace(
             one_thread_an_item(partial(sample_token_cpu.rows, 1)),
-            fits=lambda vocab: vocab < sample_token_gpu.RECORD,
+            fits=lambda vocab: vocab < RECORD,
         ),
     ),
 )
