@@ -33,12 +33,16 @@ Roofline: memory. V = 201,088 is 0.8 MB a row, which stays in the L2 cache over 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Signature, Size, f32, i32
 from . import sample_token_cpu, sample_token_gpu
+from .chunks_gpu import RECORD
 from .rows import random_logits, spoil_logits, tie_logits
 from .threefry import uniform_ref
 
@@ -99,6 +103,7 @@ def signature(*, vocab: int) -> Signature:
 
 # (temperature, top_k, top_p, min_p) of the rows of a case
 _PLAIN = ((1.0, 0, 1.0, 0.0),)
+_CUT = ((1.0, 1000, 0.95, 0.02), (0.8, 0, 0.9, 0.0))
 _ALL = (
     (0.0, 0, 1.0, 0.0),
     (0.0, 5, 0.5, 0.5),
@@ -147,7 +152,10 @@ CASES = (
     _case("NaN, +inf, -inf", 40, edit=spoil_logits),
     _case("fewer tokens than lanes", 5),
     _case("one token", 1),
+    _case("every parameter, an odd vocabulary", 2049),
+    _case("every parameter, several chunks", 12_000),
     _case("gpt-oss vocabulary", 201_088, _PLAIN),
+    _case("gpt-oss vocabulary, cut off", 201_088, _CUT),
 )
 
 SAMPLE_TOKEN = Kernel(
@@ -155,5 +163,13 @@ SAMPLE_TOKEN = Kernel(
     signature,
     sample_token_ref,
     CASES,
-    (*sample_token_cpu.SCHEDULES, *sample_token_gpu.SCHEDULES),
+    (
+        *sample_token_cpu.SCHEDULES,
+        *sample_token_gpu.SCHEDULES,
+        # One thread: only vocabularies that are too small for a chunk.
+        replace(
+            one_thread_an_item(partial(sample_token_cpu.rows, 1)),
+            fits=lambda vocab: vocab < RECORD,
+        ),
+    ),
 )

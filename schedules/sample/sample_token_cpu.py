@@ -7,6 +7,7 @@ So results do not depend on the number of threads.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import tvm
@@ -25,8 +26,8 @@ def _middle(low: Any, high: Any) -> Any:
     return T.bitwise_or(low, high) - T.shift_right(T.bitwise_xor(low, high), 1)
 
 
-def _rows(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
-    lanes = LANES
+def rows(lanes: int, arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
+    """One item is a row; vectors are `lanes` wide."""
     every = Columns(vocab, lanes)
     chunks = every.chunks
     find_largest = largest_finder(vocab, lanes)
@@ -197,4 +198,4 @@ def _rows(arguments: tuple[Tensor, ...], *, vocab: int) -> tvm.tirx.PrimFunc:
     return prim_func(arguments, body)
 
 
-SCHEDULES = (items_in_parallel(_rows),)
+SCHEDULES = (items_in_parallel(partial(rows, LANES)),)

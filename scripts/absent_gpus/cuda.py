@@ -26,8 +26,6 @@ FOLDER = ROOT / "build" / "nvcc"
 # draws anew for each process: f32_router_topk had 993 to 999 instructions, and all else was alike.
 SPREAD = {"instructions": 0.02, "loads": 0.02, "local_accesses": 0.1}
 EXCEPTIONS = {
-    **{(arch, "f32_router_topk"): "the 32 keys of a thread stay in memory" for arch in ARCHS},
-    **{(arch, "moe_plan"): "the 32 places of a thread stay in memory" for arch in ARCHS},
     ("sm_120a", "f32_paged_attention1"): "8 bytes are spilled and read back once",
 }
 
