@@ -169,6 +169,11 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
             "position 131,071 of a sliding layer", [(131_071, 131_072)], 96, 4, 1, 16, first=130_944
         ),
         of("one channel 1000 times the others", [(5, 8)], 96, 4, 1, 64, spike=1000),
+        *(
+            of(f"{name}, a head of {d}, more inputs than a block has in flight", spans, k, 1, 1, d)
+            for d in (16, 32, 64)
+            for name, spans, k in (("one token", [(7, 8)], 3200), ("a chunk", [(0, 17)], 2144))
+        ),
         of("20b widths, one token", [(1000, 1001)], 2880, 8, 2, 64, "float16"),
     )
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 
 from ..kernel import Layout, T, TileConfig
 from .instructions import LANES, MMA_COLUMNS, MMA_ROWS
@@ -80,7 +81,7 @@ class Tiling:
     def fragments(self, mmas: int) -> Layout:
         """The layout of W [rows, k], of which a step takes so many mma.
 
-        It is u32 [tiles, k/32, 128·mmas].
+        It is u32 [tiles·k/32, 128·mmas].
 
         Lane 4g + t has four words of each mma: of inputs 8t … 8t + 7 the first half of those that
         the mma takes, of row g and of row g + 8, then the other half.
@@ -88,7 +89,7 @@ class Tiling:
 
         def shape(stored: tuple[Any, ...]) -> tuple[Any, ...]:
             rows, k = stored
-            return (self.tiles(rows), k // STEP, mmas * LANES * 4)
+            return (self.tiles(rows) * (k // STEP), mmas * LANES * 4)
 
         def pack(weight: np.ndarray) -> np.ndarray:
             words = np.ascontiguousarray(weight).view(np.uint32)
@@ -145,8 +146,8 @@ class Arithmetic:
     mmas: of a tile and a step
     words: of shared memory, for an item
     sums: f32 accumulators of a lane, for each row of a pair
-    load(weights, m, tile, step, lane, w, scale): a step of a tile to registers m·mmas·4 and on of
-        w, and to m of scale
+    load(weights, m, step, lane, w, scale): a step of a tile to registers m·mmas·4 and on of w, and
+        to m of scale; `step` counts those of all tiles
     stage(shared, at, item, q, stored, x, i, parts): parts of x[i … i+3], inputs 4q … 4q+3 of an
         item, to the warp's shared memory, which begins at `at`; eight lanes have an item
     fetch(shared, at, item, column, own, t, b): this lane's part of B to b: of a column of an item,
@@ -239,7 +240,20 @@ def _launch(
     def sum_at(warp: Any, m: Any, second: Any, token: Any) -> Any:
         return sums_at + warp * partials + ((m * 2 + second) * b.tokens + token) * PAIRS
 
-    token_lanes = QUADS * min(b.staged, AT_ONCE)  # that read items of one token
+    together = min(b.staged, AT_ONCE)  # steps of a token in a read
+    token_lanes = QUADS * together
+
+    # Of a read, an index; of what a read brings for a lane: the token, and the step, from that of
+    # the first read on.
+
+    def is_read(i: Any, count: Any) -> Any:
+        return tirx.any(i == 0, i * AT_ONCE // b.staged < count)
+
+    def token_of(i: Any, lane: Any) -> Any:
+        return (i * AT_ONCE + lane // QUADS) // b.staged
+
+    def further(s: Any, i: Any) -> Any:
+        return s * b.staged + i * AT_ONCE % b.staged
 
     @T.inline
     def work(vy, vx, tx, n, x, norm_weight, weights, finish, given):
@@ -259,31 +273,37 @@ def _launch(
         first: T.let = vx * b.tokens
         count: T.let = T.Cast("int32", T.min(n - first, T.int64(b.tokens)))
         begin: T.let = warp * steps // b.warps
+        # Where the warp is: kept, for nvcc would compute them anew from the number of the round.
+        left = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        quad = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        step_of_tile = T.sblock_alloc_buffer((b.row_tiles,), "int32", scope="local")
         end: T.let = (warp + 1) * steps // b.warps
         own_items: T.let = warp * (ITEMS * arithmetic.words)
 
         @T.inline
-        def load(slot, step):
+        def load(slot, further):
+            """The step that is so many after the next one to multiply."""
             for m in T.unroll(b.row_tiles):
                 arithmetic.load(
-                    weights, slot * b.row_tiles + m, T.min(vy * b.row_tiles + m, tiles - 1), step,
-                    lane, w, scale,
-                )  # fmt: skip
+                    weights, slot * b.row_tiles + m, step_of_tile[m] + further, lane, w, scale
+                )
 
         @T.inline
-        def read(i, token, step, q):
+        def read(j, token, further):
             """Four inputs to `four`. What lies behind the warp's steps is zero, so that no product
             has to be left out."""
-            if (token < count) and (step < end):
-                four[T.ramp(i * 4, 1, 4)] = x[first + token, T.ramp(step * STEP + q * 4, 1, 4)]
+            if (token < count) and (quad[0] + further * QUADS < end * QUADS):
+                four[T.ramp(j * 4, 1, 4)] = x[
+                    first + token, T.ramp((quad[0] + further * QUADS) * 4, 1, 4)
+                ]
             else:
-                four[T.ramp(i * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
+                four[T.ramp(j * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
 
         @T.inline
-        def normalize(i, j, step, q):
+        def normalize(i, j, further):
             """All but the factor of the token, which is known at the end."""
             weight[T.ramp(0, 1, 4)] = norm_weight[
-                T.ramp(T.min(step, steps - 1) * STEP + q * 4, 1, 4)
+                T.ramp(T.min(quad[0] + further * QUADS, k // 4 - 1) * 4, 1, 4)
             ]
             for e in T.unroll(4):
                 square[i // b.reads_of_token] = (
@@ -292,23 +312,19 @@ def _launch(
                 four[j * 4 + e] = four[j * 4 + e] * weight[e]
 
         @T.inline
-        def stage(base):
-            for round_ in T.unroll(READS // AHEAD):
+        def stage(s):
+            for i in T.unroll(READS // AHEAD):
                 for j in T.unroll(AHEAD):
-                    i: T.let = round_ * AHEAD + j
-                    if (i == 0) or (i * AT_ONCE // b.staged < count):
-                        item: T.let = i * AT_ONCE + lane // QUADS
-                        read(j, item // b.staged, base + item % b.staged, lane % QUADS)
+                    if is_read(i * AHEAD + j, count):
+                        read(j, token_of(i * AHEAD + j, lane), further(s, i * AHEAD + j))
                 # Not in one loop with the above: TVM would make `four` anew each time.
                 for j in T.unroll(AHEAD):
-                    i: T.let = round_ * AHEAD + j
-                    if (i == 0) or (i * AT_ONCE // b.staged < count):
-                        item: T.let = i * AT_ONCE + lane // QUADS
+                    if is_read(i * AHEAD + j, count):
                         if eps is not None:
-                            normalize(i, j, base + item % b.staged, lane % QUADS)
+                            normalize(i * AHEAD + j, j, further(s, i * AHEAD + j))
                         arithmetic.stage(
-                            shared, own_items, item, lane % QUADS, item // b.staged < count, four,
-                            j * 4, bits,
+                            shared, own_items, (i * AHEAD + j) * AT_ONCE + lane // QUADS,
+                            lane % QUADS, token_of(i * AHEAD + j, lane) < count, four, j * 4, bits,
                         )  # fmt: skip
 
         @T.inline
@@ -375,9 +391,13 @@ def _launch(
                 for second in T.unroll(2):
                     pair[second] = pair[second] / T.sqrt(weight[0] / T.float32(k) + T.float32(eps))
 
+        left[0] = end - begin
+        quad[0] = (begin + lane // QUADS % together) * QUADS + lane % QUADS
+        for m in T.unroll(b.row_tiles):
+            step_of_tile[m] = T.min(vy * b.row_tiles + m, tiles - 1) * steps + begin
         for slot in T.unroll(b.steps):
-            if begin + slot < end:
-                load(slot, begin + slot)
+            if slot < left[0]:
+                load(slot, slot)
             else:
                 for i in T.unroll(4 * loads // b.steps):
                     w[slot * (4 * loads // b.steps) + i] = T.uint32(0)
@@ -388,17 +408,21 @@ def _launch(
         if eps is not None:
             for i in T.unroll(READS // b.reads_of_token):
                 square[i] = T.float32(0)
-        for r in T.serial(rounds):
+        for _ in T.serial(rounds):
             for s in T.unroll(b.steps // b.staged):
-                base: T.let = begin + r * b.steps + s * b.staged
-                stage(base)
+                stage(s)
                 T.cuda.warp_sync()
                 for d in T.unroll(b.staged):
                     multiply(s * b.staged + d, d)
-                    if (rounds > 1) and (base + d + b.steps < end):
-                        load(s * b.staged + d, base + d + b.steps)
+                    if (rounds > 1) and (s * b.staged + d + b.steps < left[0]):
+                        load(s * b.staged + d, s * b.staged + d + b.steps)
                 if rounds * b.steps > b.staged:
                     T.cuda.warp_sync()
+            if rounds > 1:
+                left[0] = left[0] - b.steps
+                quad[0] = quad[0] + b.steps * QUADS
+                for m in T.unroll(b.row_tiles):
+                    step_of_tile[m] = step_of_tile[m] + b.steps
         leave_sums()
         if eps is not None:
             leave_squares()

@@ -42,9 +42,9 @@ def _at(item: Any, part: Any) -> Any:
 
 
 @T.inline
-def _load(weights, m, tile, step, lane, w, scale):
+def _load(weights, m, step, lane, w, scale):
     for i in T.unroll(MMAS):
-        load_words(w, (m * MMAS + i) * 4, weights[0][tile, step, (i * LANES + lane) * 4])
+        load_words(w, (m * MMAS + i) * 4, weights[0][step, (i * LANES + lane) * 4])
 
 
 @T.inline

@@ -31,7 +31,7 @@ BITS = 21  # the largest of 32 inputs is at least 2 to this, times the scale
 SMALLEST = 27  # of the exponents that count, biased; 2^-100: what is below counts as zero
 ROUND = 0x4B400000  # the bits of 1.5·2^23, whose last bit is 1
 NAN = 0x7FC00000
-TILE = DenseTile(few=2)
+TILE = DenseTile(few=2, many=8)
 
 
 def _perm(a: Any, b: Any, selector: int) -> Any:
@@ -39,9 +39,9 @@ def _perm(a: Any, b: Any, selector: int) -> Any:
 
 
 @T.inline
-def _load(weights, m, tile, step, lane, w, scale):
-    load_words(w, m * 4, weights[0][tile, step, lane * 4])
-    scale[m] = weights[1][tile, step, lane // 4]
+def _load(weights, m, step, lane, w, scale):
+    load_words(w, m * 4, weights[0][step, lane * 4])
+    scale[m] = weights[1][step, lane // 4]
 
 
 @T.inline
@@ -126,15 +126,15 @@ I8 = Arithmetic(
 
 
 def _scales(tiling: Tiling) -> Layout:
-    """f16 [rows, k/32] -> u32 [tiles, k/32, 8]: those of both rows of a pair, the first in the low
+    """f16 [rows, k/32] -> u32 [tiles·k/32, 8]: those of both rows of a pair, the first in the low
     half."""
 
     def shape(stored: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (tiling.tiles(stored[0]), stored[1], PAIRS)
+        return (tiling.tiles(stored[0]) * stored[1], PAIRS)
 
     def pack(scales: np.ndarray) -> np.ndarray:
         pairs = tiling.by_tile(scales).transpose(0, 3, 2, 1)  # tile, step, p, second
-        return np.ascontiguousarray(pairs).view(np.uint32)[..., 0]
+        return np.ascontiguousarray(pairs).view(np.uint32).reshape(shape(scales.shape))
 
     return Layout(shape, pack, rows=tiling.group, dtype="uint32")
 
