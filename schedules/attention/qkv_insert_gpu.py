@@ -15,6 +15,7 @@ from mxforge.kv_layout import PAGE_TOKENS
 
 from ..formats.kv import KV
 from ..gpu.gemv import Gemv, GemvTile
+from ..gpu.lanes import LANES
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from ..linear import bf16_gpu, i8_f32_gpu
 from ..linear.rows_gpu import Chunks
@@ -23,7 +24,6 @@ from .pages import physical_page
 # Not measured. With two chunks ahead Adreno's compiler needs all registers that it has, for nothing
 # that its estimate or AMD's would show.
 TILE = GemvTile(threads=64, rows=4, tokens=4, ahead=1)
-FAMILIES = ("vulkan", "metal", "cuda")
 
 
 def _build(
@@ -182,7 +182,7 @@ def _schedules(chunks: Chunks) -> tuple[Schedule, ...]:
             chunks.layouts,
             partial(_fits, chunks),
         )
-        for family in FAMILIES
+        for family in LANES
     )
 
 
