@@ -9,6 +9,7 @@ from functools import partial
 import tvm
 
 from ..gpu.gemv import BLOCKS, CHUNK_WORDS, PAIR, Chunk, Gemv, GemvTile
+from ..gpu.lanes import LANES
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from .linear import plus_options
 
@@ -40,8 +41,8 @@ class Chunks:
         return whole and k >= FEWEST and -(-rows // tile.rows) <= BLOCKS
 
 
-def rows_a_block(chunks: Chunks, tiles: Mapping[str, GemvTile]) -> tuple[Schedule, ...]:
-    """A schedule for each GPU family that has a tile."""
+def rows_a_block(chunks: Chunks, tile: GemvTile) -> tuple[Schedule, ...]:
+    """A schedule for each GPU family."""
     return tuple(
         Schedule(
             f"rows a block, {family}",
@@ -51,7 +52,7 @@ def rows_a_block(chunks: Chunks, tiles: Mapping[str, GemvTile]) -> tuple[Schedul
             chunks.layouts,
             partial(chunks.fits, tile),
         )
-        for family, tile in tiles.items()
+        for family in LANES
     )
 
 
