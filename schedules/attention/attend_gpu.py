@@ -171,6 +171,13 @@ def build(
         )
 
     @T.inline
+    def rotate(own, turn):
+        """four by one place, or by two."""
+        for j in T.unroll(4):
+            own.sums[j] = own.four[(j + 1 + turn) % 4]
+        own.four[T.ramp(0, 1, 4)] = own.sums[T.ramp(0, 1, 4)]
+
+    @T.inline
     def take_query(own, q, t, head, exists, tx):
         """query[d, head] = q / √D, and 0 for heads that do not exist."""
         for i in T.serial(T.ceildiv(head_dim * HEADS // 4 - tx, threads)):
@@ -178,8 +185,15 @@ def build(
             own.four[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
             if exists:
                 own.four[T.ramp(0, 1, 4)] = q[t, T.ramp(head * head_dim + d, 1, 4)]
+            # Four lanes with the same head turn their numbers by 0 … 3 places: of each store they
+            # meet different banks.
+            for turn in T.unroll(2):
+                turned: T.let = T.bitwise_and(tx // HEADS, T.shift_left(1, turn)) > 0
+                if turned:
+                    rotate(own, turn)
             for j in T.unroll(4):
-                own.query[(d + j) * HEADS + tx % HEADS] = own.four[j] * T.float32(head_dim**-0.5)
+                at: T.let = d + (j + tx // HEADS) % 4
+                own.query[at * HEADS + tx % HEADS] = own.four[j] * T.float32(head_dim**-0.5)
 
     @T.inline
     def add_keys(own, cache, kv_head, tx, first, count):
