@@ -180,18 +180,24 @@ def column_word(columns: int, block: Any, column: Any) -> Any:
 
 
 @T.inline
-def multiply_step(xs, columns, step, column, t, words, scale, slot, a, b, part, acc):
-    """acc f32 [4] += a lane's part of a step · the inputs in xs u32, which `column_word` places."""
+def read_columns(xs, columns, step, column, t, b):
+    """b u32 [8] = a lane's inputs of a step, of a column in xs, which `column_word` places."""
     for block in T.unroll(2):
         at: T.let = column_word(columns, 2 * step, T.bitwise_xor(column, block))
-        b[T.ramp(0, 1, 4)] = xs[T.ramp(at + block * columns * (BLOCK // 2) + 4 * t, 1, 4)]
+        b[T.ramp(4 * block, 1, 4)] = xs[T.ramp(at + block * columns * (BLOCK // 2) + 4 * t, 1, 4)]
+
+
+@T.inline
+def multiply_step(words, scale, slot, b, a, part, acc, to):
+    """acc[to …] f32 [4] += a lane's part of a step · the inputs b u32 [8]."""
+    for block in T.unroll(2):
         unpack(words, 4 * slot + 2 * block, a)
         for i in T.unroll(4):
             part[i] = T.float32(0)
-        mma_bf16(part, 0, a, 0, b, 0)
-        mma_bf16(part, 0, a, 4, b, 2)
+        mma_bf16(part, 0, a, 0, b, 4 * block)
+        mma_bf16(part, 0, a, 4, b, 4 * block + 2)
         for i in T.unroll(4):
-            acc[i] = acc[i] + part[i] * scale_of(scale[slot], block, i // 2)
+            acc[to + i] = acc[to + i] + part[i] * scale_of(scale[slot], block, i // 2)
 
 
 # -- inputs ---------------------------------------------------------------------------------------
