@@ -27,7 +27,7 @@ from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
-from . import down_cpu
+from . import down_cpu, down_cuda
 from .down_gpu import elements
 from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
 
@@ -126,7 +126,9 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
 
 
 DOWN = {
-    F32.name: _kernel("mxfp4w_moe_down", F32, one_thread_an_item(elements)),
-    BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16),
+    F32.name: _kernel(
+        "mxfp4w_moe_down", F32, *down_cuda.schedules(F32.name), one_thread_an_item(elements)
+    ),
+    BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16, *down_cuda.schedules(BF16.name)),
     I8.name: _kernel("mxfp4w_i8_moe_down", I8),
 }

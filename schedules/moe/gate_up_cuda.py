@@ -23,8 +23,8 @@ from ..cuda.mxfp4 import (
     load_step,
     multiply_step,
     read_columns,
-    row_octets,
-    stage_row,
+    staged_octets,
+    stage_rows,
     steps,
 )
 from ..formats.blocks import BLOCK
@@ -43,7 +43,7 @@ class GateUpTile(TileConfig):
 
     splits: int = 5  # warps of a block, between which K is divided
     tiles: int = 3  # of a block, one after the other
-    slots: int = 8  # steps that a warp has on their way
+    slots: int = 7  # steps that a warp has on their way
     columns: int = 4  # of inputs in shared memory at once
 
 
@@ -129,7 +129,7 @@ def _build(
                         b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
-                        raw = T.sblock_alloc_buffer((row_octets(hidden, threads) * inputs.words,), "uint32", scope="local")
+                        raw = T.sblock_alloc_buffer((staged_octets(hidden, 1, threads) * inputs.words,), "uint32", scope="local")
                         pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
                         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
@@ -157,8 +157,8 @@ def _build(
                             )  # fmt: skip
                             barrier()
                             for c in T.serial(here):
-                                stage_row(
-                                    inputs, hidden, columns, x, found[c] // top_k, c, tx, threads,
+                                stage_rows(
+                                    inputs, hidden, columns, x, found, top_k, c, 1, 1, tx, threads,
                                     xs, raw, pairs,
                                 )  # fmt: skip
                             barrier()
