@@ -180,18 +180,24 @@ def column_word(columns: int, block: Any, column: Any) -> Any:
 
 
 @T.inline
-def multiply_step(xs, columns, step, column, t, words, scale, slot, a, b, part, acc):
-    """acc f32 [4] += a lane's part of a step · the inputs in xs u32, which `column_word` places."""
+def read_columns(xs, columns, step, column, t, b):
+    """b u32 [8] = a lane's inputs of a step, of a column in xs, which `column_word` places."""
     for block in T.unroll(2):
         at: T.let = column_word(columns, 2 * step, T.bitwise_xor(column, block))
-        b[T.ramp(0, 1, 4)] = xs[T.ramp(at + block * columns * (BLOCK // 2) + 4 * t, 1, 4)]
+        b[T.ramp(4 * block, 1, 4)] = xs[T.ramp(at + block * columns * (BLOCK // 2) + 4 * t, 1, 4)]
+
+
+@T.inline
+def multiply_step(words, scale, slot, b, a, part, acc, to):
+    """acc[to …] f32 [4] += a lane's part of a step · the inputs b u32 [8]."""
+    for block in T.unroll(2):
         unpack(words, 4 * slot + 2 * block, a)
         for i in T.unroll(4):
             part[i] = T.float32(0)
-        mma_bf16(part, 0, a, 0, b, 0)
-        mma_bf16(part, 0, a, 4, b, 2)
+        mma_bf16(part, 0, a, 0, b, 4 * block)
+        mma_bf16(part, 0, a, 4, b, 4 * block + 2)
         for i in T.unroll(4):
-            acc[i] = acc[i] + part[i] * scale_of(scale[slot], block, i // 2)
+            acc[to + i] = acc[to + i] + part[i] * scale_of(scale[slot], block, i // 2)
 
 
 # -- inputs ---------------------------------------------------------------------------------------
@@ -255,26 +261,42 @@ INPUTS = {
 }
 
 
-def row_octets(k: int, threads: int) -> int:
-    """How many octets of a row of inputs each of so many threads has at most."""
-    return -(-steps(k) * (STEP // OCTET) // threads)
+def staged_octets(k: int, rows: int, threads: int) -> int:
+    """How many octets of so many rows of inputs each of so many threads has at most."""
+    return -(-rows * _octets(k) // threads)
+
+
+def _octets(k: int) -> int:
+    """Of a row of inputs, with what fills its last step."""
+    return steps(k) * (STEP // OCTET)
 
 
 @T.inline
-def stage_row(inputs, k, columns, x, row, token, thread, threads, xs, load, pairs):
-    """Row `row` of x [n, k] into the columns of `token` in xs, zeros behind it, by some threads;
-    load u32 [words·octets of a thread] and pairs u32 [4·parts] are a thread's own."""
-    for i in T.unroll(row_octets(k, threads)):
-        octet: T.let = i * threads + thread
-        if octet < k // OCTET:
-            inputs.load(x, row, octet, load, inputs.words * i)
-    for i in T.unroll(row_octets(k, threads)):
-        octet: T.let = i * threads + thread
-        if octet < steps(k) * (STEP // OCTET):
+def stage_rows(
+    inputs, k, columns, x, found, share, begin, count, most, thread, threads, xs, load, pairs
+):
+    """The rows found[i] // share of x [n, k] into the columns of number i in xs, zeros behind them.
+
+    i from `begin` on, `count` times, at most `most`, by all threads of a block. load u32
+    [words·staged_octets] and pairs u32 [4·parts] are a thread's own. All loads are on their way
+    before the first is used.
+    """
+    for i in T.unroll(staged_octets(k, most, threads)):
+        at: T.let = i * threads + thread
+        if T.And(at < count * _octets(k), at % _octets(k) < k // OCTET):
+            inputs.load(
+                x, found[begin + at // _octets(k)] // share, at % _octets(k), load,
+                inputs.words * i,
+            )  # fmt: skip
+    for i in T.unroll(staged_octets(k, most, threads)):
+        at: T.let = i * threads + thread
+        octet: T.let = at % _octets(k)
+        number: T.let = begin + at // _octets(k)
+        if at < count * _octets(k):
             inputs.columns(load, inputs.words * i, pairs)
             if k % STEP != 0 and octet >= k // OCTET:
                 for j in T.unroll(4 * inputs.parts):
                     pairs[j] = T.uint32(0)
             for part in T.unroll(inputs.parts):
-                at: T.let = column_word(columns, octet // 4, inputs.parts * token + part)
-                xs[T.ramp(at + octet % 4 * 4, 1, 4)] = pairs[T.ramp(4 * part, 1, 4)]
+                to: T.let = column_word(columns, octet // 4, inputs.parts * number + part)
+                xs[T.ramp(to + octet % 4 * 4, 1, 4)] = pairs[T.ramp(4 * part, 1, 4)]

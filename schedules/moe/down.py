@@ -27,7 +27,7 @@ from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
-from . import down_cpu, down_gpu
+from . import down_cpu, down_cuda, down_gpu
 from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
 
 
@@ -126,8 +126,12 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
 
 DOWN = {
     F32.name: _kernel(
-        "mxfp4w_moe_down", F32, *down_gpu.SCHEDULES, one_thread_an_item(down_gpu.elements)
+        "mxfp4w_moe_down",
+        F32,
+        *down_cuda.schedules(F32.name),
+        *down_gpu.SCHEDULES,
+        one_thread_an_item(down_gpu.elements),
     ),
-    BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16),
+    BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16, *down_cuda.schedules(BF16.name)),
     I8.name: _kernel("mxfp4w_i8_moe_down", I8),
 }

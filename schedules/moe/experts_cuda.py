@@ -20,6 +20,16 @@ def largest(value: Any) -> Any:
     return T.call_extern("int32", "__reduce_max_sync", T.uint32(ALL), value)
 
 
+def smallest(value: Any) -> Any:
+    """The smallest i32 of a warp, for all its lanes."""
+    return T.call_extern("int32", "__reduce_min_sync", T.uint32(ALL), value)
+
+
+def value_of(value: Any, lane: Any) -> Any:
+    """The f32 of another lane of the warp."""
+    return T.cuda.__shfl_sync(T.uint32(ALL), value, lane, LANES)
+
+
 def total(value: Any) -> Any:
     """The sum of a warp's i32, for all its lanes."""
     return T.call_extern("int32", "__reduce_add_sync", T.uint32(ALL), value)

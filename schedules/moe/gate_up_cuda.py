@@ -22,8 +22,9 @@ from ..cuda.mxfp4 import (
     layouts,
     load_step,
     multiply_step,
-    row_octets,
-    stage_row,
+    read_columns,
+    staged_octets,
+    stage_rows,
     steps,
 )
 from ..formats.blocks import BLOCK
@@ -41,14 +42,20 @@ class GateUpTile(TileConfig):
     their way at once, and four blocks fit the shared memory of sm_89."""
 
     splits: int = 5  # warps of a block, between which K is divided
-    tiles: int = 2  # of a block, one after the other
+    tiles: int = 3  # of a block, one after the other
+    slots: int = 7  # steps that a warp has on their way
     columns: int = 4  # of inputs in shared memory at once
+
+
+def _words(inputs: Inputs, hidden: int, tile: GateUpTile) -> int:
+    """u32 of shared memory that hold the inputs, then the sums of the warps."""
+    staged = steps(hidden) * STEP * tile.columns // 2
+    return max(staged, tile.splits * tile.tiles * MMA_ROWS * tile.columns // inputs.parts)
 
 
 def _shared_bytes(inputs: Inputs, hidden: int, tile: GateUpTile) -> int:
     tokens = tile.columns // inputs.parts
-    sums = tile.tiles * tile.splits * 2 * tokens * UNITS
-    return steps(hidden) * tile.columns * STEP * 2 + 4 * (sums + tokens)
+    return 4 * (_words(inputs, hidden, tile) + tokens)
 
 
 def _build(
@@ -69,21 +76,33 @@ def _build(
     tokens = columns // inputs.parts  # of a pass
     own = 2 // inputs.parts  # tokens of a lane
 
-    @T.inline
-    def load(blocks, scales, expert, start, d, warp, lane, words, scale):
-        if depth * splits == all_steps or warp * depth + d < all_steps:
-            load_step(blocks, scales, expert, start, d, lane, words, scale, d)
+    # A warp's work in order: step after step, and of each all tiles.
+    items = depth * tiles
+    slots_ = min(items, tile.slots)
 
-    @T.inline
-    def multiply(xs, column, d, warp, lane, words, scale, a, b, part, acc):
-        if depth * splits == all_steps or warp * depth + d < all_steps:
-            multiply_step(
-                xs, columns, warp * depth + d, column, lane % 4, words, scale, d, a, b, part, acc
-            )
+    def sum_at(warp, row, tile_, token, unit):
+        """Where the sum of a warp is for others to read."""
+        return (((warp * 2 + row) * tiles + tile_) * tokens + token) * UNITS + unit
 
     def start_of(group, m, warp):
         """The first step of a warp in tile m of a group; that of the last tile beyond it."""
-        return T.min(T.Cast("int32", group) * tiles + m, all_tiles - 1) * all_steps + warp * depth
+        number = T.Cast("int32", group) * tiles + m
+        if all_tiles % tiles:
+            number = T.min(number, all_tiles - 1)
+        return number * all_steps + warp * depth
+
+    @T.inline
+    def load(blocks, scales, expert, group, item, warp, lane, words, scale):
+        if depth * splits == all_steps or warp * depth + item // tiles < all_steps:
+            load_step(
+                blocks, scales, expert, start_of(group, item % tiles, warp), item // tiles, lane,
+                words, scale, item % slots_,
+            )  # fmt: skip
+
+    @T.inline
+    def begin(blocks, scales, expert, group, warp, lane, words, scale):
+        for item in T.unroll(slots_):
+            load(blocks, scales, expert, group, item, warp, lane, words, scale)
 
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h):
@@ -101,25 +120,22 @@ def _build(
                         )
                         T.writes(h[0 : n * top_k, 0:intermediate])
                         xs = T.sblock_alloc_buffer(
-                            (all_steps * STEP * columns // 2,), "uint32", scope="shared"
-                        )
-                        sums = T.sblock_alloc_buffer(
-                            (tiles * splits * 2 * tokens * UNITS,), "float32", scope="shared"
+                            (_words(inputs, hidden, tile),), "uint32", scope="shared"
                         )
                         found = T.sblock_alloc_buffer((tokens,), "int32", scope="shared")
-                        words = T.sblock_alloc_buffer((4 * depth,), "uint32", scope="local")
-                        scale = T.sblock_alloc_buffer((depth,), "uint32", scope="local")
+                        words = T.sblock_alloc_buffer((4 * slots_,), "uint32", scope="local")
+                        scale = T.sblock_alloc_buffer((slots_,), "uint32", scope="local")
                         a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        b = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+                        b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
-                        acc = T.sblock_alloc_buffer((4,), "float32", scope="local")
-                        raw = T.sblock_alloc_buffer((row_octets(hidden, threads) * inputs.words,), "uint32", scope="local")
+                        acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
+                        raw = T.sblock_alloc_buffer((staged_octets(hidden, 1, threads) * inputs.words,), "uint32", scope="local")
                         pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
                         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         count = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        start = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         place = T.sblock_alloc_buffer((3,), "int32", scope="local")
+                        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 4)
                         slots: T.let = T.Cast("int32", n * top_k)
                         warp: T.let = tx // LANES
                         lane: T.let = tx % LANES
@@ -128,9 +144,7 @@ def _build(
                         )
                         if expert[0] < 0:  # of all threads of the block
                             T.evaluate(T.thread_return())
-                        start[0] = start_of(vg, 0, warp)
-                        for d in T.unroll(depth):
-                            load(blocks, scales, expert[0], start[0], d, warp, lane, words, scale)
+                        begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
                         count_tokens(ids, top_k, slots, expert[0], lane, count)
                         for i in T.unroll(3):
                             place[i] = 0
@@ -143,45 +157,43 @@ def _build(
                             )  # fmt: skip
                             barrier()
                             for c in T.serial(here):
-                                stage_row(
-                                    inputs, hidden, columns, x, found[c] // top_k, c, tx, threads,
+                                stage_rows(
+                                    inputs, hidden, columns, x, found, top_k, c, 1, 1, tx, threads,
                                     xs, raw, pairs,
                                 )  # fmt: skip
                             barrier()
                             # Of columns without a token the products are not used.
                             column: T.let = T.min(lane // 4, here * inputs.parts - 1)
-                            for m in T.serial(tiles):
-                                for i in T.unroll(4):
-                                    acc[i] = T.float32(0)
-                                start[0] = start_of(vg, m + 1, warp)
-                                for d in T.unroll(depth):
-                                    multiply(
-                                        xs, column, d, warp, lane, words, scale, a, b, part, acc
+                            for i in T.unroll(4 * tiles):
+                                acc[i] = T.float32(0)
+                            for d in T.unroll(depth):
+                                if depth * splits == all_steps or warp * depth + d < all_steps:
+                                    read_columns(
+                                        xs, columns, warp * depth + d, column, lane % 4, b
                                     )
-                                    if m + 1 < tiles:
-                                        load(
-                                            blocks, scales, expert[0], start[0], d, warp, lane,
-                                            words, scale,
+                                    for m in T.unroll(tiles):
+                                        multiply_step(
+                                            words, scale, (d * tiles + m) % slots_, b, a, part,
+                                            acc, 4 * m,
                                         )  # fmt: skip
-                                if lane % 4 * own < tokens:
-                                    for r in T.unroll(2):
-                                        for j in T.unroll(own):
-                                            sums[
-                                                (
-                                                    ((warp * 2 + r) * tiles + m) * tokens
-                                                    + lane % 4 * own
-                                                    + j
-                                                )
-                                                * UNITS
-                                                + lane // 4
-                                            ] = acc[2 * r + j] if own == 2 else acc[2 * r] + acc[2 * r + 1]
+                                        if d * tiles + m + slots_ < items:
+                                            load(
+                                                blocks, scales, expert[0], vg,
+                                                d * tiles + m + slots_, warp, lane, words, scale,
+                                            )  # fmt: skip
                             if (p + 1) * tokens < count[0]:
-                                start[0] = start_of(vg, 0, warp)
-                                for d in T.unroll(depth):
-                                    load(
-                                        blocks, scales, expert[0], start[0], d, warp, lane,
-                                        words, scale,
-                                    )  # fmt: skip
+                                begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
+                            barrier()  # the inputs are no longer read
+                            if lane % 4 * own < tokens:
+                                for m, r, j in T.grid(tiles, 2, own):
+                                    xs[sum_at(warp, r, m, lane % 4 * own + j, lane // 4)] = (
+                                        T.reinterpret(
+                                            "uint32",
+                                            acc[4 * m + 2 * r + j]
+                                            if own == 2
+                                            else acc[4 * m + 2 * r] + acc[4 * m + 2 * r + 1],
+                                        )
+                                    )
                             barrier()
                             for i in T.serial(-(-tiles * tokens * UNITS // threads)):
                                 e: T.let = i * threads + tx
@@ -191,12 +203,9 @@ def _build(
                                 if T.And(token < here, T.And(m < tiles, row < intermediate)):
                                     for r in T.unroll(2):
                                         acc[r] = T.float32(0)
-                                        for s in T.unroll(splits):
-                                            acc[r] = (
-                                                acc[r]
-                                                + sums[
-                                                    (s * 2 + r) * (tiles * tokens * UNITS) + e
-                                                ]
+                                        for w in T.unroll(splits):
+                                            acc[r] = acc[r] + T.reinterpret(
+                                                "float32", xs[sum_at(w, r, m, token, e % UNITS)]
                                             )
                                         acc[r] = (
                                             acc[r] * T.float32(LOWER)

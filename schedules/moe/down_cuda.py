@@ -1,0 +1,282 @@
+"""`down` on CUDA, sm_80 and later: mma.sync, weights unpacked in registers.
+
+A block takes a tile of 16 rows for some tokens, and visits their experts by number: what several of
+these tokens share is read once. Its warps divide K. Every lane adds an expert's share to the sums of
+its own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While a warp
+multiplies, the weights of its next two visits are on their way. No plan is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import tvm
+
+from ..cuda.instructions import LANES, MMA_COLUMNS, MMA_ROWS
+from ..cuda.mxfp4 import (
+    INPUTS,
+    LOWER,
+    STEP,
+    Inputs,
+    layouts,
+    load_step,
+    multiply_step,
+    neighbours,
+    read_columns,
+    stage_rows,
+    staged_octets,
+    steps,
+)
+from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..sample.rows_gpu import barrier
+from .experts_cuda import count_below, lanes_where, largest, smallest, value_of
+
+AHEAD = 2  # visits whose weights are on their way
+
+
+@dataclass(frozen=True)
+class DownTile(TileConfig):
+    """Counted for an H200, none was at hand: with 20b's 45 steps a warp has ten on their way, and
+    all 180 blocks of a token are there at once, two on an SM."""
+
+    splits: int = 9  # warps of a block, between which K is divided
+
+
+def _tokens(inputs: Inputs, top_k: int) -> int:
+    """Tokens of a block: a lane of a warp for each of their slots, and columns for all of them."""
+    return min(MMA_COLUMNS // inputs.parts, LANES // top_k)
+
+
+def _words(inputs: Inputs, intermediate: int, tile: DownTile) -> int:
+    """u32 of shared memory that hold the inputs, then the sums of the warps."""
+    staged = steps(intermediate) * STEP * MMA_COLUMNS // 2
+    return max(staged, tile.splits * MMA_COLUMNS // inputs.parts * MMA_ROWS)
+
+
+def _fits(inputs: Inputs, tile: DownTile, *, top_k: int, intermediate: int, **_: int) -> bool:
+    shared = 4 * (_words(inputs, intermediate, tile) + MMA_COLUMNS)
+    return top_k <= LANES and shared <= 48 << 10
+
+
+def _build(
+    inputs: Inputs,
+    arguments: tuple[Tensor, ...],
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    tile: DownTile,
+) -> tvm.tirx.PrimFunc:
+    splits = tile.splits
+    all_steps = steps(intermediate)
+    depth = -(-all_steps // splits)  # steps of a warp
+    threads = LANES * splits
+    tokens = _tokens(inputs, top_k)
+    most = MMA_COLUMNS // inputs.parts  # slots in shared memory at once
+    own = 2 // inputs.parts  # tokens of a lane
+    none = experts  # the number of no expert
+
+    def sum_at(warp, token, row):
+        """Where the sum of a warp is for others to read."""
+        return (warp * tokens + token) * MMA_ROWS + row
+
+    @T.inline
+    def load(blocks, scales, expert, tile_, warp, lane, words, scale, half):
+        """A warp's part of a visit."""
+        if expert != none:
+            for d in T.unroll(depth):
+                if depth * splits == all_steps or warp * depth + d < all_steps:
+                    load_step(
+                        blocks, scales, expert, tile_ * all_steps + warp * depth, d, lane,
+                        words, scale, half * depth + d,
+                    )  # fmt: skip
+
+    @T.inline
+    def next_expert(id_, after, to, at):
+        """to[at] = the least of a block's experts above `after`, none where there is none."""
+        to[at] = smallest(T.Select(id_ > after, id_, none))
+
+    @T.inline
+    def list_batch(id_, expert, slot0, lane, writes, found, batch):
+        """found[0 …] = the slots of the visits from `expert` on, as many as there is room for.
+
+        batch i32 [3]: how many slots these are; an expert; how many slots are its.
+        """
+        batch[0] = 0
+        batch[1] = expert
+        batch[2] = T.Cast("int32", T.popcount(lanes_where(id_ == expert)))
+        while T.And(batch[1] != none, batch[0] + batch[2] <= most):
+            lanes: T.let = lanes_where(id_ == batch[1])
+            if T.And(writes, id_ == batch[1]):
+                found[batch[0] + count_below(lanes, lane)] = slot0 + lane
+            batch[0] = batch[0] + batch[2]
+            next_expert(id_, batch[1], batch, 1)
+            batch[2] = T.Cast("int32", T.popcount(lanes_where(id_ == batch[1])))
+
+    @T.inline
+    def multiply(
+        xs, lanes, begin, half, weight, warp, lane, words, scale, b, a, part, acc, total, place
+    ):
+        """total += the weighted outputs of an expert, which has the slots `lanes` of a block's;
+        their inputs begin at position `begin` of those in shared memory."""
+        for i in T.unroll(4):
+            acc[i] = T.float32(0)
+        # The token of this lane's column of inputs; one without this expert has any inputs.
+        ahead: T.let = count_below(lanes, lane // 4 // inputs.parts * top_k)
+        slot: T.let = T.min(ahead, T.Cast("int32", T.popcount(lanes)) - 1)
+        column: T.let = (begin + slot) * inputs.parts + lane // 4 % inputs.parts
+        for d in T.unroll(depth):
+            if depth * splits == all_steps or warp * depth + d < all_steps:
+                read_columns(xs, MMA_COLUMNS, warp * depth + d, column, lane % 4, b)
+                multiply_step(words, scale, half * depth + d, b, a, part, acc, 0)
+        for j in T.unroll(own):
+            # The tokens of this lane's products.
+            first: T.let = (lane % 4 * own + j) * top_k
+            chosen: T.let = count_below(lanes, first + top_k) - count_below(lanes, first)
+            place[0] = 0
+            for i in T.unroll(top_k):
+                if T.bitwise_and(
+                    T.shift_right(lanes, T.Cast("uint32", T.min(first + i, LANES - 1))),
+                    T.uint32(1),
+                ) == T.uint32(1):
+                    place[0] = first + i
+            factor: T.let = value_of(weight, place[0] % LANES)
+            if chosen > 0:
+                for r in T.unroll(2):
+                    total[2 * j + r] = total[2 * j + r] + factor * (
+                        acc[2 * r + j] if own == 2 else acc[2 * r] + acc[2 * r + 1]
+                    )
+
+    @T.inline
+    def body(n, h, ids, weights, blocks, scales, bias, residual, y):
+        for tile_ in T.thread_binding(hidden // MMA_ROWS, thread="blockIdx.x"):
+            for group in T.thread_binding(T.ceildiv(n, tokens), thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("block"):
+                        vi, vg, tx = T.axis.remap("SSS", [tile_, group, thread])
+                        T.reads(
+                            h[0 : n * top_k, 0 : h.shape[1]],
+                            ids[0:n, 0:top_k],
+                            weights[0:n, 0:top_k],
+                            blocks[0:experts, 0 : blocks.shape[1]],
+                            scales[0:experts, 0 : scales.shape[1]],
+                            bias[0:experts, 0:hidden],
+                            residual[0:n, 0:hidden],
+                        )
+                        T.writes(y[0:n, 0:hidden])
+                        xs = T.sblock_alloc_buffer(
+                            (_words(inputs, intermediate, tile),), "uint32", scope="shared"
+                        )
+                        found = T.sblock_alloc_buffer((most,), "int32", scope="shared")
+                        words = T.sblock_alloc_buffer((AHEAD * depth * 4,), "uint32", scope="local")
+                        scale = T.sblock_alloc_buffer((AHEAD * depth,), "uint32", scope="local")
+                        a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
+                        acc = T.sblock_alloc_buffer((4,), "float32", scope="local")
+                        total = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
+                        out = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                        raw = T.sblock_alloc_buffer(
+                            (staged_octets(intermediate, most, threads) * inputs.words,),
+                            "uint32", scope="local",
+                        )  # fmt: skip
+                        pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        weight = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        expert = T.sblock_alloc_buffer((AHEAD,), "int32", scope="local")
+                        batch = T.sblock_alloc_buffer((3,), "int32", scope="local")
+                        at = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        place = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2)
+                        warp: T.let = tx // LANES
+                        lane: T.let = tx % LANES
+                        token0: T.let = T.Cast("int32", vg) * tokens
+                        row0: T.let = vi * MMA_ROWS
+                        here: T.let = T.min(T.Cast("int32", n) - token0, tokens)
+                        # A lane knows a slot of the block's tokens.
+                        slot[0] = none
+                        weight[0] = T.float32(0)
+                        if lane < here * top_k:
+                            slot[0] = ids[token0 + lane // top_k, lane % top_k]
+                            weight[0] = weights[token0 + lane // top_k, lane % top_k]
+                        next_expert(slot[0], -1, expert, 0)
+                        load(blocks, scales, expert[0], vi, warp, lane, words, scale, 0)
+                        # What does not wait for the products: residual and bias.
+                        out[0] = T.float32(0)
+                        if tx < here * MMA_ROWS:
+                            out[0] = residual[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS]
+                            for j in T.unroll(top_k):
+                                out[0] = (
+                                    out[0]
+                                    + weights[token0 + tx // MMA_ROWS, j]
+                                    * bias[ids[token0 + tx // MMA_ROWS, j], row0 + tx % MMA_ROWS]
+                                )
+                        for i in T.unroll(2 * own):
+                            total[i] = T.float32(0)
+                        batch[0] = 0
+                        at[0] = 0
+                        next_expert(slot[0], expert[0], expert, 1)
+                        load(blocks, scales, expert[1], vi, warp, lane, words, scale, 1)
+                        while expert[0] != none:
+                            for half in T.unroll(AHEAD):
+                                if expert[half] != none:
+                                    if at[0] == batch[0]:
+                                        barrier()  # the inputs are no longer read
+                                        list_batch(
+                                            slot[0], expert[half], token0 * top_k, lane,
+                                            warp == 0, found, batch,
+                                        )
+                                        barrier()
+                                        stage_rows(
+                                            inputs, intermediate, MMA_COLUMNS, h, found, 1, 0,
+                                            batch[0], most, tx, threads, xs, raw, pairs,
+                                        )  # fmt: skip
+                                        barrier()
+                                        at[0] = 0
+                                    lanes: T.let = lanes_where(slot[0] == expert[half])
+                                    multiply(
+                                        xs, lanes, at[0], half, weight[0], warp, lane, words,
+                                        scale, b, a, part, acc, total, place,
+                                    )  # fmt: skip
+                                    at[0] = at[0] + T.Cast("int32", T.popcount(lanes))
+                                    next_expert(slot[0], expert[1 - half], expert, half)
+                                    load(
+                                        blocks, scales, expert[half], vi, warp, lane, words,
+                                        scale, half,
+                                    )  # fmt: skip
+                        barrier()
+                        for j, r in T.grid(own, 2):
+                            if lane % 4 * own + j < tokens:
+                                xs[sum_at(warp, lane % 4 * own + j, lane // 4 + 8 * r)] = (
+                                    T.reinterpret("uint32", total[2 * j + r])
+                                )
+                        barrier()
+                        if tx < here * MMA_ROWS:
+                            out[1] = T.float32(0)
+                            for w in T.unroll(splits):
+                                out[1] = out[1] + T.reinterpret(
+                                    "float32", xs[sum_at(w, tx // MMA_ROWS, tx % MMA_ROWS)]
+                                )
+                            y[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS] = (
+                                out[0] + out[1] * T.float32(LOWER)
+                            )
+
+    return prim_func(arguments, body)
+
+
+def schedules(activations: str) -> tuple[Schedule, ...]:
+    tile = DownTile()
+    inputs = INPUTS[activations]
+    return (
+        Schedule(
+            "a tile of 16 rows a block, mma.sync",
+            gpu("cuda", "sm_80"),
+            partial(_build, inputs),
+            tile,
+            layouts=layouts(neighbours),
+            fits=partial(_fits, inputs, tile),
+            unused=frozenset({"offsets", "order"}),
+        ),
+    )
