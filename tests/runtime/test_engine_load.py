@@ -167,8 +167,8 @@ def test_on_a_gpu_the_pool_has_to_fit_its_memory(
     )
     message = (
         rf"0.85 GiB are needed on {kind}:0 for 4 x 131072 tokens \(0.10 GiB for weights, 0.25 GiB "
-        rf"for the cache of keys and values, 0.50 GiB for the rest\), but {available} GiB of memory "
-        "are available; "
+        rf"for the cache of keys and values, 0.50 GiB for the rest\), but {available} GiB of "
+        "memory are available; "
     )
     with pytest.raises(KVMemoryError, match=message):
         fit(manifest, 131_072, 4, 32)
