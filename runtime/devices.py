@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from . import cuda, vulkan
 from .errors import ArtifactTargetError, VulkanError
-from .kv import available_memory
 from .library import usable_cores
-from .machine import architecture, cpu_features, cpu_name
+from .machine import architecture, available_memory, cpu_features, cpu_name
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import vulkan
+from . import memory
 from .artifact import Artifact, open_artifact
 from .errors import (
     CancelledError,
@@ -27,8 +27,7 @@ from .errors import (
     TokenRangeError,
     UsageError,
 )
-from .kv import PageNeeds, available_memory, check_memory, page_needs
-from .library import default_threads, device_memory, usable_cores
+from .library import default_threads, usable_cores
 from .manifest import Manifest
 from .model import check_memory_plan
 from .results import Completion, Piece
@@ -36,9 +35,6 @@ from .sampling import SamplingParams, TokenHistory, new_seed
 from .scheduler import DeviceCheck, Request, Submitted, Worker
 from .text import TextStream
 from .tokenizer import Tokenizer
-
-# Beside weights and KV: Python, TVM and the logits of one step.
-OVERHEAD_BYTES = 512 << 20
 
 _workers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Submitted]] = (
     weakref.WeakKeyDictionary()
@@ -93,7 +89,11 @@ class Engine:
             manifest.limits.prefill_chunk if prefill_chunk is None else prefill_chunk,
             manifest.limits.prefill_chunk,
         )
-        self.max_batch, needs = _fit(manifest, self.context_length, max_batch, self.prefill_chunk)
+        if max_batch is not None:
+            _checked_limit("max_batch", max_batch, manifest.limits.max_batch)
+        self.max_batch, needs = memory.fit(
+            manifest, self.context_length, max_batch, self.prefill_chunk
+        )
         self._artifact = artifact
         self._tokenizer: Tokenizer | None = None
         self._harmony: Harmony | None = None
@@ -467,52 +467,3 @@ def _checked_limit(name: str, value: int, most: int) -> int:
     if value > most:
         raise UsageError(f"{name} must be at most {most}, as compiled; found {value}.")
     return value
-
-
-def _fit(
-    manifest: Manifest, context_length: int, max_batch: int | None, prefill_chunk: int
-) -> tuple[int, PageNeeds]:
-    """How many sequences run at once, and their page pools; KVMemoryError where they do not fit.
-
-    Without a wish, as many as fit beside the weights, and one even where the weights do not:
-    they are mapped, and can be read from disk again and again. Random ones are made in memory,
-    and a GPU has copies.
-    """
-    memory = manifest.memory
-    window = int(manifest.config["sliding_window"])
-    page_bytes = (memory.kv_bytes_per_page_full, memory.kv_bytes_per_page_sliding)
-    kind = manifest.target.kind
-    available = _available(manifest.target.name)
-    rest = memory.workspace_bytes + OVERHEAD_BYTES
-    weights = memory.weights_bytes
-
-    def needs(batch: int) -> PageNeeds:
-        return page_needs(context_length, batch, prefill_chunk + batch, window, *page_bytes)
-
-    if max_batch is None:
-        room = None if available is None else available - rest - weights
-        batch = manifest.limits.max_batch
-        while batch > 1 and room is not None and needs(batch).bytes > room:
-            batch -= 1
-    else:
-        batch = _checked_limit("max_batch", max_batch, manifest.limits.max_batch)
-    if manifest.random_seed is not None or kind != "cpu":
-        rest += weights
-    needed = check_memory(
-        context_length, batch, prefill_chunk + batch, window, *page_bytes, available, rest,
-        "" if kind == "cpu" else f" on {kind}:0",
-    )  # fmt: skip
-    return batch, needed
-
-
-def _available(target: str) -> int | None:
-    """Bytes that the model may take of the memory that its tensors lie in."""
-    kind = target.partition(":")[0]
-    if kind in ("cpu", "metal"):  # Apple's GPUs have the host's memory, and TVM does not say more
-        return available_memory()
-    device = device_memory(target)
-    if kind == "vulkan" and vulkan.check().type in ("integrated", "cpu"):
-        # Its heaps are the host's memory, of which it may not know what others have taken.
-        known = [bytes_ for bytes_ in (device, available_memory()) if bytes_ is not None]
-        return min(known, default=None)
-    return device

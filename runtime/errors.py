@@ -29,7 +29,7 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── VulkanError                 Vulkan, its library here or a device of it cannot be used
     ├── DeviceLostError             a device takes no more work: a kernel or the driver failed
     ├── DeviceMemoryError           a device had less memory left than was counted on
-    ├── KVMemoryError               the KV pool does not fit, or its pages are used up
+    ├── KVMemoryError               the cache does not fit beside the rest, or is used up
     ├── ContextLengthError          a prompt is longer than the context
     ├── TokenRangeError             a token id lies outside the vocabulary
     ├── SamplingError               a sampling parameter is absurd
@@ -156,7 +156,7 @@ class DeviceMemoryError(MxforgeError):
 
 
 class KVMemoryError(MxforgeError):
-    """The KV pool does not fit into memory, or all of its pages are in use."""
+    """The KV pool does not fit into memory beside the rest, or all of its pages are in use."""
 
 
 class ContextLengthError(MxforgeError):

@@ -19,13 +19,9 @@ a sequence writes next is copied first, if someone else holds it too. A step goe
 from __future__ import annotations
 
 import heapq
-import re
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -399,107 +395,3 @@ def page_needs(
     full = max_batch * full_each
     sliding = min(full, max_batch * (sliding_each + 1) + _pages(prefill_chunk))
     return PageNeeds(full, sliding, full * bytes_per_page_full, sliding * bytes_per_page_sliding)
-
-
-def check_memory(
-    context_length: int,
-    max_batch: int,
-    prefill_chunk: int,
-    window: int,
-    bytes_per_page_full: int,
-    bytes_per_page_sliding: int,
-    available: int | None,
-    other_bytes: int = 0,
-    where: str = "",
-) -> PageNeeds:
-    """`page_needs`, or KVMemoryError where its bytes do not fit.
-
-    `available` is what may be taken (`available_memory`; None: unknown, nothing is refused),
-    `other_bytes` what else will be taken of it, `where` for a GPU " on vulkan:0". The message
-    names the longest context that fits.
-    """
-
-    def needs(context: int) -> PageNeeds:
-        return page_needs(
-            context, max_batch, prefill_chunk, window, bytes_per_page_full, bytes_per_page_sliding
-        )
-
-    wanted = needs(context_length)
-    if available is None or wanted.bytes + other_bytes <= available:
-        return wanted
-    # The longest context, in whole pages, that fits: by bisection, as the need only grows.
-    low, high = 0, _pages(context_length)
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = needs(middle * PAGE_TOKENS).bytes + other_bytes <= available
-        low, high = (middle, high) if fits else (low, middle)
-    advice = (
-        f"a context_length of {low * PAGE_TOKENS} would fit, or a smaller max_batch"
-        if low
-        else "free memory or lower max_batch"
-    )
-    others = f" beside {_gib(other_bytes)} for the rest" if other_bytes else ""
-    raise KVMemoryError(
-        f"The KV pool for {max_batch} x {context_length} tokens needs {_gib(wanted.bytes)}{others},"
-        f" but {_gib(max(0, available))} of memory are available{where}; {advice}."
-    )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that this process may still take, or None where the system does not say.
-
-    On Linux what is free or only caches files, within the limit of the process's control group.
-    """
-    if sys.platform == "darwin":
-        return _macos_available()
-    bounds = [_meminfo_available(), *_cgroup_available(Path("/sys/fs/cgroup"))]
-    return min((bound for bound in bounds if bound is not None), default=None)
-
-
-def _meminfo_available() -> int | None:
-    text = _read(Path("/proc/meminfo"))
-    match = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
-    return int(match[1]) * 1024 if match else None
-
-
-def _cgroup_available(root: Path) -> list[int]:
-    """What the limits of the process's control group (version 2, then 1) leave it."""
-    found = []
-    match = re.search(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
-    own = root / match[1] if match else root
-    for folder in dict.fromkeys((own, *own.parents, root / "memory")):
-        if not folder.is_relative_to(root):
-            break
-        for limit_file, usage_file, cache_key in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
-            if not (limit.isdigit() and usage.isdigit()):
-                continue
-            cache = re.search(rf"^{cache_key} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-            found.append(max(0, int(limit) - int(usage) + (int(cache[1]) if cache else 0)))
-    return found
-
-
-def _macos_available() -> int | None:
-    try:
-        text = subprocess.run(
-            ["vm_stat"], capture_output=True, text=True, check=True, timeout=5
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    size = re.search(r"page size of (\d+) bytes", text)
-    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s*(\d+)", text, re.M)
-    return int(size[1]) * sum(map(int, pages)) if size else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

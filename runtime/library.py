@@ -120,11 +120,14 @@ def device_memory(target: str, index: int = 0) -> int | None:
     """
     device = _load_device(target, index)
     ask = tvm_ffi.get_global_func("runtime.GetDeviceAttr")
-    for attribute in (_AVAILABLE_GLOBAL_MEMORY, _TOTAL_GLOBAL_MEMORY):
-        answer = ask(device.number, index, attribute)
-        if answer is not None:
-            return int(answer)
-    return None
+    try:
+        answers = (
+            ask(device.number, index, attribute)
+            for attribute in (_AVAILABLE_GLOBAL_MEMORY, _TOTAL_GLOBAL_MEMORY)
+        )
+        return next((int(answer) for answer in answers if answer is not None), None)
+    except RuntimeError as error:
+        raise named(error, target) from error
 
 
 def _load_nothing(_target: str, _index: int) -> None:

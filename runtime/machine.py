@@ -1,4 +1,4 @@
-"""This machine: its system, its architecture, and the features of its CPU."""
+"""This machine: its system and memory, its architecture, and the features of its CPU."""
 
 from __future__ import annotations
 
@@ -164,3 +164,59 @@ _FEATURE_NAMES = {
         "sme2": "FEAT_SME2",
     },
 }
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this process may still take, or None where the system does not say.
+
+    On Linux what is free or only caches files, within the limit of the process's control group.
+    """
+    if sys.platform == "darwin":
+        return _macos_available()
+    bounds = [_meminfo_available(), *_cgroup_available(Path("/sys/fs/cgroup"))]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _meminfo_available() -> int | None:
+    text = _read(Path("/proc/meminfo"))
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
+
+
+def _cgroup_available(root: Path) -> list[int]:
+    """What the limits of the process's control group (version 2, then 1) leave it."""
+    found = []
+    match = re.search(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
+    own = root / match[1] if match else root
+    for folder in dict.fromkeys((own, *own.parents, root / "memory")):
+        if not folder.is_relative_to(root):
+            break
+        for limit_file, usage_file, cache_key in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
+            if not (limit.isdigit() and usage.isdigit()):
+                continue
+            cache = re.search(rf"^{cache_key} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+            found.append(max(0, int(limit) - int(usage) + (int(cache[1]) if cache else 0)))
+    return found
+
+
+def _macos_available() -> int | None:
+    try:
+        text = subprocess.run(
+            ["vm_stat"], capture_output=True, text=True, check=True, timeout=5
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    size = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s*(\d+)", text, re.M)
+    return int(size[1]) * sum(map(int, pages)) if size else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

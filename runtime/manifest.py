@@ -31,7 +31,7 @@ CONFIG_SIZES = {
     "sliding_window": 1 << 24,
 }
 LAYER_TYPES = ("sliding_attention", "full_attention")
-WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1}
+WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ class WeightInfo:
     dtype: str
     file: str | None
     fill: Mapping[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * WEIGHT_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

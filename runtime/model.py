@@ -5,7 +5,6 @@ The argument order of every function stands in the compiler's `models/gpt_oss.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ import numpy as np
 
 from .artifact import Artifact
 from .errors import ArtifactCorruptError
-from .kv import PageNeeds, PageTables, available_memory
+from .kv import PageNeeds, PageTables
 from .kv_layout import page_bytes, row_elements
 from .library import Library, aligned_empty, keep_forever
-from .manifest import REMEDY, WEIGHT_BYTES, Manifest, WeightInfo
+from .machine import available_memory
+from .manifest import REMEDY, Manifest, WeightInfo
 from .prefault import Prefault
 from .random_weights import fill_random
 from .results import TokenLogprob
@@ -191,17 +191,13 @@ def check_memory_plan(manifest: Manifest) -> None:
             memory.kv_bytes_per_page_sliding,
             page * kinds.count("sliding"),
         ),
-        ("weights_bytes", memory.weights_bytes, sum(map(_nbytes, made))),
+        ("weights_bytes", memory.weights_bytes, sum(weight.nbytes for weight in made)),
     ):
         if planned < needed:
             raise ArtifactCorruptError(
                 f"The manifest's memory.{name} should be at least {needed}, but is {planned}; "
                 f"{REMEDY}"
             )
-
-
-def _nbytes(weight: WeightInfo) -> int:
-    return math.prod(weight.shape) * WEIGHT_BYTES[weight.dtype]
 
 
 def load_weights(library: Library, artifact: Artifact) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -246,6 +242,6 @@ def _load_weights(library: Library, artifact: Artifact) -> tuple[dict[str, Any],
 def _made(weight: WeightInfo, manifest: Manifest) -> np.ndarray:
     assert weight.fill is not None  # the manifest was checked
     assert manifest.random_seed is not None
-    content = aligned_empty([_nbytes(weight)], np.uint8)
+    content = aligned_empty([weight.nbytes], np.uint8)
     fill_random(content, weight.name, weight.dtype, weight.fill, manifest.random_seed)
     return content

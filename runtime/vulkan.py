@@ -50,7 +50,7 @@ class Device:
     api_version: str
     driver: str
     heaps: tuple[Heap, ...]
-    max_allocation_bytes: int
+    max_allocation_bytes: int  # of one tensor
     shared_memory_bytes: int
     max_threads_per_block: int
     subgroup_size: tuple[int, int]  # smallest, largest

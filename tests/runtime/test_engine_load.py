@@ -16,7 +16,6 @@ from support.vulkan_device import VulkanDevice
 
 from mxforge import Engine
 from mxforge.artifact import open_artifact, verify
-from mxforge.engine import _fit
 from mxforge.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -26,6 +25,7 @@ from mxforge.errors import (
     UsageError,
 )
 from mxforge.library import Library, device_memory
+from mxforge.memory import fit
 from mxforge.model import EMBEDDING, load_weights
 from mxforge.sparse_map import map_sparse
 
@@ -96,14 +96,16 @@ class NothingIsBuilt:
 def test_a_kv_pool_that_does_not_fit_is_refused_with_the_numbers(
     odd_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mxforge.engine.available_memory", lambda: 600 << 20)
+    monkeypatch.setattr("mxforge.memory.available_memory", lambda: 600 << 20)
     monkeypatch.setattr("mxforge.engine.Worker", NothingIsBuilt)
     with pytest.raises(KVMemoryError) as caught:
         Engine.load(odd_artifact, context_length=131_072, max_batch=4)
     found = str(caught.value)
-    assert "4 x 131072 tokens needs 0.25 GiB" in found
-    assert "0.59 GiB of memory are available" in found
-    assert "would fit" in found
+    assert found.startswith("0.75 GiB are needed for 4 x 131072 tokens (")
+    assert "0.25 GiB for the cache of keys and values" in found
+    assert "but 0.59 GiB of memory are available; " in found
+    assert "weights" not in found, "they are mapped files"
+    assert "a max_batch of 1 or a smaller cache, compiled with --kv int8 would fit" in found
 
 
 def test_without_a_wish_as_many_sequences_run_as_fit(
@@ -111,9 +113,9 @@ def test_without_a_wish_as_many_sequences_run_as_fit(
 ) -> None:
     assert load(context_length=131_072).max_batch == 4
     # A sequence of 131,072 tokens takes 64 MiB beside the 512 MiB that are always set aside.
-    monkeypatch.setattr("mxforge.engine.available_memory", lambda: (512 + 2 * 64 + 40) << 20)
+    monkeypatch.setattr("mxforge.memory.available_memory", lambda: (512 + 2 * 64 + 40) << 20)
     assert load(context_length=131_072).max_batch == 2
-    monkeypatch.setattr("mxforge.engine.available_memory", lambda: None)
+    monkeypatch.setattr("mxforge.memory.available_memory", lambda: None)
     assert load(context_length=131_072).max_batch == 4
 
 
@@ -127,9 +129,9 @@ def test_random_weights_count_as_memory(
         manifest["memory"]["weights_bytes"] = 1 << 34
 
     edit_manifest(artifact, random_and_huge)
-    monkeypatch.setattr("mxforge.engine.available_memory", lambda: 1 << 34)
+    monkeypatch.setattr("mxforge.memory.available_memory", lambda: 1 << 34)
     monkeypatch.setattr("mxforge.engine.Worker", NothingIsBuilt)
-    with pytest.raises(KVMemoryError, match=r"16.50 GiB for the rest, but 16.00 GiB"):
+    with pytest.raises(KVMemoryError, match=r"16.00 GiB for weights, .* but 16.00 GiB"):
         Engine.load(artifact)
 
 
@@ -155,18 +157,21 @@ def test_on_a_gpu_the_pool_has_to_fit_its_memory(
     manifest = open_artifact(odd_artifact).manifest
     manifest = replace(
         manifest,
-        target=replace(manifest.target, kind=kind),
+        target=replace(manifest.target, kind=kind, name=kind),
         memory=replace(manifest.memory, weights_bytes=100 << 20, workspace_bytes=0),
     )
-    monkeypatch.setattr("mxforge.engine.available_memory", lambda: host << 20)
-    monkeypatch.setattr("mxforge.engine.device_memory", lambda _: device << 20)
-    monkeypatch.setattr("mxforge.vulkan.check", lambda: SimpleNamespace(type=type_))
+    monkeypatch.setattr("mxforge.memory.available_memory", lambda: host << 20)
+    monkeypatch.setattr("mxforge.memory.device_memory", lambda _: device << 20)
+    monkeypatch.setattr(
+        "mxforge.vulkan.check", lambda: SimpleNamespace(type=type_, max_allocation_bytes=1 << 40)
+    )
     message = (
-        r"0.25 GiB beside 0.60 GiB for the rest, "
-        rf"but {available} GiB of memory are available on {kind}:0"
+        rf"0.85 GiB are needed on {kind}:0 for 4 x 131072 tokens \(0.10 GiB for weights, 0.25 GiB "
+        rf"for the cache of keys and values, 0.50 GiB for the rest\), but {available} GiB of "
+        "memory are available; "
     )
     with pytest.raises(KVMemoryError, match=message):
-        _fit(manifest, 131_072, 4, 32)
+        fit(manifest, 131_072, 4, 32)
 
 
 def test_the_device_says_how_much_memory_it_has_left(vulkan: VulkanDevice) -> None:

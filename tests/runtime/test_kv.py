@@ -12,8 +12,6 @@ from mxforge.errors import KVMemoryError
 from mxforge.kv import (
     KVPages,
     PagePool,
-    available_memory,
-    check_memory,
     first_visible_page,
     page_needs,
 )
@@ -402,32 +400,3 @@ def test_needs_of_the_20b_model():
     assert needs.full_bytes == 3 * 2**30
     assert needs.sliding_pages == 9 + 1 + 32
     assert needs.bytes == needs.full_bytes + needs.sliding_bytes
-
-
-def test_a_pool_that_does_not_fit_is_refused_with_numbers_and_a_context_that_fits():
-    page = 24 * 1024 * 16
-    arguments = (8, 512, 128, page, page)
-    with pytest.raises(KVMemoryError) as caught:
-        check_memory(131_072, *arguments, available=8 * 2**30, other_bytes=2 * 2**30)
-    message = str(caught.value)
-    assert "24.04 GiB" in message
-    assert "8.00 GiB" in message
-    fits = int(message.split("context_length of ")[1].split()[0])
-    assert fits % 16 == 0
-    check_memory(fits, *arguments, available=8 * 2**30, other_bytes=2 * 2**30)
-    with pytest.raises(KVMemoryError):
-        check_memory(fits + 16, *arguments, available=8 * 2**30, other_bytes=2 * 2**30)
-
-
-def test_no_context_fits():
-    with pytest.raises(KVMemoryError, match="max_batch"):
-        check_memory(100, 1, 16, 16, 1 << 20, 1 << 20, available=1000)
-
-
-def test_unknown_memory_refuses_nothing():
-    assert check_memory(1 << 20, 99, 512, 128, 1 << 30, 1 << 30, available=None).bytes > 1 << 40
-
-
-def test_available_memory_is_plausible():
-    available = available_memory()
-    assert available is None or 1 << 20 < available < 1 << 50

@@ -56,7 +56,8 @@ json::Object Described(const PhysicalDevice& device) {
   described.Set(String("api_version"), String(VersionText(device.api_version)));
   described.Set(String("driver"), String(device.driver));
   described.Set(String("heaps"), heaps);
-  described.Set(String("max_allocation_bytes"), Signed(device.max_allocation_bytes));
+  described.Set(String("max_allocation_bytes"),
+                Signed(std::min(device.max_allocation_bytes, device.max_buffer_bytes)));
   described.Set(String("shared_memory_bytes"),
                 static_cast<int64_t>(device.limits.maxComputeSharedMemorySize));
   described.Set(String("max_threads_per_block"),
