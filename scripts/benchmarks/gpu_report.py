@@ -161,8 +161,8 @@ def _kernels(found: dict[str, Any], may_wait: bool) -> list[str]:
         in_order, decode = ([s * 1e3 for s in token[f"{what}_s"]] for what in ("kernels", "decode"))
         parts.append(
             f"Sum of these: {number(total * 1e3, 'ms')} a token. All of them in order: "
-            f"{spread(in_order, 'ms')}. The library's function decode: {spread(decode, 'ms')}. Both "
-            f"give the same logits, but for {found['agrees']:.1g} of their norm."
+            f"{spread(in_order, 'ms')}. The library's function decode: {spread(decode, 'ms')}. "
+            f"Both give the same logits, but for {found['agrees']:.1g} of their norm."
         )
     return parts
 

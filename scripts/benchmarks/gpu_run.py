@@ -78,9 +78,13 @@ class Run:
         name = step["name"]
         found: dict[str, Any] = {"state": "running", **step.get("of", {})}
         self.result["steps"][name] = found
-        if time.monotonic() >= self.deadline:
-            found["state"] = "skipped"
-            say(f"{name}: skipped, the minutes are over")
+        device = self.result["steps"]["machine"]
+        if device is not found and device["state"] not in (*GOOD, *NEUTRAL):
+            found |= {"state": "skipped", "problem": "the device does not work, see machine"}
+        elif time.monotonic() >= self.deadline:
+            found |= {"state": "skipped", "problem": "the minutes were over"}
+        if found["state"] == "skipped":
+            say(f"{name}: skipped, {found['problem']}")
         else:
             say(name)
             self.write()
@@ -223,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--only", action="append", metavar="STEP",
-        help="do this step; may be given again (default: all, see --list)",
+        help="do this step beside `machine`; may be given again (default: all, see --list)",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument(
@@ -263,11 +267,12 @@ def main(kit: Path) -> int:
     run = Run(kit, options.json, deadline, options.silence, result)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run.write()
-    unpack(kit)
     interrupted = False
     try:
+        unpack(kit)
         for step in steps:
-            if options.only is None or step["name"] in options.only:
+            # On which device, and whether it works at all, belongs to every result.
+            if options.only is None or step["name"] in ("machine", *options.only):
                 run.step(step)
     except KeyboardInterrupt:
         interrupted = True

@@ -249,7 +249,7 @@ def kernels(kit: Kit, report: Report, _start: int, model: str, figure: Any) -> i
             report.append(kernels=found)
         else:
             report.put(**{what: found})
-        if what == "agrees" and not found <= AGREE:
+        if what == "agrees" and (found is None or found > AGREE):
             report.put(problem="the kernels called one by one give other logits than the model")
             return DISAGREES
     return 0
@@ -258,7 +258,8 @@ def kernels(kit: Kit, report: Report, _start: int, model: str, figure: Any) -> i
 # -- the process ----------------------------------------------------------------------------------
 
 STEPS: dict[str, Callable[..., int]] = {
-    "machine": machine, "cases": cases, "nano": nano, "decode": decode, "kernels": kernels, "start": start,
+    "machine": machine, "cases": cases, "nano": nano,
+    "decode": decode, "kernels": kernels, "start": start,
 }  # fmt: skip
 
 

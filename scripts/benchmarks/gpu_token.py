@@ -8,6 +8,7 @@ there are copies.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def _fill(model: Model, kv: KVPages, pages: SequencePages, context: int, chunk: 
 def measure(folder: Path, tapes: dict[str, Any], context: int) -> Iterator[tuple[str, Any]]:
     """What is found, one by one.
 
-    agrees        how far the tape's logits are from those of the library's function
+    agrees        how far the tape's logits are from those of the library's function; None: some
+                  are no numbers
     token         seconds of all kernels of a token in order, and of the library's function
                   decode, as samples
     kernel        one kernel: seconds a call and seconds until it was issued, as samples; the bytes
@@ -116,7 +118,8 @@ def measure(folder: Path, tapes: dict[str, Any], context: int) -> Iterator[tuple
     expected = model.library.numpy(model.library["decode"](*given))
     found = model.library.numpy(decode.result)
     scale = float(np.linalg.norm(expected)) or 1.0
-    yield "agrees", float(np.linalg.norm(found.astype(np.float64) - expected)) / scale
+    error = float(np.linalg.norm(found.astype(np.float64) - expected)) / scale
+    yield "agrees", error if math.isfinite(error) else None
     sample.play()
 
     def both() -> None:
