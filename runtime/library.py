@@ -281,7 +281,9 @@ class Library:
         """
         self._functions.clear()
         del self._machine
-        tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()  # only what nobody uses
+        # Of all devices, only what nobody uses; not that of a CUDA device that was lost.
+        with contextlib.suppress(RuntimeError):
+            tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()
 
     def synchronize(self) -> None:
         """Wait for the device; raises what went wrong on it."""

@@ -104,3 +104,4 @@ def test_a_lost_device_fails_every_request_by_name_and_the_process_lives(
         assert "cudaErrorIllegalAddress" in said or "CUDA_ERROR_ILLEGAL_ADDRESS" in said
         assert said.endswith("CUDA lets this process use the device no more; start it again.")
     assert (other, alive) == ("answered", "alive")
+    assert "Traceback" not in result.stderr
