@@ -215,10 +215,18 @@ def _build(
                                 )
                         for i in T.unroll(2 * own):
                             total[i] = T.float32(0)
-                        batch[0] = 0
+                        list_batch(
+                            slot[0], expert[0], token0 * top_k, lane, warp == 0, found, batch
+                        )
+                        barrier()
+                        stage_rows(
+                            inputs, intermediate, MMA_COLUMNS, h, found, 1, 0, batch[0], most,
+                            tx, threads, xs, raw, pairs,
+                        )  # fmt: skip
                         at[0] = 0
                         next_expert(slot[0], expert[0], expert, 1)
                         load(blocks, scales, expert[1], vi, warp, lane, words, scale, 1)
+                        barrier()
                         while expert[0] != none:
                             for half in T.unroll(AHEAD):
                                 if expert[half] != none:
@@ -227,12 +235,14 @@ def _build(
                                         list_batch(
                                             slot[0], expert[half], token0 * top_k, lane,
                                             warp == 0, found, batch,
-                                        )
-                                        barrier()
-                                        stage_rows(
-                                            inputs, intermediate, MMA_COLUMNS, h, found, 1, 0,
-                                            batch[0], most, tx, threads, xs, raw, pairs,
                                         )  # fmt: skip
+                                        barrier()
+                                        # One by one: the registers hold two visits' weights.
+                                        for i in T.serial(batch[0]):
+                                            stage_rows(
+                                                inputs, intermediate, MMA_COLUMNS, h, found, 1, i,
+                                                1, 1, tx, threads, xs, raw, pairs,
+                                            )  # fmt: skip
                                         barrier()
                                         at[0] = 0
                                     lanes: T.let = lanes_where(slot[0] == expert[half])
