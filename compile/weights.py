@@ -157,10 +157,16 @@ def _dense(
                 # They are let go of with the last weight that is made of them.
                 weight.sources if index == 0 else (),
                 _rounded(weight, format_, index, layout),
-                part.fill(k),
+                _filled_with(part.fill(k), part.dtype, tensor.dtype),
             )
         )
     return packed
+
+
+def _filled_with(fill: dict[str, Any], dtype: str, packed: str) -> dict[str, Any]:
+    """A part's random content, where its elements may be packed as words."""
+    words = np.dtype(packed).itemsize != np.dtype(dtype).itemsize
+    return {**fill, "of": dtype} if words else fill
 
 
 def _rounded(weight: Weight, format_: DenseFormat, part: int, layout: Layout) -> Chunks:

@@ -31,7 +31,9 @@ CONFIG_SIZES = {
     "sliding_window": 1 << 24,
 }
 LAYER_TYPES = ("sliding_attention", "full_attention")
-WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1}
+WEIGHT_BYTES = {
+    "bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1, "uint32": 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -298,9 +300,9 @@ class Manifest:
 
 def _is_fill(fill: Mapping[str, Any]) -> bool:
     """Whether `mxforge.random_weights` can make a weight of it."""
-    if len(fill) != 1:
+    if fill.get("of", "uint8") not in WEIGHT_BYTES or len(fill) != 1 + ("of" in fill):
         return False
-    ((kind, value),) = fill.items()
+    kind, value = next(item for item in fill.items() if item[0] != "of")
     if kind in ("constant", "normal"):
         return type(value) in (int, float)
     if type(value) is not list or not value:

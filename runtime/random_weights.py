@@ -18,9 +18,11 @@ def fill_random(out: np.ndarray, name: str, dtype: str, fill: Mapping[str, Any],
     """Fill the bytes u8 [size] of one weight; the same for the same name and seed.
 
     `fill` is one of {"values": [...]}, {"constant": c}, {"normal": standard deviation},
-    {"bytes": [lowest, highest]}.
+    {"bytes": [lowest, highest]}; with "of", the dtype of the numbers, where the weight's own is
+    that of the words they are packed in.
     """
-    ((kind, value),) = fill.items()
+    dtype = fill.get("of", dtype)
+    kind, value = next(item for item in fill.items() if item[0] != "of")
     rng = np.random.default_rng([seed, *name.encode()])
     drawn = min(out.size, STRETCH)
     if kind == "values":

@@ -50,6 +50,12 @@ def test_constants_and_listed_values() -> None:
     assert halves.astype(np.float32).tolist() == values
 
 
+def test_words_hold_numbers_of_another_dtype() -> None:
+    fill = {"normal": 0.25}
+    words = filled(40_000, "uint32", {**fill, "of": "bfloat16"})
+    np.testing.assert_array_equal(words, filled(40_000, "bfloat16", fill))
+
+
 @pytest.mark.parametrize("extra", [-1, 0, 1, 1000])
 def test_long_weights_repeat_a_stretch(extra: int) -> None:
     size = 2 * STRETCH + extra
