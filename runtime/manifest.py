@@ -300,7 +300,8 @@ class Manifest:
 
 def _is_fill(fill: Mapping[str, Any]) -> bool:
     """Whether `mxforge.random_weights` can make a weight of it."""
-    if fill.get("of", "uint8") not in WEIGHT_BYTES or len(fill) != 1 + ("of" in fill):
+    of = fill.get("of", "uint8")
+    if type(of) is not str or of not in WEIGHT_BYTES or len(fill) != 1 + ("of" in fill):
         return False
     kind, value = next(item for item in fill.items() if item[0] != "of")
     if kind in ("constant", "normal"):

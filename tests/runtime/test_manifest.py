@@ -109,7 +109,7 @@ def from_a_seed(fill, dtype="float32"):
         None, {}, {"more": 1}, {"normal": "x"}, {"normal": [1.0]}, {"constant": None},
         {"values": []}, {"values": ["x"]}, {"bytes": [0, 256]}, {"bytes": [2, 1]},
         {"bytes": [0.0, 1]}, {"normal": 1.0, "constant": 1.0}, {"of": "float32"},
-        {"normal": 1.0, "of": "float8"},
+        {"normal": 1.0, "of": "float8"}, {"normal": 1.0, "of": ["float32"]},
     ],
 )  # fmt: skip
 def test_a_fill_that_nothing_can_be_made_of(made, fill):
