@@ -29,6 +29,13 @@ CASES = [
     for case in kernel.cases
 ]
 EVERY = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
+# The others, which fuse several of these, are for GPUs alone.
+CPU_KERNELS = [
+    kernel
+    for kernel in KERNELS.values()
+    if any("cpu" in schedule.needs for schedule in kernel.schedules)
+]
+ON_CPUS = [pytest.param(kernel, id=kernel.name) for kernel in CPU_KERNELS]
 AARCH64_LEVELS = [level.name for level in CPU_LEVELS if level.machine == "aarch64"]
 TVM_CUDA = {"kind": "cuda", "arch": "sm_90a"}
 
@@ -63,7 +70,7 @@ LOWER_LEVELS = [
     )
     for level in CPU_LEVELS
     if level.machine == architecture()
-    for kernel in KERNELS.values()
+    for kernel in CPU_KERNELS
     for case in kernel.cases
 ]
 
@@ -85,7 +92,7 @@ def emulated(
 ) -> Iterator[Callable[[str], dict[str, list[np.ndarray]]]]:
     """emulated(level) -> the results of every case, by kernel and case."""
     calls = KernelCalls(tmp_path_factory.mktemp("emulated"))
-    for kernel in KERNELS.values():
+    for kernel in CPU_KERNELS:
         for case in kernel.cases:
             calls.add(kernel, case)
     calls.write()
@@ -105,7 +112,10 @@ EMULATED = [pytest.param(level, marks=pytest.mark.xdist_group(level)) for level 
 
 @pytest.mark.full
 @pytest.mark.parametrize("level", EMULATED)
-@pytest.mark.parametrize(("kernel", "case"), CASES)
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [p for p in CASES if p.values[0] in CPU_KERNELS],
+)
 def test_schedules_of_every_emulated_level_agree_with_reference(emulated, level, kernel, case):
     results = emulated(level)[f"{kernel.name}: {case.name}"]
     compare(kernel, case, made_inputs(case), results)
@@ -129,7 +139,7 @@ def test_the_cpu_of_a_lower_level_cannot_run_it(tmp_path, level, lower):
     calls.run(cpu, calls.compile(lower))
 
 
-@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("kernel", ON_CPUS)
 def test_cpu_results_do_not_depend_on_thread_count(harness, kernel):
     case = max(kernel.cases, key=lambda case: case.bytes)
     inputs = made_inputs(case)
@@ -167,7 +177,7 @@ def test_cases_and_reference_follow_the_signature(kernel, case):
     assert set(signature.updated) <= set(inputs)
 
 
-@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("kernel", ON_CPUS)
 def test_some_schedule_fits_every_cpu(kernel):
     for level in CPU_LEVELS:
         for case in kernel.cases:
@@ -185,7 +195,7 @@ def test_registry_holds_every_kernel_once():
 
 
 @pytest.mark.parametrize("level", AARCH64_LEVELS)
-@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("kernel", ON_CPUS)
 def test_cpu_code_generates_for_aarch64(harness, kernel, level):
     target = resolve(f"cpu:{level}")
     func = kernel.build(target.kernels, **kernel.cases[0].static)
