@@ -100,32 +100,34 @@ def _early_loads(opcodes: list[str]) -> int:
     return sum(opcode.startswith(("LDG", "LD.", "LDGSTS")) for opcode in before)
 
 
-# Weights in a load of 128 bits, by how kernels that read weights are called.
-WEIGHTS = {"mxfp4w": 32, "bf16w": 8, "i8w": 16}
+# Weights of a lane in one instruction of the tensor cores, by how kernels that read weights are
+# called: 16 rows, and 16 or 32 inputs, of 32 lanes.
+WEIGHTS = {"mxfp4w": 8, "bf16w": 8, "i8w": 16}
 
 
 def _main_loop(name: str, code: list[Instruction]) -> dict[str, float]:
-    """Of kernels that read weights by 128 bits: instructions of a thread a weight, in the loop that
-    reads them (the cheapest, where several do for several numbers of tokens); and how many of these
-    loads a thread has sent before it needs the first."""
+    """Of kernels that multiply weights on tensor cores: a thread's instructions a weight, in the
+    loop that multiplies; of several, for several numbers of tokens, in the dearest. And of all:
+    how many loads of 128 bits a thread has sent before it needs the first."""
+    found: dict[str, float] = {}
+    wide = [instruction.opcode.startswith("LDG") and ".128" in instruction.opcode
+            for instruction in code]  # fmt: skip
+    matrix = [instruction.opcode[:4] in ("HMMA", "IMMA") for instruction in code]
     weights = next((n for kind, n in WEIGHTS.items() if name.startswith(kind)), 0)
-    wide = [_is_wide(instruction) for instruction in code]
-    if not weights or not any(wide):
-        return {}
-    loops = [(start, end) for start, end in _loops(code) if any(wide[start:end])]
+    loops = [(start, end) for start, end in _loops(code) if any(matrix[start:end])]
     inner = [
         (start, end)
         for start, end in loops
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops)
-    ] or [(0, len(code))]
-    each = ((end - start) / (weights * sum(wide[start:end])) for start, end in inner)
-    uses = [i for i, one in enumerate(code) if one.opcode.startswith(("HMMA", "IMMA", "FFMA"))]
-    ahead = sum(wide[: uses[0]]) if uses else sum(wide)
-    return {"instructions_a_weight": round(min(each), 2), "wide_loads_ahead": ahead}
-
-
-def _is_wide(instruction: Instruction) -> bool:
-    return instruction.opcode.startswith("LDG") and ".128" in instruction.opcode
+    ]
+    if weights and inner:
+        each = [(end - start) / (weights * sum(matrix[start:end])) for start, end in inner]
+        found["instructions_a_weight"] = round(max(each), 2)
+    if any(wide):
+        used = ("HMMA", "IMMA", "FFMA", "FMUL")
+        uses = [i for i, one in enumerate(code) if one.opcode.startswith(used) and any(wide[:i])]
+        found["wide_loads_ahead"] = sum(wide[: uses[0]]) if uses else sum(wide)
+    return found
 
 
 def _loops(code: list[Instruction]) -> list[tuple[int, int]]:
