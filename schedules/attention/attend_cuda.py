@@ -28,7 +28,7 @@ from ..cuda.instructions import LANES, mma_bf16, mma_f16
 from ..formats.kv import BF16, F16, INT8, KV
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 from ..math import LOG2_E, LOWEST
-from .attend import HEADS, WORDS, Words, once, over_blocks, upper
+from .attend import HEADS, WORDS, Words, over_blocks, upper
 from .pages import physical_page
 
 LN_2 = 0.6931472
@@ -386,65 +386,62 @@ def build(
         for tx in T.thread_binding(threads, thread="threadIdx.x"):
             warp: T.let = tx // LANES
             lane: T.let = tx % LANES
-            if split and low > high and tx < HEADS and tx < heads_left:
-                stats[t, row, head0 + tx, 1] = T.float32(0)
-            for _ in T.serial(once(split, low, high)):
-                take_query(own, q, t, head0 + lane // 4, lane // 4 < heads_left, lane)
-                unit[0] = own.running[0]
-                own.top[0] = T.float32(LOWEST)
-                own.total[0] = T.float32(0)
-                for i in T.unroll(head_dim // 8 * 4):
-                    own.acc[i] = T.float32(0)
-                turns: T.let = T.ceildiv(
-                    page_end - page0 - warp * pages_at_once, warps * pages_at_once
+            if split and low > high:
+                if tx < HEADS and tx < heads_left:
+                    stats[t, row, head0 + tx, 1] = T.float32(0)
+                T.thread_return()
+            take_query(own, q, t, head0 + lane // 4, lane // 4 < heads_left, lane)
+            unit[0] = own.running[0]
+            own.top[0] = T.float32(LOWEST)
+            own.total[0] = T.float32(0)
+            for i in T.unroll(head_dim // 8 * 4):
+                own.acc[i] = T.float32(0)
+            turns: T.let = T.ceildiv(page_end - page0 - warp * pages_at_once, warps * pages_at_once)
+            for turn in T.serial(turns):
+                first: T.let = page0 + (turn * warps + warp) * pages_at_once
+                of_keys: T.let = first + lane // 4 // slot_groups
+                of_values: T.let = first + lane % 4 * 2 // slot_groups
+                key0: T.let = of_values * PAGE_TOKENS
+                own_key0: T.let = key0 + lane % 4 * 2 % slot_groups * wide
+                if of_keys < page_end:
+                    read_keys(
+                        own, cache, kv_head,
+                        physical_page(table, first_page, sequence, of_keys), lane,
+                    )  # fmt: skip
+                page: T.let = physical_page(
+                    table, first_page, sequence, T.min(of_values, page_end - 1)
                 )
-                for turn in T.serial(turns):
-                    first: T.let = page0 + (turn * warps + warp) * pages_at_once
-                    of_keys: T.let = first + lane // 4 // slot_groups
-                    of_values: T.let = first + lane % 4 * 2 // slot_groups
-                    key0: T.let = of_values * PAGE_TOKENS
-                    own_key0: T.let = key0 + lane % 4 * 2 % slot_groups * wide
-                    if of_keys < page_end:
-                        read_keys(
-                            own, cache, kv_head,
-                            physical_page(table, first_page, sequence, of_keys), lane,
-                        )  # fmt: skip
-                    page: T.let = physical_page(
-                        table, first_page, sequence, T.min(of_values, page_end - 1)
-                    )
-                    if scaled:
-                        at: T.let = words.scales + lane % 4 * 2 % slot_groups * 2
-                        own.key_scales[T.ramp(0, 1, WORDS)] = cache[
-                            0, kv_head, page, T.ramp(at, 1, WORDS)
-                        ]
-                        own.value_scales[T.ramp(0, 1, WORDS)] = cache[
-                            1, kv_head, page, T.ramp(at, 1, WORDS)
-                        ]
-                    if not half:  # as many registers as there are: float16 reads 64 keys
-                        read_values(own, cache, kv_head, page, key0, lane, low, high)
-                    score_keys(own, unit[0], own_key0, low, high)
-                    if half:
-                        read_values(own, cache, kv_head, page, key0, lane, low, high)
-                    weigh(own)
-                    if word == 2 and (
-                        first * PAGE_TOKENS < low or first * PAGE_TOKENS + keys_at_once > high
-                    ):
-                        mask_values(own, key0, lane, low, high)
-                    add_values(own)
-                own.total[0] = over_group(lambda a, b: a + b, own.total[0])
-                if lane % 4 == 0:
-                    own.tops[warp * HEADS + lane // 4] = own.top[0]
-                    own.totals[warp * HEADS + lane // 4] = own.total[0]
-                own.running[0] = T.float32(LOWEST)
-                for w in T.unroll(warps):
-                    own.running[0] = T.max(own.running[0], own.tops[w * HEADS + lane // 4])
-                if not split and lane // 4 < heads_left:
-                    own.running[0] = T.max(
-                        own.running[0], sinks[head0 + lane // 4] * T.float32(LOG2_E)
-                    )
-                put_sums(own, warp, lane, T.exp2(own.top[0] - own.running[0] - T.float32(bias)))
-                if tx < HEADS * head_dim // 4:
-                    put_result(own, sinks, out, stats, t, row, head0, heads_left, tx)
+                if scaled:
+                    at: T.let = words.scales + lane % 4 * 2 % slot_groups * 2
+                    own.key_scales[T.ramp(0, 1, WORDS)] = cache[
+                        0, kv_head, page, T.ramp(at, 1, WORDS)
+                    ]
+                    own.value_scales[T.ramp(0, 1, WORDS)] = cache[
+                        1, kv_head, page, T.ramp(at, 1, WORDS)
+                    ]
+                if not half:  # as many registers as there are: float16 reads 64 keys
+                    read_values(own, cache, kv_head, page, key0, lane, low, high)
+                score_keys(own, unit[0], own_key0, low, high)
+                if half:
+                    read_values(own, cache, kv_head, page, key0, lane, low, high)
+                weigh(own)
+                if word == 2 and (
+                    first * PAGE_TOKENS < low or first * PAGE_TOKENS + keys_at_once > high
+                ):
+                    mask_values(own, key0, lane, low, high)
+                add_values(own)
+            own.total[0] = over_group(lambda a, b: a + b, own.total[0])
+            if lane % 4 == 0:
+                own.tops[warp * HEADS + lane // 4] = own.top[0]
+                own.totals[warp * HEADS + lane // 4] = own.total[0]
+            own.running[0] = T.float32(LOWEST)
+            for w in T.unroll(warps):
+                own.running[0] = T.max(own.running[0], own.tops[w * HEADS + lane // 4])
+            if not split and lane // 4 < heads_left:
+                own.running[0] = T.max(own.running[0], sinks[head0 + lane // 4] * T.float32(LOG2_E))
+            put_sums(own, warp, lane, T.exp2(own.top[0] - own.running[0] - T.float32(bias)))
+            if tx < HEADS * head_dim // 4:
+                put_result(own, sinks, out, stats, t, row, head0, heads_left, tx)
 
     return over_blocks(
         attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window

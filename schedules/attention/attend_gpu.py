@@ -411,8 +411,8 @@ def build(
             exists: T.let = tx % HEADS < heads_left
             if split and low > high and tx < HEADS and exists:
                 stats[t, row, head, 1] = T.float32(0)
+            take_query(own, q, t, head, exists, tx)
             for _ in T.serial(once(split, low, high)):
-                take_query(own, q, t, head, exists, tx)
                 own.top[0] = T.float32(LOWEST)
                 own.total[0] = T.float32(0)
                 if not split and exists:
