@@ -29,7 +29,14 @@ from ..quantize import I8
 from ..round_bf16 import BF16
 from . import down_cpu, down_cuda
 from .down_gpu import elements
-from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
+from .experts import (
+    cases,
+    expert_arrays,
+    plan_arguments,
+    routing,
+    tame,
+    weight_arguments,
+)
 
 
 def down_ref(
@@ -84,10 +91,12 @@ def _case(
     intermediate: int = 64,
     choose: range | None = None,
     spike: float = 1,
+    edge: tuple[int, ...] = (),
 ) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         h = rng.standard_normal((n * top_k, intermediate), dtype=np.float32)
         h[:, intermediate // 2] *= spike
+        tame(h, edge)
         plan = routing(rng, n, experts, top_k, choose)
         weights = rng.random((n, top_k), dtype=np.float32)
         return {
@@ -96,7 +105,7 @@ def _case(
             "weights": weights / weights.sum(axis=1, keepdims=True),
             "offsets": plan["offsets"],
             "order": plan["order"],
-            **expert_arrays(rng, experts, hidden, intermediate),
+            **expert_arrays(rng, experts, hidden, intermediate, edge),
             "residual": rng.standard_normal((n, hidden), dtype=np.float32),
         }
 

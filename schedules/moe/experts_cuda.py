@@ -92,13 +92,15 @@ def count_tokens(ids, top_k, slots, expert, lane, count):
 
 
 @T.inline
-def list_slots(ids, top_k, slots, expert, first, most, lane, writes, found, place):
+def list_slots(ids, top_k, slots, expert, first, most, lane, writes, found, place, last):
     """found[0 …] = the expert's slots from its `first` on, `most` of them; found i32 is shared,
     and only a warp that `writes` does so.
 
-    place i32 [3] is a thread's own. It begins as zeros, and moves on for the next `first`: the
-    chunk of slots to begin with, and how many of the expert's come before it.
+    place i32 [2] is a thread's own. It begins as zeros, and moves on for the next `first`: the
+    chunk of slots to begin with, and how many of the expert's come before it. last i32 [1] is
+    scratch.
     """
+    last[0] = 0
     end: T.let = first + most
     while T.And(place[0] * LANES < slots, place[1] < end):
         slot: T.let = place[0] * LANES + lane
@@ -108,9 +110,9 @@ def list_slots(ids, top_k, slots, expert, first, most, lane, writes, found, plac
         rank: T.let = place[1] + count_below(lanes, lane)
         if T.And(writes, T.And(own, T.And(rank >= first, rank < end))):
             found[rank - first] = slot
-        place[2] = T.Cast("int32", T.popcount(lanes))
-        place[1] = place[1] + place[2]
+        last[0] = T.Cast("int32", T.popcount(lanes))
+        place[1] = place[1] + last[0]
         place[0] = place[0] + 1
     if place[1] > end:  # the last chunk has some of the next call's, too
         place[0] = place[0] - 1
-        place[1] = place[1] - place[2]
+        place[1] = place[1] - last[0]

@@ -27,7 +27,14 @@ from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
 from . import gate_up_cpu, gate_up_cuda
-from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
+from .experts import (
+    cases,
+    expert_arrays,
+    plan_arguments,
+    routing,
+    tame,
+    weight_arguments,
+)
 from .gate_up_gpu import elements
 from .swiglu import swiglu_ref
 
@@ -88,14 +95,16 @@ def _case(
     intermediate: int = 64,
     choose: range | None = None,
     spike: float = 1,
+    edge: tuple[int, ...] = (),
 ) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         x = rng.standard_normal((n, hidden), dtype=np.float32)
         x[:, hidden // 2] *= spike
+        tame(x, edge)
         return {
             **activations.arrays("x", x),
             **routing(rng, n, experts, top_k, choose),
-            **expert_arrays(rng, experts, 2 * intermediate, hidden),
+            **expert_arrays(rng, experts, 2 * intermediate, hidden, edge),
         }
 
     hit = min(experts, n * top_k)

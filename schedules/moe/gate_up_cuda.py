@@ -134,7 +134,8 @@ def _build(
                         hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
                         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         count = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        place = T.sblock_alloc_buffer((3,), "int32", scope="local")
+                        last = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        place = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 4)
                         slots: T.let = T.Cast("int32", n * top_k)
                         warp: T.let = tx // LANES
@@ -144,16 +145,16 @@ def _build(
                         )
                         if expert[0] < 0:  # of all threads of the block
                             T.evaluate(T.thread_return())
-                        begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
                         count_tokens(ids, top_k, slots, expert[0], lane, count)
-                        for i in T.unroll(3):
+                        for i in T.unroll(2):
                             place[i] = 0
                         for p in T.serial(T.ceildiv(count[0], tokens)):
                             here: T.let = T.min(count[0] - p * tokens, tokens)
+                            begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
                             barrier()  # the slots of the pass before are no longer read
                             list_slots(
                                 ids, top_k, slots, expert[0], p * tokens, tokens, lane,
-                                warp == 0, found, place,
+                                warp == 0, found, place, last,
                             )  # fmt: skip
                             barrier()
                             for c in T.serial(here):
@@ -181,8 +182,6 @@ def _build(
                                                 blocks, scales, expert[0], vg,
                                                 d * tiles + m + slots_, warp, lane, words, scale,
                                             )  # fmt: skip
-                            if (p + 1) * tokens < count[0]:
-                                begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
                             barrier()  # the inputs are no longer read
                             if lane % 4 * own < tokens:
                                 for m, r, j in T.grid(tiles, 2, own):
