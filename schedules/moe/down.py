@@ -129,7 +129,7 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
         name,
         partial(signature, activations),
         partial(down_ref, activations),
-        cases(partial(_case, activations)),
+        cases(partial(_case, activations), 240 if activations is I8 else 254),
         (*down_cpu.schedules(activations.name), *others),
     )
 

@@ -1,9 +1,10 @@
 """`down` on CUDA, sm_80 and later: mma.sync, weights unpacked in registers.
 
-A block takes a tile of 16 rows for some tokens, and visits their experts by number: what several of
-these tokens share is read once. Its warps divide K. Every lane adds an expert's share to the sums of
-its own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While a warp
-multiplies, the weights of its next two visits are on their way. No plan is needed.
+A block takes a tile of 16 rows for some tokens, and visits their experts by number: what several
+of these tokens share is read once. Its warps divide K. Every lane adds an expert's share to the
+sums of its own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While
+a warp multiplies, the weights of its next visit are on their way. The experts of a token differ
+from each other. No plan is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..cuda.mxfp4 import (
 )
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..sample.rows_gpu import barrier
-from .experts_cuda import count_below, lanes_where, largest, smallest, value_of
+from .experts_cuda import count_below, lanes_where, smallest, value_of
 
 AHEAD = 2  # visits whose weights are on their way
 
@@ -124,9 +125,7 @@ def _build(
         for i in T.unroll(4):
             acc[i] = T.float32(0)
         # The token of this lane's column of inputs; one without this expert has any inputs.
-        ahead: T.let = count_below(
-            lanes, T.min(lane // 4 // inputs.parts * top_k, LANES - 1)
-        )
+        ahead: T.let = count_below(lanes, T.min(lane // 4 // inputs.parts * top_k, LANES - 1))
         slot: T.let = T.min(ahead, T.Cast("int32", T.popcount(lanes)) - 1)
         column: T.let = (begin + slot) * inputs.parts + lane // 4 % inputs.parts
         for d in T.unroll(depth):
@@ -273,9 +272,9 @@ def _build(
                                 out[0] = out[0] + T.reinterpret(
                                     "float32", xs[sum_at(w, tx // MMA_ROWS, tx % MMA_ROWS)]
                                 )
-                            y[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS] = (
-                                begun[tx] + out[0] * T.float32(LOWER)
-                            )
+                            y[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS] = begun[tx] + out[
+                                0
+                            ] * T.float32(LOWER)
 
     return prim_func(arguments, body)
 

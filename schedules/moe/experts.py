@@ -43,7 +43,7 @@ def expert_arrays(
     `edge`: scales of the first blocks of each row, the weights of which are small.
     """
     center = 127 - round(np.log2(2.5 * np.sqrt(k)))
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "blocks": rng.integers(0, 256, (experts, rows, k // BLOCK, 16), dtype=np.uint8),
         "scales": rng.integers(center - 2, center + 2, (experts, rows, k // BLOCK), dtype=np.uint8),
         "bias": rng.standard_normal((experts, rows), dtype=np.float32),
@@ -64,10 +64,11 @@ def tame(x: np.ndarray, edge: tuple[int, ...]) -> None:
             x[:, block * BLOCK : (block + 1) * BLOCK] *= np.float32(2.0**-40)
 
 
-def cases(case: Callable[..., Case]) -> tuple[Case, ...]:
+def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ...]:
     """What both halves are tested with, whatever their activations.
 
-    `case(name, tokens, **shape)` makes one.
+    `case(name, tokens, **shape)` makes one. largest_scale: of a block, 254 where sums of products
+    reach the scale in f32, less where they are integers, which it takes beyond the range of f32.
     """
     return (
         case("one token", 1),
@@ -79,6 +80,6 @@ def cases(case: Callable[..., Case]) -> tuple[Case, ...]:
         case("17 tokens", 17, experts=32, top_k=4),
         case("two tokens, the same experts", 2, experts=4, top_k=4),
         case("scales 0 and 1", 3, hidden=160, intermediate=160, edge=(0, 1)),
-        case("scale 254, which leaves the others without effect", 3, edge=(1, 254)),
+        case("the largest scale, beside which the others vanish", 3, edge=(1, largest_scale)),
         case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, intermediate=2880),
     )

@@ -1,4 +1,4 @@
-"""What both halves of an expert share on CUDA: which experts are chosen, and by whom."""
+"""What both halves of an expert share on CUDA: which experts have tokens, and which."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def find_expert(ids, top_k, slots, experts, rank, lane, hit, found):
         for i in T.unroll(5):
             hit[w] = T.bitwise_or(hit[w], shared_with(hit[w], 1 << i))
         bit: T.let = T.bitwise_and(T.shift_right(hit[w], T.Cast("uint32", lane)), T.uint32(1))
-        mine: T.let = T.And(
-            bit == T.uint32(1), found[1] + count_below(hit[w], lane) == rank
-        )
+        mine: T.let = T.And(bit == T.uint32(1), found[1] + count_below(hit[w], lane) == rank)
         found[0] = T.max(found[0], largest(T.Select(mine, w * LANES + lane, -1)))
         found[1] = found[1] + T.Cast("int32", T.popcount(hit[w]))
 
@@ -85,9 +83,9 @@ def count_tokens(ids, top_k, slots, expert, lane, count):
     count[0] = 0
     for chunk in T.serial(T.ceildiv(slots, LANES)):
         slot: T.let = chunk * LANES + lane
-        if slot < slots:
-            if ids[slot // top_k, slot % top_k] == expert:
-                count[0] = count[0] + 1
+        known: T.let = T.min(slot, slots - 1)
+        if T.And(slot < slots, ids[known // top_k, known % top_k] == expert):
+            count[0] = count[0] + 1
     count[0] = total(count[0])
 
 

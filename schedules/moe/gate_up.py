@@ -128,7 +128,7 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
         name,
         partial(signature, activations),
         partial(gate_up_ref, activations),
-        cases(partial(_case, activations)),
+        cases(partial(_case, activations), 240 if activations is I8 else 254),
         (*gate_up_cpu.schedules(activations.name), *others),
     )
 
@@ -140,8 +140,6 @@ GATE_UP = {
         *gate_up_cuda.schedules(F32.name),
         one_thread_an_item(elements),
     ),
-    BF16.name: _kernel(
-        "mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16.name)
-    ),
+    BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16.name)),
     I8.name: _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
 }

@@ -23,13 +23,12 @@ from ..cuda.mxfp4 import (
     load_step,
     multiply_step,
     read_columns,
-    staged_octets,
     stage_rows,
+    staged_octets,
     steps,
 )
-from ..formats.blocks import BLOCK
-from ..sample.rows_gpu import barrier
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..sample.rows_gpu import barrier
 from .experts_cuda import count_tokens, find_expert, list_slots
 from .swiglu import swiglu
 
@@ -129,9 +128,15 @@ def _build(
                         b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
-                        raw = T.sblock_alloc_buffer((staged_octets(hidden, 1, threads) * inputs.words,), "uint32", scope="local")
+                        raw = T.sblock_alloc_buffer(
+                            (staged_octets(hidden, 1, threads) * inputs.words,),
+                            "uint32",
+                            scope="local",
+                        )
                         pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
+                        hit = T.sblock_alloc_buffer(
+                            (-(-experts // LANES),), "uint32", scope="local"
+                        )
                         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         count = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         last = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -169,9 +174,7 @@ def _build(
                                 acc[i] = T.float32(0)
                             for d in T.unroll(depth):
                                 if depth * splits == all_steps or warp * depth + d < all_steps:
-                                    read_columns(
-                                        xs, columns, warp * depth + d, column, lane % 4, b
-                                    )
+                                    read_columns(xs, columns, warp * depth + d, column, lane % 4, b)
                                     for m in T.unroll(tiles):
                                         multiply_step(
                                             words, scale, (d * tiles + m) % slots_, b, a, part,
@@ -207,8 +210,7 @@ def _build(
                                                 "float32", xs[sum_at(w, r, m, token, e % UNITS)]
                                             )
                                         acc[r] = (
-                                            acc[r] * T.float32(LOWER)
-                                            + bias[expert[0], 2 * row + r]
+                                            acc[r] * T.float32(LOWER) + bias[expert[0], 2 * row + r]
                                         )
                                     h[found[token], row] = swiglu(acc[0], acc[1], limit)
 
