@@ -234,12 +234,11 @@ def _build(
                             for half in T.unroll(AHEAD):
                                 if expert[half] != none:
                                     if at[0] == batch[0]:
-                                        barrier()  # the inputs are no longer read
                                         list_batch(
                                             slot[0], expert[half], token0 * top_k, lane,
                                             warp == 0, found, batch,
                                         )  # fmt: skip
-                                        barrier()
+                                        barrier()  # and the inputs are no longer read
                                         # One by one: the registers hold two visits' weights.
                                         for i in T.serial(batch[0]):
                                             stage_rows(
