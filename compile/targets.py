@@ -97,9 +97,7 @@ class CompileTarget:
     tvm: dict[str, Any]
     required_features: tuple[str, ...] = ()
     host: str = field(default_factory=host_system)  # what loads the library, in its words
-    fast: Precision = field(
-        default_factory=lambda: Precision(kv="float16", dense="i8xf32")
-    )
+    fast: Precision = field(default_factory=lambda: Precision(kv="float16", dense="i8xf32"))
     archs: tuple[str, ...] = ()  # what CUDA text is compiled for
 
     def precision(

@@ -16,8 +16,9 @@ bit of the mantissa. That is 2^-126 of the value, subnormal where it is 0.5. Inp
 
 k need not fill the last step: what is left are zeros.
 
-The products of a block are summed apart, and the sum is multiplied by the scale in f32. Scale 0, the
-subnormal 2^-127, counts as zero; all others are exact.
+The products of a block are summed apart, and the sum is multiplied by the scale in f32. Of inputs
+below 2^-62 digits are lost, and scale 0, the subnormal 2^-127, counts as zero: neither is seen
+beside other terms of a sum. All other scales, and inputs up to 2^63, are exact.
 """
 
 from __future__ import annotations
@@ -155,9 +156,7 @@ __forceinline__ __device__ uint32_t bf16_pair(float low, float high) {
 
 def bf16_pair(low: Any, high: Any) -> Any:
     """u32 of two f32 rounded to bfloat16."""
-    return T.cuda.func_call(
-        "bf16_pair", low, high, source_code=_BF16_PAIR, return_type="uint32"
-    )
+    return T.cuda.func_call("bf16_pair", low, high, source_code=_BF16_PAIR, return_type="uint32")
 
 
 def low_half(pair: Any) -> Any:

@@ -28,7 +28,14 @@ from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
 from . import down_cpu, down_cuda, down_gpu
-from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
+from .experts import (
+    cases,
+    expert_arrays,
+    plan_arguments,
+    routing,
+    tame,
+    weight_arguments,
+)
 
 
 def down_ref(
@@ -83,10 +90,12 @@ def _case(
     intermediate: int = 64,
     choose: range | None = None,
     spike: float = 1,
+    edge: tuple[int, ...] = (),
 ) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         h = rng.standard_normal((n * top_k, intermediate), dtype=np.float32)
         h[:, intermediate // 2] *= spike
+        tame(h, edge)
         plan = routing(rng, n, experts, top_k, choose)
         weights = rng.random((n, top_k), dtype=np.float32)
         return {
@@ -95,7 +104,7 @@ def _case(
             "weights": weights / weights.sum(axis=1, keepdims=True),
             "offsets": plan["offsets"],
             "order": plan["order"],
-            **expert_arrays(rng, experts, hidden, intermediate),
+            **expert_arrays(rng, experts, hidden, intermediate, edge),
             "residual": rng.standard_normal((n, hidden), dtype=np.float32),
         }
 
@@ -119,7 +128,7 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
         name,
         partial(signature, activations),
         partial(down_ref, activations),
-        cases(partial(_case, activations)),
+        cases(partial(_case, activations), 240 if activations is I8 else 254),
         (*down_cpu.schedules(activations.name), *others),
     )
 

@@ -1,9 +1,10 @@
 """`down` on CUDA, sm_80 and later: mma.sync, weights unpacked in registers.
 
-A block takes a tile of 16 rows for some tokens, and visits their experts by number: what several of
-these tokens share is read once. Its warps divide K. Every lane adds an expert's share to the sums of
-its own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While a warp
-multiplies, the weights of its next two visits are on their way. No plan is needed.
+A block takes a tile of 16 rows for some tokens, and visits their experts by number: what several
+of these tokens share is read once. Its warps divide K. Every lane adds an expert's share to the
+sums of its own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While
+a warp multiplies, the weights of its next visit are on their way. The experts of a token differ
+from each other. No plan is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..cuda.mxfp4 import (
 )
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..sample.rows_gpu import barrier
-from .experts_cuda import count_below, lanes_where, largest, smallest, value_of
+from .experts_cuda import count_below, lanes_where, smallest, value_of
 
 AHEAD = 2  # visits whose weights are on their way
 
@@ -55,7 +56,7 @@ def _words(inputs: Inputs, intermediate: int, tile: DownTile) -> int:
 
 
 def _fits(inputs: Inputs, tile: DownTile, *, top_k: int, intermediate: int, **_: int) -> bool:
-    shared = 4 * (_words(inputs, intermediate, tile) + MMA_COLUMNS)
+    shared = 4 * (_words(inputs, intermediate, tile) + MMA_COLUMNS * (1 + MMA_ROWS))
     return top_k <= LANES and shared <= 48 << 10
 
 
@@ -124,7 +125,7 @@ def _build(
         for i in T.unroll(4):
             acc[i] = T.float32(0)
         # The token of this lane's column of inputs; one without this expert has any inputs.
-        ahead: T.let = count_below(lanes, lane // 4 // inputs.parts * top_k)
+        ahead: T.let = count_below(lanes, T.min(lane // 4 // inputs.parts * top_k, LANES - 1))
         slot: T.let = T.min(ahead, T.Cast("int32", T.popcount(lanes)) - 1)
         column: T.let = (begin + slot) * inputs.parts + lane // 4 % inputs.parts
         for d in T.unroll(depth):
@@ -133,17 +134,16 @@ def _build(
                 multiply_step(words, scale, half * depth + d, b, a, part, acc, 0)
         for j in T.unroll(own):
             # The tokens of this lane's products.
-            first: T.let = (lane % 4 * own + j) * top_k
-            chosen: T.let = count_below(lanes, first + top_k) - count_below(lanes, first)
-            place[0] = 0
+            first: T.let = T.min((lane % 4 * own + j) * top_k, LANES - 1)
+            chosen: T.let = T.bitwise_and(
+                T.shift_right(lanes, T.Cast("uint32", first)), T.uint32((1 << top_k) - 1)
+            )
+            place[0] = first
             for i in T.unroll(top_k):
-                if T.bitwise_and(
-                    T.shift_right(lanes, T.Cast("uint32", T.min(first + i, LANES - 1))),
-                    T.uint32(1),
-                ) == T.uint32(1):
+                if T.bitwise_and(chosen, T.uint32(1) << T.Cast("uint32", i)) != T.uint32(0):
                     place[0] = first + i
-            factor: T.let = value_of(weight, place[0] % LANES)
-            if chosen > 0:
+            factor: T.let = value_of(weight, place[0])
+            if chosen != T.uint32(0):
                 for r in T.unroll(2):
                     total[2 * j + r] = total[2 * j + r] + factor * (
                         acc[2 * r + j] if own == 2 else acc[2 * r] + acc[2 * r + 1]
@@ -177,7 +177,10 @@ def _build(
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         acc = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         total = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
-                        out = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                        begun = T.sblock_alloc_buffer(
+                            (tokens * MMA_ROWS,), "float32", scope="shared"
+                        )  # a thread's own, where it takes no register
+                        out = T.sblock_alloc_buffer((1,), "float32", scope="local")
                         raw = T.sblock_alloc_buffer(
                             (staged_octets(intermediate, most, threads) * inputs.words,),
                             "uint32", scope="local",
@@ -202,9 +205,7 @@ def _build(
                             slot[0] = ids[token0 + lane // top_k, lane % top_k]
                             weight[0] = weights[token0 + lane // top_k, lane % top_k]
                         next_expert(slot[0], -1, expert, 0)
-                        load(blocks, scales, expert[0], vi, warp, lane, words, scale, 0)
                         # What does not wait for the products: residual and bias.
-                        out[0] = T.float32(0)
                         if tx < here * MMA_ROWS:
                             out[0] = residual[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS]
                             for j in T.unroll(top_k):
@@ -213,11 +214,13 @@ def _build(
                                     + weights[token0 + tx // MMA_ROWS, j]
                                     * bias[ids[token0 + tx // MMA_ROWS, j], row0 + tx % MMA_ROWS]
                                 )
+                            begun[tx] = out[0]
                         for i in T.unroll(2 * own):
                             total[i] = T.float32(0)
                         list_batch(
                             slot[0], expert[0], token0 * top_k, lane, warp == 0, found, batch
                         )
+                        load(blocks, scales, expert[0], vi, warp, lane, words, scale, 0)
                         barrier()
                         stage_rows(
                             inputs, intermediate, MMA_COLUMNS, h, found, 1, 0, batch[0], most,
@@ -231,12 +234,11 @@ def _build(
                             for half in T.unroll(AHEAD):
                                 if expert[half] != none:
                                     if at[0] == batch[0]:
-                                        barrier()  # the inputs are no longer read
                                         list_batch(
                                             slot[0], expert[half], token0 * top_k, lane,
                                             warp == 0, found, batch,
                                         )  # fmt: skip
-                                        barrier()
+                                        barrier()  # and the inputs are no longer read
                                         # One by one: the registers hold two visits' weights.
                                         for i in T.serial(batch[0]):
                                             stage_rows(
@@ -264,14 +266,14 @@ def _build(
                                 )
                         barrier()
                         if tx < here * MMA_ROWS:
-                            out[1] = T.float32(0)
+                            out[0] = T.float32(0)
                             for w in T.unroll(splits):
-                                out[1] = out[1] + T.reinterpret(
+                                out[0] = out[0] + T.reinterpret(
                                     "float32", xs[sum_at(w, tx // MMA_ROWS, tx % MMA_ROWS)]
                                 )
-                            y[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS] = (
-                                out[0] + out[1] * T.float32(LOWER)
-                            )
+                            y[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS] = begun[tx] + out[
+                                0
+                            ] * T.float32(LOWER)
 
     return prim_func(arguments, body)
 

@@ -36,21 +36,39 @@ def routing(
 
 
 def expert_arrays(
-    rng: np.random.Generator, experts: int, rows: int, k: int
+    rng: np.random.Generator, experts: int, rows: int, k: int, edge: tuple[int, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Random MXFP4 experts whose outputs stay near 1, and their bias, as stored."""
+    """Random MXFP4 experts whose outputs stay near 1, and their bias, as stored.
+
+    `edge`: scales of the first blocks of each row, the weights of which are small.
+    """
     center = 127 - round(np.log2(2.5 * np.sqrt(k)))
-    return {
+    arrays: dict[str, np.ndarray] = {
         "blocks": rng.integers(0, 256, (experts, rows, k // BLOCK, 16), dtype=np.uint8),
         "scales": rng.integers(center - 2, center + 2, (experts, rows, k // BLOCK), dtype=np.uint8),
         "bias": rng.standard_normal((experts, rows), dtype=np.float32),
     }
+    if edge:
+        arrays["scales"][..., : len(edge)] = edge
+        # 0.5 and its negative: none is infinite with the largest scale
+        arrays["blocks"][..., : len(edge), :] &= 0x99
+        arrays["blocks"][..., : len(edge), :] |= 0x11
+    return arrays
 
 
-def cases(case: Callable[..., Case]) -> tuple[Case, ...]:
+def tame(x: np.ndarray, edge: tuple[int, ...]) -> None:
+    """Make the inputs [n, k] small where the scales `edge` of `expert_arrays` are so large that
+    sums of products would leave the range of f32."""
+    for block, scale in enumerate(edge):
+        if scale > 200:
+            x[:, block * BLOCK : (block + 1) * BLOCK] *= np.float32(2.0**-40)
+
+
+def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ...]:
     """What both halves are tested with, whatever their activations.
 
-    `case(name, tokens, **shape)` makes one.
+    `case(name, tokens, **shape)` makes one. largest_scale: of a block, 254 where sums of products
+    reach the scale in f32, less where they are integers, which it takes beyond the range of f32.
     """
     return (
         case("one token", 1),
@@ -59,5 +77,9 @@ def cases(case: Callable[..., Case]) -> tuple[Case, ...]:
         case("one expert in all", 3, experts=1, top_k=1, hidden=32, intermediate=32),
         case("one channel 1000 times the others", 6, spike=1000),
         case("120b's 128 experts", 5, experts=128, top_k=4),
+        case("17 tokens", 17, experts=32, top_k=4),
+        case("two tokens, the same experts", 2, experts=4, top_k=4),
+        case("scales 0 and 1", 3, hidden=160, intermediate=160, edge=(0, 1)),
+        case("the largest scale, beside which the others vanish", 3, edge=(1, largest_scale)),
         case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, intermediate=2880),
     )

@@ -1,4 +1,4 @@
-"""What both halves of an expert share on CUDA: which experts are chosen, and by whom."""
+"""What both halves of an expert share on CUDA: which experts have tokens, and which."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def find_expert(ids, top_k, slots, experts, rank, lane, hit, found):
         for i in T.unroll(5):
             hit[w] = T.bitwise_or(hit[w], shared_with(hit[w], 1 << i))
         bit: T.let = T.bitwise_and(T.shift_right(hit[w], T.Cast("uint32", lane)), T.uint32(1))
-        mine: T.let = T.And(
-            bit == T.uint32(1), found[1] + count_below(hit[w], lane) == rank
-        )
+        mine: T.let = T.And(bit == T.uint32(1), found[1] + count_below(hit[w], lane) == rank)
         found[0] = T.max(found[0], largest(T.Select(mine, w * LANES + lane, -1)))
         found[1] = found[1] + T.Cast("int32", T.popcount(hit[w]))
 
@@ -85,20 +83,22 @@ def count_tokens(ids, top_k, slots, expert, lane, count):
     count[0] = 0
     for chunk in T.serial(T.ceildiv(slots, LANES)):
         slot: T.let = chunk * LANES + lane
-        if slot < slots:
-            if ids[slot // top_k, slot % top_k] == expert:
-                count[0] = count[0] + 1
+        known: T.let = T.min(slot, slots - 1)
+        if T.And(slot < slots, ids[known // top_k, known % top_k] == expert):
+            count[0] = count[0] + 1
     count[0] = total(count[0])
 
 
 @T.inline
-def list_slots(ids, top_k, slots, expert, first, most, lane, writes, found, place):
+def list_slots(ids, top_k, slots, expert, first, most, lane, writes, found, place, last):
     """found[0 …] = the expert's slots from its `first` on, `most` of them; found i32 is shared,
     and only a warp that `writes` does so.
 
-    place i32 [3] is a thread's own. It begins as zeros, and moves on for the next `first`: the
-    chunk of slots to begin with, and how many of the expert's come before it.
+    place i32 [2] is a thread's own. It begins as zeros, and moves on for the next `first`: the
+    chunk of slots to begin with, and how many of the expert's come before it. last i32 [1] is
+    scratch.
     """
+    last[0] = 0
     end: T.let = first + most
     while T.And(place[0] * LANES < slots, place[1] < end):
         slot: T.let = place[0] * LANES + lane
@@ -108,9 +108,9 @@ def list_slots(ids, top_k, slots, expert, first, most, lane, writes, found, plac
         rank: T.let = place[1] + count_below(lanes, lane)
         if T.And(writes, T.And(own, T.And(rank >= first, rank < end))):
             found[rank - first] = slot
-        place[2] = T.Cast("int32", T.popcount(lanes))
-        place[1] = place[1] + place[2]
+        last[0] = T.Cast("int32", T.popcount(lanes))
+        place[1] = place[1] + last[0]
         place[0] = place[0] + 1
     if place[1] > end:  # the last chunk has some of the next call's, too
         place[0] = place[0] - 1
-        place[1] = place[1] - place[2]
+        place[1] = place[1] - last[0]

@@ -27,7 +27,14 @@ from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
 from . import gate_up_cpu, gate_up_cuda, gate_up_gpu
-from .experts import cases, expert_arrays, plan_arguments, routing, weight_arguments
+from .experts import (
+    cases,
+    expert_arrays,
+    plan_arguments,
+    routing,
+    tame,
+    weight_arguments,
+)
 from .swiglu import swiglu_ref
 
 
@@ -87,14 +94,16 @@ def _case(
     intermediate: int = 64,
     choose: range | None = None,
     spike: float = 1,
+    edge: tuple[int, ...] = (),
 ) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         x = rng.standard_normal((n, hidden), dtype=np.float32)
         x[:, hidden // 2] *= spike
+        tame(x, edge)
         return {
             **activations.arrays("x", x),
             **routing(rng, n, experts, top_k, choose),
-            **expert_arrays(rng, experts, 2 * intermediate, hidden),
+            **expert_arrays(rng, experts, 2 * intermediate, hidden, edge),
         }
 
     hit = min(experts, n * top_k)
@@ -118,7 +127,7 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
         name,
         partial(signature, activations),
         partial(gate_up_ref, activations),
-        cases(partial(_case, activations)),
+        cases(partial(_case, activations), 240 if activations is I8 else 254),
         (*gate_up_cpu.schedules(activations.name), *others),
     )
 
@@ -131,8 +140,6 @@ GATE_UP = {
         *gate_up_gpu.SCHEDULES,
         one_thread_an_item(gate_up_gpu.elements),
     ),
-    BF16.name: _kernel(
-        "mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16.name)
-    ),
+    BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16.name)),
     I8.name: _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
 }

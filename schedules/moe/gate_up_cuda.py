@@ -23,13 +23,12 @@ from ..cuda.mxfp4 import (
     load_step,
     multiply_step,
     read_columns,
-    staged_octets,
     stage_rows,
+    staged_octets,
     steps,
 )
-from ..formats.blocks import BLOCK
-from ..sample.rows_gpu import barrier
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..sample.rows_gpu import barrier
 from .experts_cuda import count_tokens, find_expert, list_slots
 from .swiglu import swiglu
 
@@ -129,12 +128,19 @@ def _build(
                         b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
-                        raw = T.sblock_alloc_buffer((staged_octets(hidden, 1, threads) * inputs.words,), "uint32", scope="local")
+                        raw = T.sblock_alloc_buffer(
+                            (staged_octets(hidden, 1, threads) * inputs.words,),
+                            "uint32",
+                            scope="local",
+                        )
                         pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
+                        hit = T.sblock_alloc_buffer(
+                            (-(-experts // LANES),), "uint32", scope="local"
+                        )
                         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         count = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        place = T.sblock_alloc_buffer((3,), "int32", scope="local")
+                        last = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        place = T.sblock_alloc_buffer((2,), "int32", scope="local")
                         T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 4)
                         slots: T.let = T.Cast("int32", n * top_k)
                         warp: T.let = tx // LANES
@@ -144,16 +150,16 @@ def _build(
                         )
                         if expert[0] < 0:  # of all threads of the block
                             T.evaluate(T.thread_return())
-                        begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
                         count_tokens(ids, top_k, slots, expert[0], lane, count)
-                        for i in T.unroll(3):
+                        for i in T.unroll(2):
                             place[i] = 0
                         for p in T.serial(T.ceildiv(count[0], tokens)):
                             here: T.let = T.min(count[0] - p * tokens, tokens)
+                            begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
                             barrier()  # the slots of the pass before are no longer read
                             list_slots(
                                 ids, top_k, slots, expert[0], p * tokens, tokens, lane,
-                                warp == 0, found, place,
+                                warp == 0, found, place, last,
                             )  # fmt: skip
                             barrier()
                             for c in T.serial(here):
@@ -168,9 +174,7 @@ def _build(
                                 acc[i] = T.float32(0)
                             for d in T.unroll(depth):
                                 if depth * splits == all_steps or warp * depth + d < all_steps:
-                                    read_columns(
-                                        xs, columns, warp * depth + d, column, lane % 4, b
-                                    )
+                                    read_columns(xs, columns, warp * depth + d, column, lane % 4, b)
                                     for m in T.unroll(tiles):
                                         multiply_step(
                                             words, scale, (d * tiles + m) % slots_, b, a, part,
@@ -181,8 +185,6 @@ def _build(
                                                 blocks, scales, expert[0], vg,
                                                 d * tiles + m + slots_, warp, lane, words, scale,
                                             )  # fmt: skip
-                            if (p + 1) * tokens < count[0]:
-                                begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
                             barrier()  # the inputs are no longer read
                             if lane % 4 * own < tokens:
                                 for m, r, j in T.grid(tiles, 2, own):
@@ -208,8 +210,7 @@ def _build(
                                                 "float32", xs[sum_at(w, r, m, token, e % UNITS)]
                                             )
                                         acc[r] = (
-                                            acc[r] * T.float32(LOWER)
-                                            + bias[expert[0], 2 * row + r]
+                                            acc[r] * T.float32(LOWER) + bias[expert[0], 2 * row + r]
                                         )
                                     h[found[token], row] = swiglu(acc[0], acc[1], limit)
 
