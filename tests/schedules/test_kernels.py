@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import tvm
-from support.kernels import compare, made_inputs, run_name, runs
+from support.kernels import compare, made_inputs, parameters
 from support.qemu import LEVELS, KernelCalls, open_cpu
 from support.targets import CUDA, GPUS, METAL, PLAIN_CPU
 
@@ -42,16 +42,7 @@ TVM_CUDA = {"kind": "cuda", "arch": "sm_90a"}
 
 
 HERE = resolve("cpu").kernels
-RUNS = [
-    pytest.param(
-        kernel,
-        case,
-        schedule,
-        id=run_name(kernel, case, schedule),
-        marks=() if schedule is kernel.choose(HERE, **case.static) else pytest.mark.slow,
-    )
-    for kernel, case, schedule in runs(HERE)
-]
+RUNS = parameters(HERE)
 
 
 @pytest.mark.parametrize(("kernel", "case", "schedule"), RUNS)

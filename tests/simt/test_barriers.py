@@ -33,12 +33,13 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "kernel", "schedule"), SCHEDULES)
 def test_every_barrier_is_missed(simt, kind, kernel, schedule):
     _check(simt, kind, kernel, schedule, _cases(kernel, schedule)[:FEW])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "kernel", "schedule"), SCHEDULES)
 def test_every_barrier_of_every_size_is_missed(simt, kind, kernel, schedule):
     _check(simt, kind, kernel, schedule, _cases(kernel, schedule))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.kernels import compare, made_inputs, run_name, runs
+from support.kernels import compare, made_inputs, parameters
 from support.simt.kernels import TARGETS, program_of, run_case
 
-RUNS = [
-    pytest.param(kind, *run, id=f"{kind}, {run_name(*run)}")
-    for kind, target in TARGETS.items()
-    for run in runs(target)
-]
+RUNS = [each for kind, target in TARGETS.items() for each in parameters(target, kind)]
+BEST = [each for kind, target in TARGETS.items() for each in parameters(target, kind, best=True)]
 
 
 @pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), RUNS)
@@ -22,7 +19,7 @@ def test_agrees_with_reference(simt, kind, kernel, case, schedule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "reverse"])
-@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), RUNS)
+@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), BEST)
 def test_agrees_with_reference_in_other_orders_of_threads(
     simt, kind, kernel, case, schedule, order
 ):

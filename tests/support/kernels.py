@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import Case, Kernel, Schedule, Target
@@ -40,6 +41,21 @@ def runs(target: Target) -> list[tuple[Kernel, Case, Schedule]]:
         for case in kernel.cases
         for schedule in kernel.schedules_for(target, **case.static)
     ]
+
+
+def parameters(target: Target, *first: str, best: bool = False) -> list[Any]:
+    """`runs` as parameters of a test, behind the `first`: of each case the best schedule every day,
+    the others where slow tests run, or never where only the `best` is wanted."""
+    taken: set[tuple[str, str]] = set()
+    found = []
+    for kernel, case, schedule in runs(target):
+        is_best = (kernel.name, case.name) not in taken
+        taken.add((kernel.name, case.name))
+        if is_best or not best:
+            name = ", ".join([*first, run_name(kernel, case, schedule)])
+            marks = () if is_best else (pytest.mark.slow,)
+            found.append(pytest.param(*first, kernel, case, schedule, id=name, marks=marks))
+    return found
 
 
 def run_name(kernel: Kernel, case: Case, schedule: Schedule) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.kernels import call_of, compare, made_inputs, run_name, runs
+from support.kernels import call_of, compare, made_inputs, parameters
 from support.spirv_programs import checked, generate, kernels, lowered, run
 from support.targets import VULKAN
 
@@ -11,7 +11,7 @@ from mxforge.compile.targets import VULKAN_PROFILES
 from mxforge.schedules import KERNELS
 from mxforge.schedules.attention import PAGED_ATTENTION
 
-RUNS = [pytest.param(*run, id=run_name(*run)) for run in runs(VULKAN)]
+RUNS = parameters(VULKAN)
 
 
 @pytest.mark.parametrize(("kernel", "case", "schedule"), RUNS)
