@@ -4,9 +4,8 @@ They share each read of the cache, which is taken 128 keys at a time, one for ea
 beside each other read elements beside each other: 16 keys of a page at one d, then the D columns
 of a value. All arithmetic is float32, whatever the cache holds.
 
-This is far from what GPUs can do: one token of gpt-oss is eight blocks, on a device that runs
-hundreds; every token of a chunk reads the cache for itself; and there are no matrix units. For
-that, the keys of a sequence have to be spread over blocks, and the tokens of a chunk to share one.
+This is what is left for heads that attend_gpu.py does not take: each of a token's eight blocks is
+all there is of it, and every load is of one element.
 """
 
 from __future__ import annotations
