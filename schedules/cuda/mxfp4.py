@@ -35,7 +35,6 @@ from .instructions import LANES, MMA_ROWS, mma_bf16
 
 STEP = 2 * BLOCK
 STEP_BYTES, STEP_SCALES = LANES * 16, MMA_ROWS // 2  # of a tile
-OCTET = 8  # neighbouring inputs of a lane
 RAISE, LOWER = 2.0**64, 2.0**62
 
 # Where the magnitude of a pair begins in a half, and where its sign is. The last pair has the high
@@ -209,28 +208,17 @@ def load_words(to, at, start):
 
 
 @T.inline
-def _load_f32(x, row, octet, to, at):
-    for half in T.unroll(2):
-        load_words(to, at + 4 * half, T.address_of(x[row, octet * OCTET + 4 * half]))
-
-
-@T.inline
 def _f32_columns(load, at, pairs):
-    for i in T.unroll(OCTET // 2):
+    for i in T.unroll(2):
         low: T.let = T.reinterpret("float32", load[at + 2 * i]) * T.float32(RAISE)
         high: T.let = T.reinterpret("float32", load[at + 2 * i + 1]) * T.float32(RAISE)
         pairs[i] = bf16_pair(low, high)
-        pairs[4 + i] = bf16_pair(low - low_half(pairs[i]), high - high_half(pairs[i]))
-
-
-@T.inline
-def _load_bf16(x, row, octet, to, at):
-    load_words(to, at, T.address_of(x[row, octet * OCTET]))
+        pairs[2 + i] = bf16_pair(low - low_half(pairs[i]), high - high_half(pairs[i]))
 
 
 @T.inline
 def _bf16_columns(load, at, pairs):
-    for i in T.unroll(OCTET // 2):
+    for i in T.unroll(4):
         pairs[i] = bf16_pair(
             low_half(load[at + i]) * T.float32(RAISE), high_half(load[at + i]) * T.float32(RAISE)
         )
@@ -241,33 +229,29 @@ class Inputs:
     """How the inputs of a token become columns of bfloat16.
 
     parts: how many columns it takes, which its product is the sum of
-    words: u32 of eight inputs
-    load(x, row, octet, to, at): eight inputs as they are, to[at …]
-    columns(load, at, pairs): pairs u32 [4·parts], the eight inputs at load[at …] raised
+    width: inputs in 16 bytes
+    columns(load, at, pairs): pairs u32 [4], for each part the inputs raised, of the 16 bytes
+        load[at …]
     """
 
     parts: int
-    words: int
-    load: Any
+    width: int
     columns: Any
 
 
 # By activation format. An f32 is split into what bfloat16 holds of it, and what it holds of the
 # rest: 2^-17 of it is lost at most.
-INPUTS = {
-    "f32": Inputs(2, 8, _load_f32, _f32_columns),
-    "bf16": Inputs(1, 4, _load_bf16, _bf16_columns),
-}
+INPUTS = {"f32": Inputs(2, 4, _f32_columns), "bf16": Inputs(1, 8, _bf16_columns)}
 
 
-def staged_octets(k: int, rows: int, threads: int) -> int:
-    """How many octets of so many rows of inputs each of so many threads has at most."""
-    return -(-rows * _octets(k) // threads)
+def _pieces(inputs: Inputs, k: int) -> int:
+    """16 bytes each, of a row of inputs with what fills its last step."""
+    return steps(k) * (STEP // inputs.width)
 
 
-def _octets(k: int) -> int:
-    """Of a row of inputs, with what fills its last step."""
-    return steps(k) * (STEP // OCTET)
+def staged_words(inputs: Inputs, k: int, rows: int, threads: int) -> int:
+    """u32 of so many rows of inputs that each of so many threads loads at most."""
+    return 4 * -(-rows * _pieces(inputs, k) // threads)
 
 
 @T.inline
@@ -277,25 +261,27 @@ def stage_rows(
     """The rows found[i] // share of x [n, k] into the columns of number i in xs, zeros behind them.
 
     i from `begin` on, `count` times, at most `most`, by all threads of a block. load u32
-    [words·staged_octets] and pairs u32 [4·parts] are a thread's own. All loads are on their way
-    before the first is used.
+    [staged_words] and pairs u32 [4] are a thread's own. All loads are on their way before the first
+    is used.
     """
-    for i in T.unroll(staged_octets(k, most, threads)):
+    for i in T.unroll(staged_words(inputs, k, most, threads) // 4):
         at: T.let = i * threads + thread
-        if T.And(at < count * _octets(k), at % _octets(k) < k // OCTET):
-            inputs.load(
-                x, found[begin + at // _octets(k)] // share, at % _octets(k), load,
-                inputs.words * i,
-            )  # fmt: skip
-    for i in T.unroll(staged_octets(k, most, threads)):
+        piece: T.let = at % _pieces(inputs, k)
+        if T.And(at < count * _pieces(inputs, k), piece < k // inputs.width):
+            row: T.let = found[begin + at // _pieces(inputs, k)] // share
+            load_words(load, 4 * i, T.address_of(x[row, piece * inputs.width]))
+    for i in T.unroll(staged_words(inputs, k, most, threads) // 4):
         at: T.let = i * threads + thread
-        octet: T.let = at % _octets(k)
-        number: T.let = begin + at // _octets(k)
-        if at < count * _octets(k):
-            inputs.columns(load, inputs.words * i, pairs)
-            if k % STEP != 0 and octet >= k // OCTET:
-                for j in T.unroll(4 * inputs.parts):
+        piece: T.let = at % _pieces(inputs, k)
+        number: T.let = begin + at // _pieces(inputs, k)
+        if at < count * _pieces(inputs, k):
+            inputs.columns(load, 4 * i, pairs)
+            if k % STEP != 0 and piece >= k // inputs.width:
+                for j in T.unroll(4):
                     pairs[j] = T.uint32(0)
+            block: T.let = piece // (BLOCK // inputs.width)
             for part in T.unroll(inputs.parts):
-                to: T.let = column_word(columns, octet // 4, inputs.parts * number + part)
-                xs[T.ramp(to + octet % 4 * 4, 1, 4)] = pairs[T.ramp(4 * part, 1, 4)]
+                to: T.let = column_word(columns, block, inputs.parts * number + part)
+                xs[T.ramp(to + piece % (BLOCK // inputs.width) * (inputs.width // 2), 1, inputs.width // 2)] = (
+                    pairs[T.ramp(inputs.width // 2 * part, 1, inputs.width // 2)]
+                )

@@ -26,7 +26,7 @@ from ..cuda.mxfp4 import (
     neighbours,
     read_columns,
     stage_rows,
-    staged_octets,
+    staged_words,
     steps,
 )
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
@@ -182,10 +182,10 @@ def _build(
                         )  # a thread's own, where it takes no register
                         out = T.sblock_alloc_buffer((1,), "float32", scope="local")
                         raw = T.sblock_alloc_buffer(
-                            (staged_octets(intermediate, most, threads) * inputs.words,),
+                            (staged_words(inputs, intermediate, most, threads),),
                             "uint32", scope="local",
                         )  # fmt: skip
-                        pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
                         slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         weight = T.sblock_alloc_buffer((1,), "float32", scope="local")
                         expert = T.sblock_alloc_buffer((AHEAD,), "int32", scope="local")

@@ -24,7 +24,7 @@ from ..cuda.mxfp4 import (
     multiply_step,
     read_columns,
     stage_rows,
-    staged_octets,
+    staged_words,
     steps,
 )
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
@@ -129,11 +129,11 @@ def _build(
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
                         acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
                         raw = T.sblock_alloc_buffer(
-                            (staged_octets(hidden, 1, threads) * inputs.words,),
+                            (staged_words(inputs, hidden, 1, threads),),
                             "uint32",
                             scope="local",
                         )
-                        pairs = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+                        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
                         hit = T.sblock_alloc_buffer(
                             (-(-experts // LANES),), "uint32", scope="local"
                         )
