@@ -280,8 +280,9 @@ def stage_rows(
                 for j in T.unroll(4):
                     pairs[j] = T.uint32(0)
             block: T.let = piece // (BLOCK // inputs.width)
+            inside: T.let = piece % (BLOCK // inputs.width) * (inputs.width // 2)
             for part in T.unroll(inputs.parts):
-                to: T.let = column_word(columns, block, inputs.parts * number + part)
-                xs[T.ramp(to + piece % (BLOCK // inputs.width) * (inputs.width // 2), 1, inputs.width // 2)] = (
-                    pairs[T.ramp(inputs.width // 2 * part, 1, inputs.width // 2)]
-                )
+                to: T.let = column_word(columns, block, inputs.parts * number + part) + inside
+                xs[T.ramp(to, 1, inputs.width // 2)] = pairs[
+                    T.ramp(inputs.width // 2 * part, 1, inputs.width // 2)
+                ]

@@ -80,8 +80,10 @@ def _build(
     none = experts  # the number of no expert
 
     def sum_at(warp, token, row):
-        """Where the sum of a warp is for others to read."""
-        return (warp * tokens + token) * MMA_ROWS + row
+        """Where the sum of a warp is for others to read; a warp's lanes write to all banks."""
+        quarter = token // own  # of a warp: the lanes 4g + quarter
+        place = (warp * own + token % own) * 4 + quarter
+        return place * MMA_ROWS + T.bitwise_xor(row, quarter // 2 * 8)
 
     @T.inline
     def load(blocks, scales, expert, tile_, warp, lane, words, scale, half):
