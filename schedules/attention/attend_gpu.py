@@ -71,12 +71,12 @@ class Arrays(NamedTuple):
     largest: Any  # f32 [threads]
     factor: Any  # f32 [8 heads]
     page_of: Any  # i32 [pages of a chunk]: physical ones
-    acc: Any  # f32 [heads taken, wide]: sums of values
+    acc: Any  # f32 [heads taken, wide]: sums of values of all chunks
     top: Any  # f32: largest score of a head so far
     total: Any  # f32: sum of weights, of this thread's part of the keys
     page: Any  # i64: the physical page whose keys it scores
     read: Any  # u32: words of the cache
-    sums: Any  # f32 [wide, heads taken]: scores
+    sums: Any  # f32: scores [wide, heads taken], then sums of values [heads taken, wide]
     part: Any  # f32: scores of a head
     four: Any  # f32: of four heads
     running: Any  # f32
@@ -307,18 +307,20 @@ def build(
         if tx < HEADS:
             own.factor[tx] = exp_f32(own.top[0] - own.running[0])
         own.top[0] = own.running[0]
+        own.running[0] = T.float32(0)
         for k in T.unroll(keys // parts):
             own.part[k] = T.Select(
                 own.part[k] > T.float32(LOWEST), exp_f32(own.part[k] - own.top[0]), T.float32(0)
             )
-            own.total[0] = own.total[0] + own.part[k]
+            own.running[0] = own.running[0] + own.part[k]
             if scaled and own.part[k] > T.float32(0):
                 own.part[k] = own.part[k] * own.value_scale[k * parts + tx // HEADS]
             own.score[score_of(tx, k)] = own.part[k]
+        own.total[0] = own.total[0] + own.running[0]
 
     @T.inline
     def add_values(own, cache, kv_head, tx, seen, first, count):
-        """acc += weights · values, over `count` of this thread's units from number `first` on."""
+        """sums += weights · values, over `count` of this thread's units from number `first` on."""
         for u in T.unroll(count):
             unit: T.let = (first + u) * rows + tx // across
             slot: T.let = slot_of(unit % page_units)
@@ -349,15 +351,16 @@ def build(
                         number: T.let = words.number(own.read, u * WORDS, i, j)
                         for h in T.unroll(PLANE):
                             sum_at: T.let = (h4 * PLANE + h) * wide + i
-                            own.acc[sum_at] = own.acc[sum_at] + own.four[h] * number
+                            own.sums[sum_at] = own.sums[sum_at] + own.four[h] * number
 
     @T.inline
     def sum_values(own, cache, kv_head, tx, seen):
-        """acc = corrected acc + weights · values, of the chunk's keys that fall to this thread."""
-        for h in T.unroll(taken):
-            own.running[0] = own.factor[first_plane_of_value(tx) * PLANE + h]
-            for i in T.unroll(wide):
-                own.acc[h * wide + i] = own.acc[h * wide + i] * own.running[0]
+        """acc = corrected acc + weights · values, of the chunk's keys that fall to this thread.
+
+        These are summed apart, which bounds the rounding error of long contexts.
+        """
+        for i in T.unroll(32):
+            own.sums[i] = T.float32(0)
         if tx < rows * across:
             steps: T.let = seen.pages * page_units // (rows * value_loads)
             for step in T.serial(steps):
@@ -366,6 +369,11 @@ def build(
             for step in T.serial(T.ceildiv(seen.pages * page_units, rows) - done):
                 if (done + step) * rows + tx // across < seen.pages * page_units:
                     add_values(own, cache, kv_head, tx, seen, done + step, 1)
+        for h in T.unroll(taken):
+            own.running[0] = own.factor[first_plane_of_value(tx) * PLANE + h]
+            for i in T.unroll(wide):
+                sum_at: T.let = h * wide + i
+                own.acc[sum_at] = own.acc[sum_at] * own.running[0] + own.sums[sum_at]
 
     @T.inline
     def add_rows(own, tx, count, half):
