@@ -79,6 +79,7 @@ def compiled(source: str, archs: Sequence[str], folder: Path) -> bytes:
 LAUNCH = "tirx.kernel_launch_params"
 OVERLAP = "tirx.use_programtic_dependent_launch"  # TVM's spelling
 _KERNEL = re.compile(r'^(extern "C" __global__ void [^;{]*\{)$', re.MULTILINE)
+_OWN_WAIT = re.compile(r"griddepcontrol[._]wait")  # the instruction, or a function's name
 _START, _WAIT = (
     f'  asm volatile("griddepcontrol.{what};" ::: "memory");'
     for what in ("launch_dependents", "wait")
@@ -98,7 +99,7 @@ def with_overlap(source: str) -> str:
     """
     parts = _KERNEL.split(source)
     for index in range(1, len(parts), 2):
-        own = "griddepcontrol.wait" in parts[index + 1]
+        own = _OWN_WAIT.search(parts[index + 1])
         parts[index] += f"\n{_START}" if own else f"\n{_START}\n{_WAIT}"
     return "".join(parts)
 

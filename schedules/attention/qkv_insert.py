@@ -164,6 +164,7 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
         of("one token, first of a page", [(16, 17)], 96, 4, 2, 32),
         of("one token, last of a page, a head of 16", [(31, 32)], 64, 8, 2, 16),
         of("two to five tokens over a page's edge", [(15, 17), (30, 33)], 160, 4, 1, 64, "float16"),
+        of("two sequences, a token of each", [(7, 8), (20, 21)], 160, 4, 1, 64),
         of("a chunk", [(0, 9), (40, 48)], 64, 2, 2, 64, "bfloat16"),
         of(
             "position 131,071 of a sliding layer", [(131_071, 131_072)], 96, 4, 1, 16, first=130_944
@@ -172,7 +173,7 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
         *(
             of(f"{name}, a head of {d}, more inputs than a block has in flight", spans, k, 1, 1, d)
             for d in (16, 32, 64)
-            for name, spans, k in (("one token", [(7, 8)], 3200), ("a chunk", [(0, 17)], 2144))
+            for name, spans, k in (("one token", [(7, 8)], 4256), ("a chunk", [(0, 17)], 2144))
         ),
         of("20b widths, one token", [(1000, 1001)], 2880, 8, 2, 64, "float16"),
     )

@@ -7,7 +7,8 @@ input becomes a sum of parts that tensor cores take; products are thus as good a
   bytes: loads of 128 bits, past L1, and no unpacking.
 - The warps of a block share out the steps, each a run of its own. A warp brings the parts of its
   inputs to its own shared memory, a few steps at a time. Warps thus meet once: to add up.
-- Every lane has `loads` loads of weights in flight, the first of them before it reads x.
+- Every lane has `loads` loads of weights in flight, the first of them before it reads x: they
+  begin while the launch before ends.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from tvm import tirx
 
 from ..kernel import Layout, T, TileConfig
-from .instructions import LANES, MMA_COLUMNS, MMA_ROWS
+from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, wait_for_launch_before
 
 STEP = 32  # inputs: what two mma of bfloat16 take, and a block of 8-bit weights
 PAIRS = MMA_ROWS // 2  # of rows in a tile: a lane, later a thread, has both rows of a pair
@@ -37,7 +38,8 @@ MOST_TILES = 65_535  # blocks of an axis of a grid that is not the first
 class DenseTile(TileConfig):
     """A block's sizes. It has `few` tokens where there are no more than that, and `many` otherwise.
 
-    warps: of a block; with few tokens, and less than `enough` tiles of rows, `warps_of_few_rows`
+    warps: of a block, at most, and half of that at least; with few tokens, and less than
+        `enough_for_few` tiles of rows, `warps_of_few_rows`
     row_tiles: of a block with many tokens, where there are `enough` tiles of rows
     loads: of 16 bytes of W that a lane has in flight
     """
@@ -45,8 +47,9 @@ class DenseTile(TileConfig):
     few: int
     many: int = 16
     warps: int = 8
-    warps_of_few_rows: int = 12
-    enough: int = 264  # two for each SM of an H200
+    warps_of_few_rows: int = 16
+    enough_for_few: int = 528  # four for each SM of an H200: 64 KB in flight by four warps each
+    enough: int = 264
     row_tiles: int = 2
     loads: int = 8
 
@@ -105,10 +108,20 @@ class Tiling:
 
 @T.inline
 def load_words(to, at, start):
-    """Four words from `start` on, an element of a buffer, to registers; not kept in L1."""
-    T.ptx["ld.global.nc.L1::no_allocate.v4.b32"](
+    """Four words from `start` on, an element of a buffer, to registers; not kept in L1.
+
+    It stays on its side of wait_for_launch_before(): ptxas moves loads with .nc, and those that
+    nvcc takes for constant, to the other.
+    """
+    T.ptx["ld.global.L1::no_allocate.v4.b32"](
         to[at], to[at + 1], to[at + 2], to[at + 3], T.address_of(start)
     )
+
+
+@T.inline
+def load_floats(to, at, start):
+    """The same of four float32 that other blocks read too."""
+    T.ptx["ld.global.v4.f32"](to[at], to[at + 1], to[at + 2], to[at + 3], T.address_of(start))
 
 
 # TVM takes warp_sync for no barrier: where it sees shared memory written and read, it adds barriers
@@ -186,16 +199,27 @@ class Block:
 
 def blocks_of(tile: DenseTile, mmas: int, tiles: int, steps: int) -> tuple[Block, Block]:
     """The blocks for few tokens and for many, of W with so many tiles of rows and steps."""
-    enough = tiles >= tile.enough
 
     def sizes(tokens: int, warps: int, row_tiles: int) -> Block:
         in_flight = tile.loads // (mmas * row_tiles)
-        return Block(tokens, row_tiles, min(warps, steps), in_flight, ITEMS // tokens)
+        warps = _fullest(min(warps, steps), steps, in_flight)
+        return Block(tokens, row_tiles, warps, in_flight, ITEMS // tokens)
 
+    enough_for_few = tiles >= tile.enough_for_few
     return (
-        sizes(tile.few, tile.warps if enough else tile.warps_of_few_rows, 1),
-        sizes(tile.many, tile.warps, tile.row_tiles if enough else 1),
+        sizes(tile.few, tile.warps if enough_for_few else tile.warps_of_few_rows, 1),
+        sizes(tile.many, tile.warps, tile.row_tiles if tiles >= tile.enough else 1),
     )
+
+
+def _fullest(most: int, steps: int, in_flight: int) -> int:
+    """The warps, of `most` down to half as many, whose rounds have the fewest places in all, for
+    they work on those without a step too."""
+
+    def places(warps: int) -> int:
+        return warps * -(-steps // (warps * in_flight))
+
+    return min(range(most, (most - 1) // 2, -1), key=places)
 
 
 def dense(
@@ -233,6 +257,7 @@ def _launch(
     steps = k // STEP
     most = -(-steps // b.warps)  # of a warp
     rounds = -(-most // b.steps)
+    stages = rounds * (b.steps // b.staged)
     partials = b.row_tiles * 2 * b.tokens * PAIRS  # of a warp
     sums_at = b.warps * ITEMS * arithmetic.words  # in shared memory
     squares_at = sums_at + b.warps * partials
@@ -263,7 +288,7 @@ def _launch(
         w = T.sblock_alloc_buffer((loads * 4,), "uint32", scope="local")
         scale = T.sblock_alloc_buffer((loads,), "uint32", scope="local")
         four = T.sblock_alloc_buffer((AHEAD * 4,), "float32", scope="local")
-        weight = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        weight = T.sblock_alloc_buffer((b.reads_of_token * 4,), "float32", scope="local")
         square = T.sblock_alloc_buffer((READS,), "float32", scope="local")
         bits = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         acc = T.sblock_alloc_buffer((b.row_tiles * mma_tiles * sums,), "float32", scope="local")
@@ -293,26 +318,30 @@ def _launch(
             """Four inputs to `four`. What lies behind the warp's steps is zero, so that no product
             has to be left out."""
             if (token < count) and (quad[0] + further * QUADS < end * QUADS):
-                four[T.ramp(j * 4, 1, 4)] = x[
-                    first + token, T.ramp((quad[0] + further * QUADS) * 4, 1, 4)
-                ]
+                load_floats(four, j * 4, x[first + token, (quad[0] + further * QUADS) * 4])
             else:
                 four[T.ramp(j * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
 
         @T.inline
-        def normalize(i, j, further):
+        def read_norm(s):
+            """The norm's weights of all tokens."""
+            for i in T.unroll(b.reads_of_token):
+                place: T.let = T.min(quad[0] + further(s, i) * QUADS, k // 4 - 1)
+                load_floats(weight, i * 4, norm_weight[place * 4])
+
+        @T.inline
+        def normalize(i, j):
             """All but the factor of the token, which is known at the end."""
-            weight[T.ramp(0, 1, 4)] = norm_weight[
-                T.ramp(T.min(quad[0] + further * QUADS, k // 4 - 1) * 4, 1, 4)
-            ]
             for e in T.unroll(4):
                 square[i // b.reads_of_token] = (
                     square[i // b.reads_of_token] + four[j * 4 + e] * four[j * 4 + e]
                 )
-                four[j * 4 + e] = four[j * 4 + e] * weight[e]
+                four[j * 4 + e] = four[j * 4 + e] * weight[i % b.reads_of_token * 4 + e]
 
         @T.inline
         def stage(s):
+            if (eps is not None) and (stages > 1):
+                read_norm(s)
             for i in T.unroll(READS // AHEAD):
                 for j in T.unroll(AHEAD):
                     if is_read(i * AHEAD + j, count):
@@ -321,7 +350,7 @@ def _launch(
                 for j in T.unroll(AHEAD):
                     if is_read(i * AHEAD + j, count):
                         if eps is not None:
-                            normalize(i * AHEAD + j, j, further(s, i * AHEAD + j))
+                            normalize(i * AHEAD + j, j)
                         arithmetic.stage(
                             shared, own_items, (i * AHEAD + j) * AT_ONCE + lane // QUADS,
                             lane % QUADS, token_of(i * AHEAD + j, lane) < count, four, j * 4, bits,
@@ -396,7 +425,7 @@ def _launch(
         for m in T.unroll(b.row_tiles):
             step_of_tile[m] = T.min(vy * b.row_tiles + m, tiles - 1) * steps + begin
         for slot in T.unroll(b.steps):
-            if slot < left[0]:
+            if tirx.any(slot < steps // b.warps, slot < left[0]):
                 load(slot, slot)
             else:
                 for i in T.unroll(4 * loads // b.steps):
@@ -408,6 +437,9 @@ def _launch(
         if eps is not None:
             for i in T.unroll(READS // b.reads_of_token):
                 square[i] = T.float32(0)
+        if (eps is not None) and (stages == 1):
+            read_norm(0)
+        wait_for_launch_before()
         for _ in T.serial(rounds):
             for s in T.unroll(b.steps // b.staged):
                 stage(s)
@@ -416,7 +448,7 @@ def _launch(
                     multiply(s * b.staged + d, d)
                     if (rounds > 1) and (s * b.staged + d + b.steps < left[0]):
                         load(s * b.staged + d, s * b.staged + d + b.steps)
-                if rounds * b.steps > b.staged:
+                if stages > 1:
                     T.cuda.warp_sync()
             if rounds > 1:
                 left[0] = left[0] - b.steps

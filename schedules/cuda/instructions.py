@@ -59,3 +59,21 @@ def copies_done():
     """The thread's own copies have arrived; a barrier has to follow for others to see them."""
     T.ptx["cp.async.commit_group"]()
     T.ptx["cp.async.wait_group"](0)
+
+
+WAIT = r"""
+__forceinline__ __device__ void mx_griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+"""
+
+
+@T.inline
+def wait_for_launch_before():
+    """What the launch before wrote can be read from here on, and nothing written earlier.
+
+    Every thread comes by. Kernels without it wait as they begin (compile/cuda.py).
+    """
+    T.evaluate(T.cuda.func_call("mx_griddepcontrol_wait", source_code=WAIT))

@@ -41,7 +41,7 @@ def _perm(a: Any, b: Any, selector: int) -> Any:
 @T.inline
 def _load(weights, m, step, lane, w, scale):
     load_words(w, m * 4, weights[0][step, lane * 4])
-    scale[m] = weights[1][step, lane // 4]
+    T.ptx["ld.global.b32"](scale[m], T.address_of(weights[1][step, lane // 4]))
 
 
 @T.inline

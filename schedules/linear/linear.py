@@ -138,7 +138,7 @@ def _cases(weight: DenseWeight, inputs: ActivationFormat) -> tuple[Case, ...]:
         of("one row", 3, 1, 32, residual=True),
         of("17 tokens, a row more than fills tiles", 17, 37, 224, residual=True),
         of("one channel 1000 times the others", 5, 200, 96, bias=True, residual=True, spike=1000),
-        of("two tokens, more inputs than a block has in flight", 2, 24, 3200, bias=True),
+        of("two tokens, more inputs than a block has in flight", 2, 24, 4256, bias=True),
         of("17 tokens, more inputs than a block has in flight", 17, 40, 2144, residual=True),
         of("17 tokens, an odd number of tiles of rows", 17, 4232, 64),
         of("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),

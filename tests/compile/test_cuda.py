@@ -71,16 +71,22 @@ extern "C" __global__ void __launch_bounds__(64) two_kernel(float* __restrict__ 
   float weight = x_ptr[threadIdx.x];
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
+extern "C" __global__ void __launch_bounds__(64) three_kernel(float* __restrict__ x_ptr) {
+  float weight = x_ptr[threadIdx.x];
+  mx_griddepcontrol_wait();
+}
 """
 
 
 def test_every_kernel_waits_for_the_one_before_it_once():
-    one, two = cuda.with_overlap(KERNELS).split("{\n")[1:]
+    one, two, three = cuda.with_overlap(KERNELS).split("{\n")[1:]
     assert [line for line in one.splitlines() if "griddep" in line][1].endswith(
         'asm volatile("griddepcontrol.wait;" ::: "memory");'
     )
     assert (one.count(".wait"), two.count(".wait")) == (1, 1)
     assert two.index("launch_dependents") < two.index("x_ptr") < two.index(".wait")
+    assert "launch_dependents" in three
+    assert ".wait" not in three
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,19 @@ SIMT_INLINE void lop3_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c, int t
 SIMT_INLINE void griddepcontrol_wait() {}
 SIMT_INLINE void griddepcontrol_launch_dependents() {}
 
-SIMT_INLINE void load_16_bytes(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {
+template <class Word>
+SIMT_INLINE void load_16_bytes(Word& a, Word& b, Word& c, Word& d, const void* p) {
   simt::note_read(p, 16);
-  uint32_t words[4];
+  Word words[4];
   simt::copy(words, p, 16);
   a = words[0], b = words[1], c = words[2], d = words[3];
 }
+SIMT_INLINE void ld_global_b32(uint32_t& a, const void* p) {
+  simt::note_read(p, 4);
+  simt::copy(&a, p, 4);
+}
+#define ld_global_v4_f32 load_16_bytes
+#define ld_global_L1_no_allocate_v4_b32 load_16_bytes
 #define ld_global_nc_v4_b32 load_16_bytes
 #define ld_global_nc_v4_u32 load_16_bytes
 #define ld_global_nc_L1_no_allocate_v4_b32 load_16_bytes
