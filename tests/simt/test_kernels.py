@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.kernels import compare, made_inputs, parameters
 from support.simt.kernels import TARGETS, program_of, run_case
 
-RUNS = [each for kind, target in TARGETS.items() for each in parameters(target, kind)]
-BEST = [each for kind, target in TARGETS.items() for each in parameters(target, kind, best=True)]
+QUICK = 1 << 20  # bytes of a case
 
 
-@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), RUNS)
+def every_kind(**options: bool) -> list[Any]:
+    return [
+        run
+        for kind, target in TARGETS.items()
+        for run in parameters(target, kind, most=QUICK, **options)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), every_kind())
 def test_agrees_with_reference(simt, kind, kernel, case, schedule):
     program = program_of(simt, kind, kernel, case, schedule)
     results = run_case(simt, program, kernel, case, schedule)
@@ -19,7 +28,7 @@ def test_agrees_with_reference(simt, kind, kernel, case, schedule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["forward", "reverse"])
-@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), BEST)
+@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), every_kind(everyday=True))
 def test_agrees_with_reference_in_other_orders_of_threads(
     simt, kind, kernel, case, schedule, order
 ):

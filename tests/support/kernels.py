@@ -43,17 +43,22 @@ def runs(target: Target) -> list[tuple[Kernel, Case, Schedule]]:
     ]
 
 
-def parameters(target: Target, *first: str, best: bool = False) -> list[Any]:
-    """`runs` as parameters of a test, behind the `first`: of each case the best schedule every day,
-    the others where slow tests run, or never where only the `best` is wanted."""
+def parameters(
+    target: Target, *first: str, most: float = float("inf"), everyday: bool = False
+) -> list[Any]:
+    """`runs` as parameters of a test, behind the `first`.
+
+    Every day run the best schedule of each case, and cases of no more than `most` bytes; others
+    where slow tests run, or never where only those of `everyday` are wanted.
+    """
     taken: set[tuple[str, str]] = set()
     found = []
     for kernel, case, schedule in runs(target):
-        is_best = (kernel.name, case.name) not in taken
+        is_quick = (kernel.name, case.name) not in taken and case.bytes <= most
         taken.add((kernel.name, case.name))
-        if is_best or not best:
+        if is_quick or not everyday:
             name = ", ".join([*first, run_name(kernel, case, schedule)])
-            marks = () if is_best else (pytest.mark.slow,)
+            marks = () if is_quick else (pytest.mark.slow,)
             found.append(pytest.param(*first, kernel, case, schedule, id=name, marks=marks))
     return found
 
