@@ -122,7 +122,7 @@ def build(
     rows = threads // across
     page_units = PAGE_TOKENS // word
     key_loads = min(tile.loads, units)
-    value_loads = min(tile.loads, 16 // word)  # of four slots each, four are 512 multiply-adds
+    value_loads = tile.loads // 2  # 32 registers are taken by the sums of older chunks
     rounds = (rows - 1).bit_length()
 
     def place(page, slot):
