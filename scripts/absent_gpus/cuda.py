@@ -25,11 +25,28 @@ FOLDER = ROOT / "build" / "nvcc"
 # nvcc's first stage (13.0, 13.2 and 13.5 were tried) goes by addresses in places, which the system
 # draws anew for each process: f32_router_topk had 993 to 999 instructions, and all else was alike.
 SPREAD = {"instructions": 0.02, "loads": 0.02, "local_accesses": 0.1}
+_SPILL = "4 or 8 bytes of a thread wait in local memory, outside the steps over the weights"
 EXCEPTIONS = {
-    ("sm_120a", "f32_paged_attention1"): "8 bytes are spilled and read back once",
+    **{
+        (arch, kernel): _SPILL
+        for arch in ("sm_80", "sm_89", "sm_90a")
+        for kernel in ("mxfp4w_moe_gate_up_swiglu", "mxfp4w_moe_down")
+    },
+    ("sm_120a", "mxfp4w_moe_gate_up_swiglu"): _SPILL,
 }
+# Instructions a weight, of kernels whose loop has no parts for other numbers of tokens.
+MOST_A_WEIGHT = {"mxfp4w_moe_gate_up_swiglu": 2.8}
 
-gates = partial(results.broken_gates, exceptions=EXCEPTIONS)
+
+def gates(found: results.Results) -> list[str]:
+    """A sentence for each gate that a kernel does not pass."""
+    return results.broken_gates(found, EXCEPTIONS) + [
+        f"{kernel} on {gpu} takes {count} instructions a weight, more than {MOST_A_WEIGHT[kernel]}"
+        for gpu, kernel, statistics in results.each(found)
+        if (count := statistics.get("instructions_a_weight", 0)) > MOST_A_WEIGHT.get(kernel, count)
+    ]
+
+
 page = partial(results.page, TITLE, ABOUT, exceptions=EXCEPTIONS)
 
 

@@ -108,7 +108,8 @@ COLUMNS = (
     (
         "instructions_a_weight",
         "Instructions a weight",
-        "of a thread, in the loop that reads the weights; of kernels that read them by 128 bits",
+        "of a thread, in the loop that multiplies weights on tensor cores, with its parts for more "
+        "tokens than one",
     ),
     (
         "wide_loads_ahead",
