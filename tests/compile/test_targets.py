@@ -240,7 +240,7 @@ def test_metal(numerics, odd_checkpoint: Checkpoints, tmp_path: Path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("target", ["cuda:sm_90a", "cuda"])
+@pytest.mark.parametrize("target", ["cuda:sm_90a", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_cuda(target, odd_checkpoint: Checkpoints, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(cuda, "PORTABLE_ARCHS", ("sm_80", "sm_120"))  # all take a minute
     artifact = tmp_path / "artifact"
