@@ -24,7 +24,10 @@ ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 FOLDER = ROOT / "build" / "nvcc"
 # nvcc's first stage (13.0, 13.2 and 13.5 were tried) goes by addresses in places, which the system
 # draws anew for each process: f32_router_topk had 993 to 999 instructions, and all else was alike.
-SPREAD = {"instructions": 0.02, "loads": 0.02, "local_accesses": 0.1}
+SPREAD = {
+    "instructions": 0.02, "loads": 0.02, "local_accesses": 0.1,
+    "instructions_a_weight": 0.05, "wide_loads_ahead": 0.3,
+}  # fmt: skip
 _SPILL = "4 or 8 bytes of a thread wait in local memory, outside the steps over the weights"
 EXCEPTIONS = {
     **{
