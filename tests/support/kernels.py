@@ -48,17 +48,18 @@ def parameters(
 ) -> list[Any]:
     """`runs` as parameters of a test, behind the `first`.
 
-    Every day run the best schedule of each case, and cases of no more than `most` bytes; others
-    where slow tests run, or never where only those of `everyday` are wanted.
+    Every day run the best schedule of each case, and cases of no more than `most` bytes. What is
+    neither runs with --full, what is one of both where slow tests run; or never where only those of
+    `everyday` are wanted.
     """
     taken: set[tuple[str, str]] = set()
     found = []
     for kernel, case, schedule in runs(target):
-        is_quick = (kernel.name, case.name) not in taken and case.bytes <= most
+        reasons = ((kernel.name, case.name) in taken) + (case.bytes > most)
         taken.add((kernel.name, case.name))
-        if is_quick or not everyday:
+        if not reasons or not everyday:
             name = ", ".join([*first, run_name(kernel, case, schedule)])
-            marks = () if is_quick else (pytest.mark.slow,)
+            marks = ((), (pytest.mark.slow,), (pytest.mark.full,))[reasons]
             found.append(pytest.param(*first, kernel, case, schedule, id=name, marks=marks))
     return found
 
