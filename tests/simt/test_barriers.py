@@ -20,7 +20,13 @@ BARRIER = {
 }
 # Barriers that nobody misses and that stay: (cuda or metal, kernel, schedule, number in the text)
 # -> why.
-ACCEPTED: dict[tuple[str, str, str, int], str] = {}
+ACCEPTED: dict[tuple[str, str, str, int], str] = {
+    (
+        "cuda", "i8w_norm_qkv_insert",
+        f"rows of heads of {head} as a matrix, tokens as its columns", 11,
+    ): "the last one of the launch for many tokens, in a case of one; in those of many it is 10"
+    for head in (16, 32)
+}  # fmt: skip
 LARGE = 1 << 22  # bytes of a case that the others make unnecessary
 FEW = 3  # cases by which barriers are counted: other sizes seldom have others
 
