@@ -147,7 +147,7 @@ def test_metadata_names_version_pins_and_commands(wheel):
     assert metadata["Version"] == mxforge.__version__
     required = metadata.get_all("Requires-Dist")
     assert {"apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1"} <= set(required)
-    assert metadata.get_all("Provides-Extra") == ["compile"]
+    assert metadata.get_all("Provides-Extra") == ["compile", "cuda"]
     commands = archive.read(f"{info}/entry_points.txt").decode()
     assert re.findall(r"^(\S+) = ", commands, re.MULTILINE) == [
         "compile-model", "mxforge", "mxforge_vulkan",
