@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints.random_checkpoint import write_checkpoint
@@ -27,6 +28,7 @@ from mxforge.compile.models.gpt_oss.reference import (
 from mxforge.kv import KVPages, SequencePages, page_needs
 from mxforge.library import Library, usable_cores
 from mxforge.model import Model
+from mxforge.safetensors import open_safetensors
 
 EXACT = 1e-4  # against the reference
 AGREE = 1e-5  # of two ways through the same artifact
@@ -382,6 +384,33 @@ def test_128_experts_agree(numerics, small_120b: Path, tmp_path: Path):
         logits = one.logits(tokens)
     if numerics == "exact":
         assert relative_error(logits, ReferenceModel(small_120b).logits(tokens)) <= EXACT
+
+
+def made_larger(checkpoint: Path, tensor: str, exponent: int) -> None:
+    """Multiply a tensor of bfloat16 by 2^exponent in the file."""
+    (file,) = checkpoint.glob("*.safetensors")
+    where = open_safetensors(file).tensors[tensor]
+    with file.open("r+b") as stored:
+        stored.seek(where.begin)
+        content = np.frombuffer(stored.read(where.end - where.begin), ml_dtypes.bfloat16)
+        stored.seek(where.begin)
+        stored.write((content * np.float32(2**exponent)).astype(ml_dtypes.bfloat16).tobytes())
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.slow)])
+def test_a_residual_beyond_float16_agrees(
+    target, small_120b: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
+    """The residual of 120b is known to leave the range of float16."""
+    if target == "vulkan":
+        request.getfixturevalue("vulkan")
+    checkpoint = shutil.copytree(small_120b, tmp_path / "checkpoint")
+    made_larger(checkpoint, "model.layers.0.mlp.experts.down_proj_bias", 22)
+    artifact = compile_model(checkpoint, target, tmp_path / "artifact", numerics="fast")
+    compare(artifact, checkpoint).check()
+    reference = ReferenceModel(checkpoint)
+    residual = reference.layer(0, reference.embed(np.arange(10))).output
+    assert np.abs(residual).max() > np.finfo(np.float16).max
 
 
 @pytest.fixture(scope="module")
