@@ -108,8 +108,8 @@ COLUMNS = (
     (
         "instructions_a_weight",
         "Instructions a weight",
-        "of a thread, in the loop that multiplies weights on tensor cores, with its parts for more "
-        "tokens than one",
+        "of a thread, all that one token executes, in kernels that multiply weights on tensor "
+        "cores",
     ),
     (
         "wide_loads_ahead",

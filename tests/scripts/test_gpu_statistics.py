@@ -13,7 +13,7 @@ from support import folders, mesa
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from absent_gpus import cuda, results, vulkan  # noqa: E402
+from absent_gpus import cuda, results, sass, vulkan  # noqa: E402
 
 COMPILERS = {"vulkan": vulkan, "cuda": cuda}
 
@@ -202,7 +202,7 @@ SASS = """
 
 
 def test_statistics_of_cuda_code():
-    assert cuda.parse(USED, SASS) == {
+    assert cuda.parse(USED, SASS, {}) == {
         "kv_copy_pages": {
             "registers": 14, "scratch_bytes": 0, "shared_bytes": 512, "instructions": 5, "loads": 2,
             "wide_loads": 1, "early_loads": 0, "local_accesses": 0, "wide_loads_ahead": 1,
@@ -214,30 +214,107 @@ def test_statistics_of_cuda_code():
     }  # fmt: skip
 
 
-LOOPS = """
-\t\tFunction : bf16w_linear_kernel
-        /*0000*/                   LDG.E.128.CONSTANT R4, desc[UR6][R6.64] ;
-        /*0010*/                   ACQBULK ;
-        /*0020*/                   LDG.E R8, desc[UR6][R4.64] ;
-        /*0030*/                   LDG.E.128 R12, desc[UR6][R6.64] ;
-        /*0040*/                   HMMA.16816.F32.BF16 R16, R4, R2, R16 ;
-        /*0050*/               @P0 BRA 0x30 ;
-        /*0060*/                   LDG.E.128 R12, desc[UR6][R6.64] ;
-        /*0070*/                   IADD3 R1, R1, 0x1, RZ ;
-        /*0080*/                   IADD3 R1, R1, 0x1, RZ ;
-        /*0090*/                   HMMA.16816.F32.BF16 R16, R4, R2, R16 ;
-        /*00a0*/                   BRA `(.L_x_1) 0x60 ;
-        /*00b0*/               @P1 BRA 0x20 ;
-"""
+def program(*lines: str) -> str:
+    """A function of this name, at the usual addresses."""
+    code = (f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+    return "\n".join(["\t\tFunction : bf16w_linear_kernel", *code, ""])
 
 
-def test_main_loop_is_the_dearest_inner_one_that_multiplies():
+def followed(*lines: str, threads: int = 32) -> sass.Followed:
+    ((_, code),) = sass.functions(program(*lines))
+    return sass.follow(code, threads)
+
+
+def test_loops_count_as_often_as_they_run():
+    loop = ("IADD3 R1, R1, 0x1, RZ", "ISETP.LT.AND P0, PT, R1, 0x5, PT", "@P0 BRA 0x10")
+    assert followed("MOV R1, RZ", *loop, "EXIT").instructions == 1 + 5 * 3 + 1
+    assert followed("MOV R1, RZ", *loop, "EXIT", threads=96).instructions == 3 * 17
+
+
+def test_code_for_a_second_token_does_not_count():
+    skipped = ("FADD R2, R2, R2",) * 4
+    found = followed(
+        "ULDC.64 UR4, c[0x0][0x210]", "UISETP.GE.AND UP0, UPT, UR4, 0x2, UPT",
+        "PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0", "@!P0 BRA 0x80", *skipped, "EXIT",
+    )  # fmt: skip
+    assert found.instructions == 5
+
+
+def test_lanes_that_part_meet_again():
+    found = followed(
+        "S2R R0, SR_TID.X", "LOP3.LUT P0, RZ, R0, 0x1, RZ, 0xc0, !PT", "@!P0 BRA 0x50",
+        "FADD R2, R2, R2", "FADD R2, R2, R2", "FADD R2, R2, R2", "EXIT",
+    )  # fmt: skip
+    assert found.instructions == 7
+
+
+def test_lanes_vote_and_the_arrays_hold_their_indices():
+    found = followed(
+        "S2R R0, SR_TID.X", "LDC.64 R2, c[0x0][0x210]", "IMAD.WIDE R4, R0, 0x4, R2",
+        "LDG.E.CONSTANT R6, desc[UR4][R4.64]", "ISETP.GE.U32.AND P0, PT, R6, 0x1e, PT",
+        "VOTE.ANY R7, PT, P0", "POPC R8, R7", "IADD3 R8, R8, -0x1, RZ",
+        "ISETP.NE.AND P1, PT, R8, RZ, PT", "@P1 BRA 0x70", "EXIT",
+    )  # fmt: skip
+    assert found.instructions == 7 + 2 * 3 + 1  # lanes 30 and 31 voted
+
+
+def test_words_carry_as_in_the_machine():
+    """Each line's result has to be nothing, else the program does not end."""
+    for lines in (
+        ("MOV R2, 0xffffffff", "IADD3 R4, P0, R2, 0x1, RZ", "IADD3.X R5, RZ, -0x1, RZ, P0, !PT"),
+        ("MOV R2, RZ", "IADD3 R4, P0, R2, -R2, RZ", "IADD3.X R5, RZ, -0x1, RZ, P0, !PT"),
+        ("MOV R2, 0x5a", "IMAD.HI R3, R2, 0x2aaaaaab, RZ", "IADD3 R5, R3, -0xf, RZ"),
+        ("MOV R2, 0xfffffff8", "SHF.R.S32.HI R3, RZ, 0x2, R2", "IADD3 R5, R3, 0x2, RZ"),
+        ("MOV R2, 0x80000001", "LEA.HI R3, R2, -0x1, RZ, 0x1", "IADD3 R5, R3, RZ, RZ"),
+        ("MOV R2, 0xfffffffe", "IMAD.WIDE R2, R2, 0x4, RZ", "IADD3 R5, R3, 0x1, RZ"),
+        ("MOV R2, 0x3412", "PRMT R3, R2, 0x5401, RZ", "IADD3 R5, R3, -0x1234, RZ"),
+        ("MOV R2, 0x6", "LOP3.LUT R3, R2, 0x3, 0x1, 0xca, !PT", "IADD3 R5, R3, -0x3, RZ"),
+    ):  # fmt: skip
+        found = followed(*lines, "ISETP.NE.AND P1, PT, R5, RZ, PT", "@P1 BRA 0x40", "EXIT")
+        assert found.instructions == len(lines) + 3
+
+
+def test_instructions_without_a_rule():
+    with pytest.raises(sass.NoRuleError, match="QSPC.E at 0x0"):
+        followed("QSPC.E P0, RZ, [R2]", "EXIT")
+    with pytest.raises(sass.NoRuleError, match="more than"):
+        followed("BRA 0x0", "EXIT")
+
+
+def test_instructions_a_weight_are_those_of_one_token():
     used = USED.replace("moe_plan_kernel", "bf16w_linear_kernel")
-    found = cuda.parse(used, SASS.replace("moe_plan_kernel", "other_kernel").partition(
-        "\t\tFunction : other")[0] + LOOPS)["bf16w_linear"]  # fmt: skip
-    assert found["instructions_a_weight"] == round(5 / 8, 2)
+    text = SASS.partition("\t\tFunction : moe_plan")[0] + program(
+        "LDG.E.NA.128 R4, desc[UR6][R6.64]", "ACQBULK", "LDG.E.128 R12, desc[UR6][R6.64]",
+        "HMMA.16816.F32.BF16 R16, R4, R2, R16", "EXIT",
+    )  # fmt: skip
+    found = cuda.parse(used, text, {"bf16w_linear_kernel": 64})["bf16w_linear"]
+    assert found["instructions_a_weight"] == round(5 / 8, 2)  # a lane loads 8 weights
     assert found["wide_loads_ahead"] == 2
     assert found["early_loads"] == 1
+    assert "instructions_a_weight" not in cuda.parse(used, text, {})["bf16w_linear"]
+
+
+def test_threads_of_a_block():
+    elf = (
+        "  1 .nv.info.a_kernel\n.nv.info.a_kernel\n\tAttribute:\tEIATTR_REGCOUNT\n"
+        "\tAttribute:\tEIATTR_MAX_THREADS\n\tFormat:\tEIFMT_SVAL\n\tValue:\t0xa0 0x1 0x1 \n"
+        ".nv.info.b_kernel\n\tAttribute:\tEIATTR_REGCOUNT\n"
+    )
+    assert cuda.threads_of_blocks(elf) == {"a_kernel": 160}
+
+
+def test_bounds_of_instructions_a_weight(monkeypatch):
+    def problems(count: float) -> list[str]:
+        return cuda.gates(made_up(i8w_linear={**GOOD, "instructions_a_weight": count}))
+
+    monkeypatch.setattr(cuda, "ABOVE", {})
+    monkeypatch.setattr(cuda, "EXCEPTIONS", {})
+    assert problems(2.2) == []
+    assert problems(2.3) == ["i8w_linear on a GPU takes 2.3 instructions a weight, more than 2.2"]
+    monkeypatch.setattr(cuda, "ABOVE", {("a GPU", "i8w_linear"): 2.4})
+    assert problems(2.4) == []
+    assert problems(2.5) == ["i8w_linear on a GPU takes 2.5 instructions a weight, more than 2.4"]
+    assert problems(2.1) == ["i8w_linear on a GPU is above its bound no more; remove it"]
 
 
 # ------------------------------------------------------------------------------- the pinned Mesa
