@@ -38,18 +38,17 @@ MOST_TILES = 65_535  # blocks of an axis of a grid that is not the first
 class DenseTile(TileConfig):
     """A block's sizes. It has `few` tokens where there are no more than that, and `many` otherwise.
 
-    warps: of a block, at most, and half of that at least; with few tokens, and less than
-        `enough_for_few` tiles of rows, `warps_of_few_rows`
-    row_tiles: of a block with many tokens, where there are `enough` tiles of rows
-    loads: of 16 bytes of W that a lane has in flight
+    row_tiles: of a block where there are `enough` tiles of rows: their inputs are staged once
+    warps: of a block, at most, and half of that at least; with few tokens, and one tile of rows,
+        `warps_of_one`
+    loads: of 16 bytes of W that a lane has in flight; with few tokens of each tile
     """
 
     few: int
     many: int = 16
     warps: int = 8
-    warps_of_few_rows: int = 16
-    enough_for_few: int = 528  # four for each SM of an H200: 64 KB in flight by four warps each
-    enough: int = 264
+    warps_of_one: int = 16
+    enough: int = 264  # two for each SM of an H200
     row_tiles: int = 2
     loads: int = 8
 
@@ -188,6 +187,7 @@ class Block:
     tokens: int
     row_tiles: int
     warps: int
+    loads: int
     steps: int
     staged: int
 
@@ -200,15 +200,18 @@ class Block:
 def blocks_of(tile: DenseTile, mmas: int, tiles: int, steps: int) -> tuple[Block, Block]:
     """The blocks for few tokens and for many, of W with so many tiles of rows and steps."""
 
-    def sizes(tokens: int, warps: int, row_tiles: int) -> Block:
-        in_flight = tile.loads // (mmas * row_tiles)
-        warps = _fullest(min(warps, steps), steps, in_flight)
-        return Block(tokens, row_tiles, warps, in_flight, ITEMS // tokens)
+    row_tiles = tile.row_tiles if tiles >= tile.enough else 1
 
-    enough_for_few = tiles >= tile.enough_for_few
+    def sizes(tokens: int, warps: int, loads: int) -> Block:
+        in_flight = loads // (mmas * row_tiles)
+        warps = _fullest(min(warps, steps), steps, in_flight)
+        return Block(tokens, row_tiles, warps, loads, in_flight, ITEMS // tokens)
+
     return (
-        sizes(tile.few, tile.warps if enough_for_few else tile.warps_of_few_rows, 1),
-        sizes(tile.many, tile.warps, tile.row_tiles if tiles >= tile.enough else 1),
+        sizes(
+            tile.few, tile.warps if row_tiles > 1 else tile.warps_of_one, tile.loads * row_tiles
+        ),
+        sizes(tile.many, tile.warps, tile.loads),
     )
 
 
@@ -234,7 +237,7 @@ def dense(
     """
     tiles, steps = tiling.tiles(rows), k // STEP
     blocks = blocks_of(tile, arithmetic.mmas, tiles, steps)
-    few, many = (_launch(arithmetic, b, tile.loads, tiles, k, eps) for b in blocks)
+    few, many = (_launch(arithmetic, b, tiles, k, eps) for b in blocks)
 
     @T.inline
     def launch(n, x, norm_weight, weights, finish, given):
@@ -247,7 +250,7 @@ def dense(
 
 
 def _launch(
-    arithmetic: Arithmetic, b: Block, loads: int, tiles: int, k: int, eps: float | None
+    arithmetic: Arithmetic, b: Block, tiles: int, k: int, eps: float | None
 ) -> Callable[..., Any]:
     """One launch of `dense`."""
     columns, sums = arithmetic.columns, 2 * arithmetic.sums
@@ -285,8 +288,8 @@ def _launch(
         # In one, for TVM gives the place of an array that it takes for done with to another one,
         # without a barrier.
         shared = T.sblock_alloc_buffer((squares_at + b.warps * b.tokens,), "uint32", scope="shared")
-        w = T.sblock_alloc_buffer((loads * 4,), "uint32", scope="local")
-        scale = T.sblock_alloc_buffer((loads,), "uint32", scope="local")
+        w = T.sblock_alloc_buffer((b.loads * 4,), "uint32", scope="local")
+        scale = T.sblock_alloc_buffer((b.loads,), "uint32", scope="local")
         four = T.sblock_alloc_buffer((AHEAD * 4,), "float32", scope="local")
         weight = T.sblock_alloc_buffer((b.reads_of_token * 4,), "float32", scope="local")
         square = T.sblock_alloc_buffer((READS,), "float32", scope="local")
@@ -428,8 +431,8 @@ def _launch(
             if tirx.any(slot < steps // b.warps, slot < left[0]):
                 load(slot, slot)
             else:
-                for i in T.unroll(4 * loads // b.steps):
-                    w[slot * (4 * loads // b.steps) + i] = T.uint32(0)
+                for i in T.unroll(4 * b.loads // b.steps):
+                    w[slot * (4 * b.loads // b.steps) + i] = T.uint32(0)
                 for m in T.unroll(b.row_tiles):
                     scale[slot * b.row_tiles + m] = T.uint32(0)
         for i in T.unroll(b.row_tiles * mma_tiles * sums):
