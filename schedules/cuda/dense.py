@@ -31,26 +31,28 @@ ITEMS = 16  # in a warp's shared memory: steps of tokens
 READS = ITEMS // AT_ONCE
 AHEAD = 2  # reads that are in flight together
 ALL_LANES = 0xFFFFFFFF
+MOST_UNROLLED = 4  # rounds
 MOST_TILES = 65_535  # blocks of an axis of a grid that is not the first
 
 
 @dataclass(frozen=True)
 class DenseTile(TileConfig):
-    """A block's sizes. It has `few` tokens where there are no more than that, and `many` otherwise.
+    """A block's sizes. It has few tokens where there are no more than it can, and `many` otherwise.
 
     row_tiles: of a block where there are `enough` tiles of rows: their inputs are staged once
     warps: of a block, at most, and half of that at least; with few tokens, and one tile of rows,
         `warps_of_one`
-    loads: of 16 bytes of W that a lane has in flight; with few tokens of each tile
+    loads: of 16 bytes of W that a lane has in flight; with few tokens, and several tiles of rows,
+        `loads_of_several`
     """
 
-    few: int
     many: int = 16
     warps: int = 8
     warps_of_one: int = 16
     enough: int = 264  # two for each SM of an H200
     row_tiles: int = 2
     loads: int = 8
+    loads_of_several: int = 8
 
 
 # -- layouts --------------------------------------------------------------------------------------
@@ -160,11 +162,12 @@ class Arithmetic:
     sums: f32 accumulators of a lane, for each row of a pair
     load(weights, m, step, lane, w, scale): a step of a tile to registers m·mmas·4 and on of w, and
         to m of scale; `step` counts those of all tiles
-    stage(shared, at, item, q, stored, x, i, parts): parts of x[i … i+3], inputs 4q … 4q+3 of an
-        item, to the warp's shared memory, which begins at `at`; eight lanes have an item
-    fetch(shared, at, item, column, own, t, b): this lane's part of B to b: of a column of an item,
-        and what belongs to `own`, the item of its sums
-    multiply(b, t, w, scale, m, acc, acc_at): adds the products of a tile and a step
+    stage(shared, at, item, q, together, stored, x, i, parts): parts of x[i … i+3], inputs
+        4q … 4q+3 of an item, to the warp's shared memory, which begins at `at`; eight lanes have
+        an item, and so many items beside each other are of one token, the first a multiple of that
+    fetch(shared, at, item, column, own, together, d, t, b): this lane's part of B to b: of a column
+        of an item, and what belongs to `own`, the item of its sums; both a token's d-th
+    multiply(b, t, w, scale, m, together, d, acc, acc_at): adds the products of a tile and a step
     total(acc, acc_at, t) -> f32: a lane's sum of a row, of token 2t // columns
     """
 
@@ -182,7 +185,7 @@ class Arithmetic:
 @dataclass(frozen=True)
 class Block:
     """The sizes of a launch's blocks. `steps` are in flight; `staged` of each token are in shared
-    memory."""
+    memory. `unrolled` rounds of `steps` take up to half the instructions: addresses are numbers."""
 
     tokens: int
     row_tiles: int
@@ -190,6 +193,12 @@ class Block:
     loads: int
     steps: int
     staged: int
+    unrolled: bool
+
+    @property
+    def together(self) -> int:
+        """Steps of a token that a warp reads by one load."""
+        return min(self.staged, AT_ONCE)
 
     @property
     def reads_of_token(self) -> int:
@@ -202,16 +211,18 @@ def blocks_of(tile: DenseTile, mmas: int, tiles: int, steps: int) -> tuple[Block
 
     row_tiles = tile.row_tiles if tiles >= tile.enough else 1
 
-    def sizes(tokens: int, warps: int, loads: int) -> Block:
+    def sizes(warps: int, loads: int, many: int | None = None) -> Block:
         in_flight = loads // (mmas * row_tiles)
         warps = _fullest(min(warps, steps), steps, in_flight)
-        return Block(tokens, row_tiles, warps, loads, in_flight, ITEMS // tokens)
+        tokens = many or ITEMS // in_flight
+        unrolled = many is None and steps <= MOST_UNROLLED * warps * in_flight
+        return Block(tokens, row_tiles, warps, loads, in_flight, ITEMS // tokens, unrolled)
 
     return (
-        sizes(
-            tile.few, tile.warps if row_tiles > 1 else tile.warps_of_one, tile.loads * row_tiles
-        ),
-        sizes(tile.many, tile.warps, tile.loads),
+        sizes(tile.warps, tile.loads_of_several)
+        if row_tiles > 1
+        else sizes(tile.warps_of_one, tile.loads),
+        sizes(tile.warps, tile.loads, tile.many),
     )
 
 
@@ -268,17 +279,24 @@ def _launch(
     def sum_at(warp: Any, m: Any, second: Any, token: Any) -> Any:
         return sums_at + warp * partials + ((m * 2 + second) * b.tokens + token) * PAIRS
 
-    together = min(b.staged, AT_ONCE)  # steps of a token in a read
-    token_lanes = QUADS * together
+    token_lanes = QUADS * b.together
+    loop = T.unroll if b.unrolled else T.serial
 
-    # Of a read, an index; of what a read brings for a lane: the token, and the step, from that of
-    # the first read on.
+    own_steps = b.warps * b.steps * rounds == steps  # each place of a warp has a step
+    first_tokens = max(1, AT_ONCE // b.staged)  # of the reads that there always are
+
+    # Of a read, by its number: whether it brings anything; and what it brings for a lane: the
+    # token, whether there is one, and the step, from that of the first read on.
 
     def is_read(i: Any, count: Any) -> Any:
-        return tirx.any(i == 0, i * AT_ONCE // b.staged < count)
+        of_first = i < b.reads_of_token
+        return tirx.any(of_first, tirx.all(i < READS, i * AT_ONCE // b.staged < count))
 
     def token_of(i: Any, lane: Any) -> Any:
         return (i * AT_ONCE + lane // QUADS) // b.staged
+
+    def is_token(i: Any, lane: Any, count: Any) -> Any:
+        return tirx.any((i + 1) * AT_ONCE <= b.staged, token_of(i, lane) < count)
 
     def further(s: Any, i: Any) -> Any:
         return s * b.staged + i * AT_ONCE % b.staged
@@ -317,11 +335,12 @@ def _launch(
                 )
 
         @T.inline
-        def read(j, token, further):
+        def read(i, j, further):
             """Four inputs to `four`. What lies behind the warp's steps is zero, so that no product
             has to be left out."""
-            if (token < count) and (quad[0] + further * QUADS < end * QUADS):
-                load_floats(four, j * 4, x[first + token, (quad[0] + further * QUADS) * 4])
+            place: T.let = quad[0] + further * QUADS
+            if is_token(i, lane, count) and tirx.any(own_steps, place < end * QUADS):
+                load_floats(four, j * 4, x[first + token_of(i, lane), place * 4])
             else:
                 four[T.ramp(j * 4, 1, 4)] = T.broadcast(T.float32(0), 4)
 
@@ -342,22 +361,28 @@ def _launch(
                 four[j * 4 + e] = four[j * 4 + e] * weight[i % b.reads_of_token * 4 + e]
 
         @T.inline
+        def stage_reads(s, begin, reads):
+            for j in T.unroll(reads):
+                if is_read(begin + j, count):
+                    read(begin + j, j, further(s, begin + j))
+            # Not in one loop with the above: TVM would make `four` anew each time.
+            for j in T.unroll(reads):
+                if is_read(begin + j, count):
+                    if eps is not None:
+                        normalize(begin + j, j)
+                    arithmetic.stage(
+                        shared, own_items, (begin + j) * AT_ONCE + lane // QUADS, lane % QUADS,
+                        b.together, is_token(begin + j, lane, count), four, j * 4, bits,
+                    )  # fmt: skip
+
+        @T.inline
         def stage(s):
             if (eps is not None) and (stages > 1):
                 read_norm(s)
-            for i in T.unroll(READS // AHEAD):
-                for j in T.unroll(AHEAD):
-                    if is_read(i * AHEAD + j, count):
-                        read(j, token_of(i * AHEAD + j, lane), further(s, i * AHEAD + j))
-                # Not in one loop with the above: TVM would make `four` anew each time.
-                for j in T.unroll(AHEAD):
-                    if is_read(i * AHEAD + j, count):
-                        if eps is not None:
-                            normalize(i * AHEAD + j, j)
-                        arithmetic.stage(
-                            shared, own_items, (i * AHEAD + j) * AT_ONCE + lane // QUADS,
-                            lane % QUADS, token_of(i * AHEAD + j, lane) < count, four, j * 4, bits,
-                        )  # fmt: skip
+            stage_reads(s, 0, b.reads_of_token)
+            if count > first_tokens:  # apart: one token does not even come by
+                for i in T.unroll(-(-(READS - b.reads_of_token) // AHEAD)):
+                    stage_reads(s, b.reads_of_token + i * AHEAD, AHEAD)
 
         @T.inline
         def multiply(slot, d):
@@ -368,11 +393,11 @@ def _launch(
                     own: T.let = c * mma_tokens + lane % 4 * 2 // columns
                     arithmetic.fetch(
                         shared, own_items, token * b.staged + d, lane // 4 % columns,
-                        own * b.staged + d, lane % 4, bits,
+                        own * b.staged + d, b.together, d, lane % 4, bits,
                     )  # fmt: skip
                     for m in T.unroll(b.row_tiles):
                         arithmetic.multiply(
-                            bits, lane % 4, w, scale, slot * b.row_tiles + m, acc,
+                            bits, lane % 4, w, scale, slot * b.row_tiles + m, b.together, d, acc,
                             (m * mma_tiles + c) * sums,
                         )  # fmt: skip
 
@@ -394,15 +419,16 @@ def _launch(
         @T.inline
         def leave_squares():
             for i in T.unroll(READS // b.reads_of_token):
-                for distance in T.unroll(token_lanes.bit_length() - 1):
-                    square[i] = square[i] + T.cuda.__shfl_xor_sync(
-                        T.uint32(ALL_LANES), square[i], T.shift_left(1, distance), LANES
-                    )
-                if lane % token_lanes == 0:
-                    token: T.let = i * (LANES // token_lanes) + lane // token_lanes
-                    shared[squares_at + warp * b.tokens + token] = T.reinterpret(
-                        "uint32", square[i]
-                    )
+                if (i == 0) or (i * (LANES // token_lanes) < count):
+                    for distance in T.unroll(token_lanes.bit_length() - 1):
+                        square[i] = square[i] + T.cuda.__shfl_xor_sync(
+                            T.uint32(ALL_LANES), square[i], T.shift_left(1, distance), LANES
+                        )
+                    if lane % token_lanes == 0:
+                        token: T.let = i * (LANES // token_lanes) + lane // token_lanes
+                        shared[squares_at + warp * b.tokens + token] = T.reinterpret(
+                            "uint32", square[i]
+                        )
 
         @T.inline
         def add_up(token, m, p):
@@ -424,7 +450,7 @@ def _launch(
                     pair[second] = pair[second] / T.sqrt(weight[0] / T.float32(k) + T.float32(eps))
 
         left[0] = end - begin
-        quad[0] = (begin + lane // QUADS % together) * QUADS + lane % QUADS
+        quad[0] = (begin + lane // QUADS % b.together) * QUADS + lane % QUADS
         for m in T.unroll(b.row_tiles):
             step_of_tile[m] = T.min(vy * b.row_tiles + m, tiles - 1) * steps + begin
         for slot in T.unroll(b.steps):
@@ -443,7 +469,7 @@ def _launch(
         if (eps is not None) and (stages == 1):
             read_norm(0)
         wait_for_launch_before()
-        for _ in T.serial(rounds):
+        for _ in loop(rounds):
             for s in T.unroll(b.steps // b.staged):
                 stage(s)
                 T.cuda.warp_sync()

@@ -15,7 +15,7 @@ from .dense_cuda import linear_schedule
 
 PARTS, MMAS = 2, 2
 PART = 16  # words of a step's 32 inputs
-TILE = DenseTile(few=4)
+TILE = DenseTile(loads_of_several=16)
 
 PAIR = r"""#include <cuda_bf16.h>
 // Two numbers rounded to bfloat16, the first in the low half.
@@ -48,7 +48,7 @@ def _load(weights, m, step, lane, w, scale):
 
 
 @T.inline
-def _stage(shared, at, item, q, stored, x, i, parts):
+def _stage(shared, at, item, q, together, stored, x, i, parts):
     for j in T.unroll(2):
         parts[j] = _pair(x[i + 2 * j], x[i + 2 * j + 1])
     for j in T.unroll(2):
@@ -62,12 +62,12 @@ def _stage(shared, at, item, q, stored, x, i, parts):
 
 
 @T.inline
-def _fetch(shared, at, item, part, own, t, b):
+def _fetch(shared, at, item, part, own, together, d, t, b):
     T.evaluate(shared_words((b[0], b[1], b[2], b[3]), shared[at + _at(item, part) + t * 4]))
 
 
 @T.inline
-def _multiply(b, t, w, scale, m, acc, acc_at):
+def _multiply(b, t, w, scale, m, together, d, acc, acc_at):
     for i in T.unroll(MMAS):
         mma_bf16(acc, acc_at, w, (m * MMAS + i) * 4, b, i * 2)
 

@@ -1,8 +1,9 @@
 """`i8_f32` on CUDA: an input is an integer of three digits, each a column of mma.m16n8k32.
 
-Inputs are rounded to 23 bits (a sign and 22) for 32 neighbours, by a scale that is a power of two,
-and so that y is as good as of float32: x = scale·(65536·a + 256·b + c), digits from -128 to 127.
-Columns are a, b, nothing, c: a lane has two sums beside each other, and adds 256·a + b or c.
+Inputs are rounded to 23 bits (a sign and 22) for up to 128 neighbours, those that a warp reads at
+once, by a scale that is a power of two, and so that y is as good as of float32:
+x = scale·(65536·a + 256·b + c), digits from -128 to 127. Columns are a, b, nothing, c: a lane has
+two sums beside each other, and adds 256·a + b or c.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..cuda.dense import (
     ALL_LANES,
     ITEMS,
     PAIRS,
+    QUADS,
     Arithmetic,
     DenseTile,
     Tiling,
@@ -27,11 +29,11 @@ from .dense_cuda import linear_schedule
 
 DIGITS, COLUMNS, MMAS = 3, 4, 1
 DIGIT = 8  # words of a step's 32 inputs
-BITS = 21  # the largest of 32 inputs is at least 2 to this, times the scale
+BITS = 21  # the largest of the inputs is at least 2 to this, times the scale
 SMALLEST = 27  # of the exponents that count, biased; 2^-100: what is below counts as zero
 ROUND = 0x4B400000  # the bits of 1.5·2^23, whose last bit is 1
 NAN = 0x7FC00000
-TILE = DenseTile(few=2, many=8)
+TILE = DenseTile(many=8)
 
 
 def _perm(a: Any, b: Any, selector: int) -> Any:
@@ -45,17 +47,22 @@ def _load(weights, m, step, lane, w, scale):
 
 
 @T.inline
-def _stage(shared, at, item, q, stored, x, i, parts):
+def _stage(shared, at, item, q, together, stored, x, i, parts):
     parts[0] = T.uint32(0)
     for j in T.unroll(4):
         parts[0] = T.max(
             parts[0], T.bitwise_and(T.reinterpret("uint32", x[i + j]), T.uint32(0x7FFFFFFF))
         )
-    for distance in T.unroll(3):
-        parts[0] = T.max(
-            parts[0],
-            T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), parts[0], T.shift_left(1, distance), LANES),
-        )
+    if together * QUADS == LANES:
+        parts[0] = T.call_extern("uint32", "__reduce_max_sync", T.uint32(ALL_LANES), parts[0])
+    else:
+        for distance in T.unroll((together * QUADS).bit_length() - 1):
+            parts[0] = T.max(
+                parts[0],
+                T.cuda.__shfl_xor_sync(
+                    T.uint32(ALL_LANES), parts[0], T.shift_left(1, distance), LANES
+                ),
+            )
     exponent: T.let = T.max(T.shift_right(parts[0], T.uint32(23)), T.uint32(SMALLEST))
     up: T.let = T.reinterpret(
         "float32", T.shift_left(T.uint32(2 * 127 + BITS) - exponent, T.uint32(23))
@@ -78,7 +85,7 @@ def _stage(shared, at, item, q, stored, x, i, parts):
         shared[place + 2 * DIGIT] = T.bitwise_xor(
             _perm(parts[5], parts[6], 0x5410), T.uint32(0x80808080)
         )
-        if q == 0:
+        if (q == 0) and (item % together == 0):
             shared[at + ITEMS * (DIGITS * DIGIT) + item] = T.Select(
                 exponent == T.uint32(255),  # an infinity or NaN among the inputs
                 T.uint32(NAN),
@@ -87,12 +94,14 @@ def _stage(shared, at, item, q, stored, x, i, parts):
 
 
 @T.inline
-def _fetch(shared, at, item, column, own, t, b):
+def _fetch(shared, at, item, column, own, together, d, t, b):
     digit: T.let = T.min(column, DIGITS - 1)  # the column of nothing has c too
     T.evaluate(
         shared_words((b[0], b[1]), shared[at + item * (DIGITS * DIGIT) + digit * DIGIT + t * 2])
     )
-    T.evaluate(shared_words((b[2],), shared[at + ITEMS * (DIGITS * DIGIT) + own]))
+    if d % together == together - 1:
+        first: T.let = own - (together - 1)
+        T.evaluate(shared_words((b[2],), shared[at + ITEMS * (DIGITS * DIGIT) + first]))
 
 
 def _half(word: Any, second: int) -> Any:
@@ -102,15 +111,23 @@ def _half(word: Any, second: int) -> Any:
 
 
 @T.inline
-def _multiply(b, t, w, scale, m, acc, acc_at):
+def _multiply(b, t, w, scale, m, together, d, acc, acc_at):
+    """acc f32 [row, 2]: sums, and those that want the scale of their inputs."""
     for i in T.unroll(4):
         b[4 + i] = T.uint32(0)
     mma_s8(b, 4, w, m * 4, b, 0)
     factor: T.let = T.Select(t % 2 == 0, T.uint32(256), T.uint32(0))
     for i in T.unroll(2):
-        acc[acc_at + i] = acc[acc_at + i] + T.Cast(
-            "float32", T.Cast("int32", b[4 + 2 * i] * factor + b[4 + 2 * i + 1])
-        ) * (T.reinterpret("float32", b[2]) * _half(scale[m], i))
+        product: T.let = T.Cast("float32", T.Cast("int32", b[4 + 2 * i] * factor + b[5 + 2 * i]))
+        unscaled: T.let = acc_at + 2 * i + 1
+        if d % together == 0:
+            acc[unscaled] = product * _half(scale[m], i)
+        else:
+            acc[unscaled] = acc[unscaled] + product * _half(scale[m], i)
+        if d % together == together - 1:
+            acc[acc_at + 2 * i] = acc[acc_at + 2 * i] + acc[unscaled] * T.reinterpret(
+                "float32", b[2]
+            )
 
 
 def _total(acc: Any, at: Any, t: Any) -> Any:
@@ -120,7 +137,7 @@ def _total(acc: Any, at: Any, t: Any) -> Any:
 
 
 I8 = Arithmetic(
-    columns=COLUMNS, mmas=MMAS, words=DIGITS * DIGIT + 1, sums=1,
+    columns=COLUMNS, mmas=MMAS, words=DIGITS * DIGIT + 1, sums=2,
     load=_load, stage=_stage, fetch=_fetch, multiply=_multiply, total=_total,
 )  # fmt: skip
 

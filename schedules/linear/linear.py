@@ -141,5 +141,7 @@ def _cases(weight: DenseWeight, inputs: ActivationFormat) -> tuple[Case, ...]:
         of("two tokens, more inputs than a block has in flight", 2, 24, 4256, bias=True),
         of("17 tokens, more inputs than a block has in flight", 17, 40, 2144, residual=True),
         of("17 tokens, an odd number of tiles of rows", 17, 4232, 64),
+        of("three tokens, an odd number of tiles of rows", 3, 4232, 64, bias=True),
+        of("two tokens, many rows, more inputs than a block has in flight", 2, 4232, 1312),
         of("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),
     )
