@@ -8,44 +8,37 @@ may be numbered in any order that is the same for a and b.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..kernel import T
 
 LANES = 32
 MMA_ROWS, MMA_COLUMNS, MMA_INPUTS = 16, 8, 16
 
 
-@T.inline
-def mma_bf16(d, d_at, a, a_at, b, b_at):
-    """d f32 [4] += a · b, of bfloat16 pairs as uint32: a [4], b [2], each from an index on."""
-    T.ptx["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"](
-        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
-        a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3],
-        b[b_at], b[b_at + 1],
-        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
-    )  # fmt: skip
+def _mma(kind: str) -> Callable[..., Any]:
+    """The T.inline of mma.sync of a shape and types."""
+    instruction = f"mma.sync.aligned.{kind}"
+
+    @T.inline
+    def mma(d, d_at, a, a_at, b, b_at):
+        """d [4] += a [4] · b [2], each from an index on."""
+        T.ptx[instruction](
+            d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+            a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3],
+            b[b_at], b[b_at + 1],
+            d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+        )  # fmt: skip
+
+    return mma
 
 
-@T.inline
-def mma_f16(d, d_at, a, a_at, b, b_at):
-    """The same of float16 pairs."""
-    T.ptx["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"](
-        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
-        a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3],
-        b[b_at], b[b_at + 1],
-        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
-    )  # fmt: skip
-
-
-@T.inline
-def mma_s8(d, d_at, a, a_at, b, b_at):
-    """d i32 [4] += a · b, of four int8 a uint32: a [4], b [2]. m16n8k32: as above with four inputs
-    4t … 4t+3, and + 16, in place of two."""
-    T.ptx["mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"](
-        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
-        a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3],
-        b[b_at], b[b_at + 1],
-        d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
-    )  # fmt: skip
+# Of pairs as uint32, to f32.
+mma_bf16 = _mma("m16n8k16.row.col.f32.bf16.bf16.f32")
+mma_f16 = _mma("m16n8k16.row.col.f32.f16.f16.f32")
+# Of four int8 a uint32, to i32: as above with four inputs 4t … 4t+3, and + 16, in place of two.
+mma_s8 = _mma("m16n8k32.row.col.s32.s8.s8.s32")
 
 
 @T.inline
