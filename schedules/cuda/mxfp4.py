@@ -31,7 +31,8 @@ import numpy as np
 
 from ..formats.blocks import BLOCK
 from ..kernel import Layout, T
-from .instructions import LANES, MMA_ROWS, mma_bf16
+from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, mma_bf16
+from .warps import shared_with
 
 STEP = 2 * BLOCK
 STEP_BYTES, STEP_SCALES = LANES * 16, MMA_ROWS // 2  # of a tile
@@ -186,25 +187,41 @@ def read_columns(xs, columns, step, column, t, b):
 
 
 @T.inline
-def multiply_step(words, scale, slot, b, a, part, acc, to):
-    """acc[to …] f32 [4] += a lane's part of a step · the inputs b u32 [8]."""
+def multiply_step(words, scale, slot, groups, b, a, part, acc, to):
+    """acc[to …] f32 [4·groups] += a lane's part of a step · the inputs b u32 [8·groups].
+
+    Eight columns are a group. The weights are unpacked once for all groups.
+    """
     for block in T.unroll(2):
         unpack(words, 4 * slot + 2 * block, a)
-        for i in T.unroll(4):
-            part[i] = T.float32(0)
-        mma_bf16(part, 0, a, 0, b, 4 * block)
-        mma_bf16(part, 0, a, 4, b, 4 * block + 2)
-        for i in T.unroll(4):
-            acc[to + i] = acc[to + i] + part[i] * scale_of(scale[slot], block, i // 2)
+        for group in T.unroll(groups):
+            for i in T.unroll(4):
+                part[i] = T.float32(0)
+            mma_bf16(part, 0, a, 0, b, 8 * group + 4 * block)
+            mma_bf16(part, 0, a, 4, b, 8 * group + 4 * block + 2)
+            for i in T.unroll(4):
+                acc[to + 4 * group + i] = acc[to + 4 * group + i] + part[i] * scale_of(
+                    scale[slot], block, i // 2
+                )
 
 
 # -- inputs ---------------------------------------------------------------------------------------
 
 
+# What the launch before wrote is read by these. Not by ld.global.nc: ptxas takes what that reads for
+# constant, and may move it over the wait for that launch.
+
+
 @T.inline
 def load_words(to, at, start):
     """16 bytes from the address `start` in global memory into to u32 [4], from an index on."""
-    T.ptx["ld.global.nc.v4.b32"](to[at], to[at + 1], to[at + 2], to[at + 3], start)
+    T.ptx["ld.global.v4.b32"](to[at], to[at + 1], to[at + 2], to[at + 3], start)
+
+
+@T.inline
+def load_word(to, at, start):
+    """The 32 bits at the address `start` in global memory into to[at], u32."""
+    T.ptx["ld.global.b32"](to[at], start)
 
 
 @T.inline
@@ -224,6 +241,27 @@ def _bf16_columns(load, at, pairs):
         )
 
 
+@T.inline
+def _f32_fragments(raw, at, lane, pairs, b):
+    # Columns 2c and 2c + 1 are token c. A lane has 8 inputs of one of the step's blocks, and makes
+    # both columns of them; with the lane of the other column it changes one for one.
+    odd: T.let = lane // 4 % 2 == 1
+    for j in T.unroll(2):
+        _f32_columns(raw, at + 4 * j, pairs)
+        for i in T.unroll(2):
+            got: T.let = shared_with(T.Select(odd, pairs[i], pairs[2 + i]), 4)
+            b[2 * j + i] = T.Select(odd, got, pairs[i])
+            b[4 + 2 * j + i] = T.Select(odd, pairs[2 + i], got)
+
+
+@T.inline
+def _bf16_fragments(raw, at, _lane, pairs, b):
+    for j in T.unroll(2):
+        _bf16_columns(raw, at + 4 * j, pairs)
+        for i in T.unroll(4):
+            b[4 * j + i] = pairs[i]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """How the inputs of a token become columns of bfloat16.
@@ -232,16 +270,52 @@ class Inputs:
     width: inputs in 16 bytes
     columns(load, at, pairs): pairs u32 [4], for each part the inputs raised, of the 16 bytes
         load[at …]
+    fragments(raw, at, lane, pairs, b): b u32 [8] = a lane's inputs of a step and a group of
+        columns, of what `load_inputs` brought to raw[at …]; all lanes of a warp; pairs u32 [4] is
+        scratch
     """
 
     parts: int
     width: int
     columns: Any
+    fragments: Any
+
+    @property
+    def group(self) -> int:
+        """Tokens in a group of columns."""
+        return MMA_COLUMNS // self.parts
+
+    def token(self, lane: Any) -> Any:
+        """Whose inputs a lane loads, of a group's tokens; also that of its column."""
+        return lane // 4 // self.parts
+
+    def place(self, lane: Any, j: int) -> tuple[Any, Any]:
+        """Of the lane's j-th 16 bytes of a step: the block, and the first input of it."""
+        if self.parts == 2:
+            return lane // 4 % 2, 8 * (lane % 4) + 4 * j
+        return j, 8 * (lane % 4)
 
 
 # By activation format. An f32 is split into what bfloat16 holds of it, and what it holds of the
 # rest: 2^-17 of it is lost at most.
-INPUTS = {"f32": Inputs(2, 4, _f32_columns), "bf16": Inputs(1, 8, _bf16_columns)}
+INPUTS = {
+    "f32": Inputs(2, 4, _f32_columns, _f32_fragments),
+    "bf16": Inputs(1, 8, _bf16_columns, _bf16_fragments),
+}
+
+
+@T.inline
+def load_inputs(inputs, k, x, row, step, lane, raw, at):
+    """raw[at …] u32 [8] = what `inputs.fragments` needs of a step of x [n, k]: 32 bytes of the row
+    of token `inputs.token(lane)` of a group. Zeros behind k."""
+    for j in T.unroll(2):
+        place = T.meta_var(inputs.place(lane, j))
+        block: T.let = 2 * step + place[0]
+        if block < k // BLOCK:
+            load_words(raw, at + 4 * j, T.address_of(x[row, block * BLOCK + place[1]]))
+        else:
+            for i in T.unroll(4):
+                raw[at + 4 * j + i] = T.uint32(0)
 
 
 def _pieces(inputs: Inputs, k: int) -> int:

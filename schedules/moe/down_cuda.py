@@ -31,7 +31,7 @@ from ..cuda.mxfp4 import (
 )
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..sample.rows_gpu import barrier
-from .experts_cuda import count_below, lanes_where, smallest, value_of
+from ..cuda.warps import count_below, lanes_where, smallest, value_of
 
 AHEAD = 2  # visits whose weights are on their way
 
@@ -133,7 +133,7 @@ def _build(
         for d in T.unroll(depth):
             if depth * splits == all_steps or warp * depth + d < all_steps:
                 read_columns(xs, MMA_COLUMNS, warp * depth + d, column, lane % 4, b)
-                multiply_step(words, scale, half * depth + d, b, a, part, acc, 0)
+                multiply_step(words, scale, half * depth + d, 1, b, a, part, acc, 0)
         for j in T.unroll(own):
             # The tokens of this lane's products.
             first: T.let = T.min((lane % 4 * own + j) * top_k, LANES - 1)

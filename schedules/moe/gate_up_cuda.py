@@ -1,18 +1,23 @@
 """`gate_up` on CUDA, sm_80 and later: mma.sync, weights unpacked in registers.
 
 A tile's 16 rows are 8 gates and their 8 ups, which a lane has beside each other. A block takes some
-tiles of one expert, for all its tokens: the y-th expert that has any. Its warps divide K, and their
-sums meet in shared memory. No plan is needed.
+tiles of one expert. No plan is needed. There are two launches, by the number of tokens:
+
+- of a few, a block has all in shared memory; its warps divide K, and their sums meet there;
+- of many, each warp has a tile, and the inputs come to shared memory in chunks of K, as fragments
+  for all warps; the next chunk is on its way while one is multiplied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import tvm
 
-from ..cuda.instructions import LANES, MMA_ROWS
+from ..cuda.instructions import LANES, MMA_COLUMNS, MMA_ROWS
 from ..cuda.mxfp4 import (
     INPUTS,
     LOWER,
@@ -20,6 +25,7 @@ from ..cuda.mxfp4 import (
     Inputs,
     alternating,
     layouts,
+    load_inputs,
     load_step,
     multiply_step,
     read_columns,
@@ -27,23 +33,30 @@ from ..cuda.mxfp4 import (
     staged_words,
     steps,
 )
+from ..cuda.warps import count_below, lanes_where
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..sample.rows_gpu import barrier
-from .experts_cuda import count_tokens, find_expert, list_slots
+from .experts_cuda import count_tokens, find_expert, list_slots, read_id
 from .swiglu import swiglu
 
 UNITS = MMA_ROWS // 2  # of the intermediate, in a tile
+FRAGMENT = LANES * 4  # u32 of a group's inputs of a block
 
 
 @dataclass(frozen=True)
 class GateUpTile(TileConfig):
     """Counted for an H200, none was at hand: with 20b's 45 steps all loads of a warp's nine are on
-    their way at once, and four blocks fit the shared memory of sm_89."""
+    their way at once, and four blocks fit the shared memory of sm_89. With many tokens two blocks
+    of an SM have 80 KB of weights on their way."""
 
     splits: int = 5  # warps of a block, between which K is divided
     tiles: int = 3  # of a block, one after the other
     slots: int = 7  # steps that a warp has on their way
     columns: int = 4  # of inputs in shared memory at once
+    # With many tokens:
+    warps: int = 8  # of a block, a tile each
+    chunk: int = 4  # steps of inputs in shared memory at once; of weights, two chunks are ahead
+    groups: int = 4  # of eight columns, at most, for which weights are read once
 
 
 def _words(inputs: Inputs, hidden: int, tile: GateUpTile) -> int:
@@ -52,40 +65,69 @@ def _words(inputs: Inputs, hidden: int, tile: GateUpTile) -> int:
     return max(staged, tile.splits * tile.tiles * MMA_ROWS * tile.columns // inputs.parts)
 
 
-def _shared_bytes(inputs: Inputs, hidden: int, tile: GateUpTile) -> int:
-    tokens = tile.columns // inputs.parts
-    return 4 * (_words(inputs, hidden, tile) + tokens)
+def _few(inputs: Inputs, top_k: int, tile: GateUpTile) -> int:
+    """The most tokens of the first launch: one expert may have them all, and a warp has a lane for
+    each of their slots."""
+    return min(tile.columns // inputs.parts, LANES // top_k)
+
+
+def _fits(inputs: Inputs, tile: GateUpTile, *, top_k: int, hidden: int, **_: float) -> bool:
+    shared = 4 * (_words(inputs, hidden, tile) + tile.columns)
+    return top_k <= LANES and shared <= 48 << 10
 
 
 def _build(
     inputs: Inputs,
     arguments: tuple[Tensor, ...],
     *,
+    top_k: int,
+    tile: GateUpTile,
+    **shape: Any,
+) -> tvm.tirx.PrimFunc:
+    most = _few(inputs, top_k, tile)
+    few = _few_tokens(inputs, most, tile, top_k=top_k, **shape)
+    many = _many_tokens(inputs, tile, top_k=top_k, **shape)
+
+    @T.inline
+    def body(n, x, ids, blocks, scales, bias, h):
+        if n <= most:
+            few(n, x, ids, blocks, scales, bias, h)
+        else:
+            many(n, x, ids, blocks, scales, bias, h)
+
+    return prim_func(arguments, body)
+
+
+def _few_tokens(
+    inputs: Inputs,
+    most: int,
+    tile: GateUpTile,
+    *,
     experts: int,
     top_k: int,
     hidden: int,
     intermediate: int,
     limit: float,
-    tile: GateUpTile,
-) -> tvm.tirx.PrimFunc:
+) -> Callable[..., Any]:
+    """The launch for at most so many tokens: a block for each slot and some tiles, which works where
+    no slot before has the same expert."""
     splits, tiles, columns = tile.splits, tile.tiles, tile.columns
     all_tiles, all_steps = intermediate // UNITS, steps(hidden)
     depth = -(-all_steps // splits)  # steps of a warp
     threads = LANES * splits
-    tokens = columns // inputs.parts  # of a pass
     own = 2 // inputs.parts  # tokens of a lane
 
     # A warp's work in order: step after step, and of each all tiles.
     items = depth * tiles
     slots_ = min(items, tile.slots)
 
-    def sum_at(warp, row, tile_, token, unit):
+    def sum_at(warp: Any, row: Any, tile_: Any, token: Any, unit: Any) -> Any:
         """Where the sum of a warp is for others to read."""
-        return (((warp * 2 + row) * tiles + tile_) * tokens + token) * UNITS + unit
+        return (((warp * 2 + row) * tiles + tile_) * most + token) * UNITS + unit
 
-    def start_of(group, m, warp):
+    def start_of(group: Any, m: Any, warp: Any) -> Any:
         """The first step of a warp in tile m of a group; that of the last tile beyond it."""
-        number = T.Cast("int32", group) * tiles + m
+        number = group * tiles + m
         if all_tiles % tiles:
             number = T.min(number, all_tiles - 1)
         return number * all_steps + warp * depth
@@ -99,16 +141,256 @@ def _build(
             )  # fmt: skip
 
     @T.inline
-    def begin(blocks, scales, expert, group, warp, lane, words, scale):
+    def work(vs, vg, tx, slots, x, ids, blocks, scales, bias, h):
+        xs = T.sblock_alloc_buffer((_words(inputs, hidden, tile),), "uint32", scope="shared")
+        found = T.sblock_alloc_buffer((most,), "int32", scope="shared")
+        words = T.sblock_alloc_buffer((4 * slots_,), "uint32", scope="local")
+        scale = T.sblock_alloc_buffer((slots_,), "uint32", scope="local")
+        a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+        b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
+        raw = T.sblock_alloc_buffer(
+            (staged_words(inputs, hidden, 1, threads),), "uint32", scope="local"
+        )
+        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        id_ = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        own_id = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 4)
+        warp: T.let = tx // LANES
+        lane: T.let = tx % LANES
+        read_id(ids, top_k, slots, vs, own_id)
+        read_id(ids, top_k, slots, lane, id_)
+        expert: T.let = own_id[0]
+        lanes: T.let = lanes_where(id_[0] == expert)
+        if count_below(lanes, vs) > 0:  # of all threads of the block
+            T.evaluate(T.thread_return())
+        here: T.let = T.Cast("int32", T.popcount(lanes))
         for item in T.unroll(slots_):
-            load(blocks, scales, expert, group, item, warp, lane, words, scale)
+            load(blocks, scales, expert, vg, item, warp, lane, words, scale)
+        if T.And(warp == 0, id_[0] == expert):
+            found[count_below(lanes, lane)] = lane
+        barrier()
+        for c in T.serial(here):
+            stage_rows(
+                inputs, hidden, columns, x, found, top_k, c, 1, 1, tx, threads, xs, raw, pairs
+            )
+        barrier()
+        # Of columns without a token the products are not used.
+        column: T.let = T.min(lane // 4, here * inputs.parts - 1)
+        for i in T.unroll(4 * tiles):
+            acc[i] = T.float32(0)
+        for d in T.unroll(depth):
+            if depth * splits == all_steps or warp * depth + d < all_steps:
+                read_columns(xs, columns, warp * depth + d, column, lane % 4, b)
+                for m in T.unroll(tiles):
+                    multiply_step(
+                        words, scale, (d * tiles + m) % slots_, 1, b, a, part, acc, 4 * m
+                    )
+                    if d * tiles + m + slots_ < items:
+                        load(
+                            blocks, scales, expert, vg, d * tiles + m + slots_, warp, lane,
+                            words, scale,
+                        )  # fmt: skip
+        barrier()  # the inputs are no longer read
+        for m, r, j in T.grid(tiles, 2, own):
+            if lane % 4 * own + j < most:
+                xs[sum_at(warp, r, m, lane % 4 * own + j, lane // 4)] = T.reinterpret(
+                    "uint32",
+                    acc[4 * m + 2 * r + j]
+                    if own == 2
+                    else acc[4 * m + 2 * r] + acc[4 * m + 2 * r + 1],
+                )
+        barrier()
+        for i in T.serial(-(-tiles * most * UNITS // threads)):
+            e: T.let = i * threads + tx
+            m: T.let = e // (most * UNITS)
+            token: T.let = e // UNITS % most
+            row: T.let = (vg * tiles + m) * UNITS + e % UNITS
+            if T.And(token < here, T.And(m < tiles, row < intermediate)):
+                for r in T.unroll(2):
+                    acc[r] = T.float32(0)
+                    for w in T.unroll(splits):
+                        acc[r] = acc[r] + T.reinterpret(
+                            "float32", xs[sum_at(w, r, m, token, e % UNITS)]
+                        )
+                    acc[r] = acc[r] * T.float32(LOWER) + bias[expert, 2 * row + r]
+                h[found[token], row] = swiglu(acc[0], acc[1], limit)
 
     @T.inline
-    def body(n, x, ids, blocks, scales, bias, h):
-        for rank in T.thread_binding(T.min(n * top_k, experts), thread="blockIdx.x"):
+    def launch(n, x, ids, blocks, scales, bias, h):
+        for slot in T.thread_binding(n * top_k, thread="blockIdx.x"):
             for group in T.thread_binding(-(-all_tiles // tiles), thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("block"):
+                    with T.sblock("few_tokens"):
+                        vs, vg, tx = T.axis.remap("SSS", [slot, group, thread])
+                        T.reads(
+                            x[0:n, 0 : x.shape[1]],
+                            ids[0:n, 0:top_k],
+                            blocks[0:experts, 0 : blocks.shape[1]],
+                            scales[0:experts, 0 : scales.shape[1]],
+                            bias[0:experts, 0 : 2 * intermediate],
+                        )
+                        T.writes(h[0 : n * top_k, 0:intermediate])
+                        work(
+                            T.Cast("int32", vs), vg, tx, T.Cast("int32", n * top_k), x, ids,
+                            blocks, scales, bias, h,
+                        )  # fmt: skip
+
+    return launch
+
+
+def _many_tokens(
+    inputs: Inputs,
+    tile: GateUpTile,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    limit: float,
+) -> Callable[..., Any]:
+    """The launch for any number of tokens: a block for each expert that has any, and some tiles."""
+    warps, chunk, groups = tile.warps, tile.chunk, tile.groups
+    all_tiles, all_steps = intermediate // UNITS, steps(hidden)
+    rounds = -(-all_steps // (2 * chunk))
+    threads = LANES * warps
+    tokens = groups * inputs.group  # of a pass
+    own = 2 // inputs.parts  # tokens of a lane, of a group
+    buffer = chunk * groups * 2 * FRAGMENT
+    most_units = -(-chunk * groups // warps)
+
+    def fragment_at(unit: Any, block: Any, lane: Any) -> Any:
+        """Where a lane's inputs of a block are: of a step and a group, which are a unit."""
+        return ((unit * 2 + block) * LANES + lane) * 4
+
+    @T.inline
+    def work(vr, vg, tx, slots, x, ids, blocks, scales, bias, h):
+        # Two, for TVM sees no halves of one, and wants more barriers.
+        even = T.sblock_alloc_buffer((buffer,), "uint32", scope="shared")
+        odd = T.sblock_alloc_buffer((buffer,), "uint32", scope="shared")
+        found = T.sblock_alloc_buffer((tokens,), "int32", scope="shared")
+        words = T.sblock_alloc_buffer((2 * chunk * 4,), "uint32", scope="local")
+        scale = T.sblock_alloc_buffer((2 * chunk,), "uint32", scope="local")
+        a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+        b = T.sblock_alloc_buffer((8 * groups,), "uint32", scope="local")
+        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((4 * groups,), "float32", scope="local")
+        raw = T.sblock_alloc_buffer((most_units * 8,), "uint32", scope="local")
+        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        sums = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
+        id_ = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
+        count = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        last = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        place = T.sblock_alloc_buffer((2,), "int32", scope="local")
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2)
+        warp: T.let = tx // LANES
+        lane: T.let = tx % LANES
+        find_expert(ids, top_k, slots, experts, vr, lane, hit, id_, expert)
+        if expert[0] < 0:  # of all threads of the block
+            T.evaluate(T.thread_return())
+        count_tokens(ids, top_k, slots, expert[0], lane, id_, count)
+        # A warp beyond the last tile works on that one, for nothing.
+        number: T.let = T.min(vg * warps + warp, all_tiles - 1)
+
+        @T.inline
+        def load(step, slot):
+            if step < all_steps:
+                load_step(
+                    blocks, scales, expert[0], number * all_steps, step, lane, words, scale, slot
+                )
+
+        @T.inline
+        def fetch(step, here, used):
+            """A warp's part of a chunk from global memory."""
+            for i in T.unroll(-(-chunk * used // warps)):
+                unit: T.let = i * warps + warp
+                if unit < chunk * used:
+                    token: T.let = unit % used * inputs.group + inputs.token(lane)
+                    load_inputs(
+                        inputs, hidden, x, found[T.min(token, here - 1)] // top_k,
+                        step + unit // used, lane, raw, 8 * i,
+                    )  # fmt: skip
+
+        @T.inline
+        def keep(xs, used):
+            """It, as fragments in shared memory."""
+            for i in T.unroll(-(-chunk * used // warps)):
+                unit: T.let = i * warps + warp
+                if unit < chunk * used:
+                    inputs.fragments(raw, 8 * i, lane, pairs, b)
+                    for block in T.unroll(2):
+                        xs[T.ramp(fragment_at(unit, block, lane), 1, 4)] = b[
+                            T.ramp(4 * block, 1, 4)
+                        ]
+
+        @T.inline
+        def turn(first, slot, here, used, xs, others):
+            """The chunk from step `first` on, whose weights are in the slots from `slot` on. The
+            next one comes to `others`."""
+            fetch(first + chunk, here, used)
+            for d in T.unroll(chunk):
+                if first + d < all_steps:
+                    for g, block in T.grid(used, 2):
+                        b[T.ramp(8 * g + 4 * block, 1, 4)] = xs[
+                            T.ramp(fragment_at(d * used + g, block, lane), 1, 4)
+                        ]
+                    multiply_step(words, scale, slot + d, used, b, a, part, acc, 0)
+                    load(first + d + 2 * chunk, slot + d)
+            keep(others, used)
+            barrier()
+
+        @T.inline
+        def multiply(here, used):
+            """acc = the products of a pass, of so many groups."""
+            for i in T.unroll(4 * used):
+                acc[i] = T.float32(0)
+            fetch(0, here, used)
+            keep(even, used)
+            barrier()
+            for i in T.serial(rounds):
+                turn(2 * i * chunk, 0, here, used, even, odd)
+                turn((2 * i + 1) * chunk, chunk, here, used, odd, even)
+
+        for i in T.unroll(2):
+            place[i] = 0
+        for p in T.serial(T.ceildiv(count[0], tokens)):
+            here: T.let = T.min(count[0] - p * tokens, tokens)
+            used: T.let = T.ceildiv(here, inputs.group)
+            for i in T.unroll(2 * chunk):
+                load(i, i)
+            list_slots(
+                ids, top_k, slots, expert[0], p * tokens, tokens, lane, warp == 0, found, place,
+                id_, last,
+            )  # fmt: skip
+            barrier()
+            if used == 1:
+                multiply(here, 1)
+            else:
+                if used == 2:
+                    multiply(here, 2)
+                else:
+                    multiply(here, groups)
+            for g, j in T.grid(groups, own):
+                token: T.let = g * inputs.group + lane % 4 * own + j
+                unit: T.let = (vg * warps + warp) * UNITS + lane // 4
+                if T.And(token < here, unit < intermediate):
+                    for r in T.unroll(2):
+                        at = T.meta_var(4 * g + 2 * r)
+                        sums[r] = (
+                            acc[at + j] if own == 2 else acc[at] + acc[at + 1]
+                        ) * T.float32(LOWER) + bias[expert[0], 2 * unit + r]
+                    h[found[token], unit] = swiglu(sums[0], sums[1], limit)
+            barrier()  # the slots are no longer read
+
+    @T.inline
+    def launch(n, x, ids, blocks, scales, bias, h):
+        for rank in T.thread_binding(T.min(n * top_k, experts), thread="blockIdx.x"):
+            for group in T.thread_binding(-(-all_tiles // warps), thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("many_tokens"):
                         vr, vg, tx = T.axis.remap("SSS", [rank, group, thread])
                         T.reads(
                             x[0:n, 0 : x.shape[1]],
@@ -118,103 +400,12 @@ def _build(
                             bias[0:experts, 0 : 2 * intermediate],
                         )
                         T.writes(h[0 : n * top_k, 0:intermediate])
-                        xs = T.sblock_alloc_buffer(
-                            (_words(inputs, hidden, tile),), "uint32", scope="shared"
-                        )
-                        found = T.sblock_alloc_buffer((tokens,), "int32", scope="shared")
-                        words = T.sblock_alloc_buffer((4 * slots_,), "uint32", scope="local")
-                        scale = T.sblock_alloc_buffer((slots_,), "uint32", scope="local")
-                        a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
-                        acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
-                        raw = T.sblock_alloc_buffer(
-                            (staged_words(inputs, hidden, 1, threads),),
-                            "uint32",
-                            scope="local",
-                        )
-                        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
-                        hit = T.sblock_alloc_buffer(
-                            (-(-experts // LANES),), "uint32", scope="local"
-                        )
-                        expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
-                        count = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        last = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        place = T.sblock_alloc_buffer((2,), "int32", scope="local")
-                        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 4)
-                        slots: T.let = T.Cast("int32", n * top_k)
-                        warp: T.let = tx // LANES
-                        lane: T.let = tx % LANES
-                        find_expert(
-                            ids, top_k, slots, experts, T.Cast("int32", vr), lane, hit, expert
-                        )
-                        if expert[0] < 0:  # of all threads of the block
-                            T.evaluate(T.thread_return())
-                        count_tokens(ids, top_k, slots, expert[0], lane, count)
-                        for i in T.unroll(2):
-                            place[i] = 0
-                        for p in T.serial(T.ceildiv(count[0], tokens)):
-                            here: T.let = T.min(count[0] - p * tokens, tokens)
-                            begin(blocks, scales, expert[0], vg, warp, lane, words, scale)
-                            barrier()  # the slots of the pass before are no longer read
-                            list_slots(
-                                ids, top_k, slots, expert[0], p * tokens, tokens, lane,
-                                warp == 0, found, place, last,
-                            )  # fmt: skip
-                            barrier()
-                            for c in T.serial(here):
-                                stage_rows(
-                                    inputs, hidden, columns, x, found, top_k, c, 1, 1, tx, threads,
-                                    xs, raw, pairs,
-                                )  # fmt: skip
-                            barrier()
-                            # Of columns without a token the products are not used.
-                            column: T.let = T.min(lane // 4, here * inputs.parts - 1)
-                            for i in T.unroll(4 * tiles):
-                                acc[i] = T.float32(0)
-                            for d in T.unroll(depth):
-                                if depth * splits == all_steps or warp * depth + d < all_steps:
-                                    read_columns(xs, columns, warp * depth + d, column, lane % 4, b)
-                                    for m in T.unroll(tiles):
-                                        multiply_step(
-                                            words, scale, (d * tiles + m) % slots_, b, a, part,
-                                            acc, 4 * m,
-                                        )  # fmt: skip
-                                        if d * tiles + m + slots_ < items:
-                                            load(
-                                                blocks, scales, expert[0], vg,
-                                                d * tiles + m + slots_, warp, lane, words, scale,
-                                            )  # fmt: skip
-                            barrier()  # the inputs are no longer read
-                            if lane % 4 * own < tokens:
-                                for m, r, j in T.grid(tiles, 2, own):
-                                    xs[sum_at(warp, r, m, lane % 4 * own + j, lane // 4)] = (
-                                        T.reinterpret(
-                                            "uint32",
-                                            acc[4 * m + 2 * r + j]
-                                            if own == 2
-                                            else acc[4 * m + 2 * r] + acc[4 * m + 2 * r + 1],
-                                        )
-                                    )
-                            barrier()
-                            for i in T.serial(-(-tiles * tokens * UNITS // threads)):
-                                e: T.let = i * threads + tx
-                                m: T.let = e // (tokens * UNITS)
-                                token: T.let = e // UNITS % tokens
-                                row: T.let = (vg * tiles + m) * UNITS + e % UNITS
-                                if T.And(token < here, T.And(m < tiles, row < intermediate)):
-                                    for r in T.unroll(2):
-                                        acc[r] = T.float32(0)
-                                        for w in T.unroll(splits):
-                                            acc[r] = acc[r] + T.reinterpret(
-                                                "float32", xs[sum_at(w, r, m, token, e % UNITS)]
-                                            )
-                                        acc[r] = (
-                                            acc[r] * T.float32(LOWER) + bias[expert[0], 2 * row + r]
-                                        )
-                                    h[found[token], row] = swiglu(acc[0], acc[1], limit)
+                        work(
+                            T.Cast("int32", vr), vg, tx, T.Cast("int32", n * top_k), x, ids,
+                            blocks, scales, bias, h,
+                        )  # fmt: skip
 
-    return prim_func(arguments, body)
+    return launch
 
 
 def schedules(activations: str) -> tuple[Schedule, ...]:
@@ -227,7 +418,7 @@ def schedules(activations: str) -> tuple[Schedule, ...]:
             partial(_build, inputs),
             tile,
             layouts=layouts(alternating),
-            fits=lambda hidden, **_: _shared_bytes(inputs, hidden, tile) <= 48 << 10,
+            fits=partial(_fits, inputs, tile),
             unused=frozenset({"offsets", "order"}),
         ),
     )

@@ -30,6 +30,7 @@ SIMT_INLINE void ld_global_b32(uint32_t& a, const void* p) {
   simt::note_read(p, 4);
   simt::copy(&a, p, 4);
 }
+#define ld_global_v4_b32 load_16_bytes
 #define ld_global_v4_f32 load_16_bytes
 #define ld_global_L1_no_allocate_v4_b32 load_16_bytes
 #define ld_global_nc_v4_b32 load_16_bytes
