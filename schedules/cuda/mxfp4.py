@@ -187,14 +187,17 @@ def read_columns(xs, columns, step, column, t, b):
 
 
 @T.inline
-def multiply_step(words, scale, slot, groups, b, a, part, acc, to):
+def multiply_step(words, scale, slot, groups, read, b, a, part, acc, to):
     """acc[to …] f32 [4·groups] += a lane's part of a step · the inputs b u32 [8·groups].
 
-    Eight columns are a group. The weights are unpacked once for all groups.
+    Eight columns are a group. The weights are unpacked once for all groups. read(group, block)
+    brings b[8·group + 4·block …] when they are needed, unless it is None.
     """
     for block in T.unroll(2):
         unpack(words, 4 * slot + 2 * block, a)
         for group in T.unroll(groups):
+            if read is not None:
+                read(group, block)
             for i in T.unroll(4):
                 part[i] = T.float32(0)
             mma_bf16(part, 0, a, 0, b, 8 * group + 4 * block)
@@ -242,7 +245,7 @@ def _bf16_columns(load, at, pairs):
 
 
 @T.inline
-def _f32_fragments(raw, at, lane, pairs, b):
+def _f32_fragments(raw, at, lane, pairs, b, to):
     # Columns 2c and 2c + 1 are token c. A lane has 8 inputs of one of the step's blocks, and makes
     # both columns of them; with the lane of the other column it changes one for one.
     odd: T.let = lane // 4 % 2 == 1
@@ -250,16 +253,16 @@ def _f32_fragments(raw, at, lane, pairs, b):
         _f32_columns(raw, at + 4 * j, pairs)
         for i in T.unroll(2):
             got: T.let = shared_with(T.Select(odd, pairs[i], pairs[2 + i]), 4)
-            b[2 * j + i] = T.Select(odd, got, pairs[i])
-            b[4 + 2 * j + i] = T.Select(odd, pairs[2 + i], got)
+            b[to + 2 * j + i] = T.Select(odd, got, pairs[i])
+            b[to + 4 + 2 * j + i] = T.Select(odd, pairs[2 + i], got)
 
 
 @T.inline
-def _bf16_fragments(raw, at, _lane, pairs, b):
+def _bf16_fragments(raw, at, _lane, pairs, b, to):
     for j in T.unroll(2):
         _bf16_columns(raw, at + 4 * j, pairs)
         for i in T.unroll(4):
-            b[4 * j + i] = pairs[i]
+            b[to + 4 * j + i] = pairs[i]
 
 
 @dataclass(frozen=True)
@@ -270,9 +273,9 @@ class Inputs:
     width: inputs in 16 bytes
     columns(load, at, pairs): pairs u32 [4], for each part the inputs raised, of the 16 bytes
         load[at …]
-    fragments(raw, at, lane, pairs, b): b u32 [8] = a lane's inputs of a step and a group of
-        columns, of what `load_inputs` brought to raw[at …]; all lanes of a warp; pairs u32 [4] is
-        scratch
+    fragments(raw, at, lane, pairs, b, to): b[to …] u32 [8] = a lane's inputs of a step and a group
+        of columns, of what `load_inputs` brought to raw[at …]; all lanes of a warp; pairs u32 [4]
+        is scratch
     """
 
     parts: int

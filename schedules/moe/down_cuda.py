@@ -29,9 +29,10 @@ from ..cuda.mxfp4 import (
     staged_words,
     steps,
 )
+from ..cuda.warps import count_below, lanes_where, smallest, value_of
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..sample.rows_gpu import barrier
-from ..cuda.warps import count_below, lanes_where, smallest, value_of
+from .down_many_cuda import ManyTile, many_tokens
 
 AHEAD = 2  # visits whose weights are on their way
 
@@ -42,6 +43,7 @@ class DownTile(TileConfig):
     all 180 blocks of a token are there at once, two on an SM."""
 
     splits: int = 9  # warps of a block, between which K is divided
+    many: ManyTile = ManyTile()
 
 
 def _tokens(inputs: Inputs, top_k: int) -> int:
@@ -133,7 +135,7 @@ def _build(
         for d in T.unroll(depth):
             if depth * splits == all_steps or warp * depth + d < all_steps:
                 read_columns(xs, MMA_COLUMNS, warp * depth + d, column, lane % 4, b)
-                multiply_step(words, scale, half * depth + d, 1, b, a, part, acc, 0)
+                multiply_step(words, scale, half * depth + d, 1, None, b, a, part, acc, 0)
         for j in T.unroll(own):
             # The tokens of this lane's products.
             first: T.let = T.min((lane % 4 * own + j) * top_k, LANES - 1)
@@ -152,11 +154,11 @@ def _build(
                     )
 
     @T.inline
-    def body(n, h, ids, weights, blocks, scales, bias, residual, y):
+    def few(n, h, ids, weights, blocks, scales, bias, residual, y):
         for tile_ in T.thread_binding(hidden // MMA_ROWS, thread="blockIdx.x"):
             for group in T.thread_binding(T.ceildiv(n, tokens), thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("block"):
+                    with T.sblock("few_tokens"):
                         vi, vg, tx = T.axis.remap("SSS", [tile_, group, thread])
                         T.reads(
                             h[0 : n * top_k, 0 : h.shape[1]],
@@ -276,6 +278,17 @@ def _build(
                             y[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS] = begun[tx] + out[
                                 0
                             ] * T.float32(LOWER)
+
+    many = many_tokens(
+        inputs, tile.many, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate
+    )
+
+    @T.inline
+    def body(n, h, ids, weights, blocks, scales, bias, residual, y):
+        if n <= tokens:
+            few(n, h, ids, weights, blocks, scales, bias, residual, y)
+        else:
+            many(n, h, ids, weights, blocks, scales, bias, residual, y)
 
     return prim_func(arguments, body)
 

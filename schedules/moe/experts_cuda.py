@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..cuda.instructions import LANES
 from ..cuda.mxfp4 import load_word
-from ..cuda.warps import count_below, lanes_where, largest, shared_with
+from ..cuda.warps import count_below, lanes_where, largest, shared_with, smallest
 from ..kernel import T
 
 @T.inline
@@ -43,34 +43,20 @@ def find_expert(ids, top_k, slots, experts, rank, lane, hit, id_, found):
 
 
 @T.inline
-def count_tokens(ids, top_k, slots, expert, lane, id_, count):
-    """count[0] = how many of the slots are the expert's."""
-    count[0] = 0
-    for chunk in T.serial(T.ceildiv(slots, LANES)):
-        read_id(ids, top_k, slots, chunk * LANES + lane, id_)
-        count[0] = count[0] + T.Cast("int32", T.popcount(lanes_where(id_[0] == expert)))
+def list_slots(ids, top_k, slots, expert, most, lane, writes, found, begin, count, id_):
+    """found[0 …] = the next slots of an expert, from begin[0] on: count[0] of them, which is `most`
+    or what is left.
 
-
-@T.inline
-def list_slots(ids, top_k, slots, expert, first, most, lane, writes, found, place, id_, last):
-    """found[0 …] = the expert's slots from its `first` on, `most` of them; found i32 is shared,
-    and only a warp that `writes` does so.
-
-    place i32 [2] is a thread's own. It begins as zeros, and moves on for the next `first`: the
-    chunk of slots to begin with, and how many of the expert's come before it. id_ and last i32 [1]
-    are scratch.
+    found i32 is shared, and only a warp that `writes` does so. begin i32 [1] is a thread's own, as
+    count and id_ are; it moves on for the next call.
     """
-    last[0] = 0
-    end: T.let = first + most
-    while T.And(place[0] * LANES < slots, place[1] < end):
-        read_id(ids, top_k, slots, place[0] * LANES + lane, id_)
+    count[0] = 0
+    while T.And(begin[0] < slots, count[0] < most):
+        read_id(ids, top_k, slots, begin[0] + lane, id_)
         lanes: T.let = lanes_where(id_[0] == expert)
-        rank: T.let = place[1] + count_below(lanes, lane)
-        if T.And(writes, T.And(id_[0] == expert, T.And(rank >= first, rank < end))):
-            found[rank - first] = place[0] * LANES + lane
-        last[0] = T.Cast("int32", T.popcount(lanes))
-        place[1] = place[1] + last[0]
-        place[0] = place[0] + 1
-    if place[1] > end:  # the last chunk has some of the next call's, too
-        place[0] = place[0] - 1
-        place[1] = place[1] - last[0]
+        rank: T.let = count[0] + count_below(lanes, lane)
+        if T.And(writes, T.And(id_[0] == expert, rank < most)):
+            found[rank] = begin[0] + lane
+        last: T.let = T.And(id_[0] == expert, rank == most - 1)
+        begin[0] = begin[0] + smallest(T.Select(last, lane + 1, LANES))
+        count[0] = T.min(count[0] + T.Cast("int32", T.popcount(lanes)), most)

@@ -36,7 +36,7 @@ from ..cuda.mxfp4 import (
 from ..cuda.warps import count_below, lanes_where
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..sample.rows_gpu import barrier
-from .experts_cuda import count_tokens, find_expert, list_slots, read_id
+from .experts_cuda import find_expert, list_slots, read_id
 from .swiglu import swiglu
 
 UNITS = MMA_ROWS // 2  # of the intermediate, in a tile
@@ -185,7 +185,7 @@ def _few_tokens(
                 read_columns(xs, columns, warp * depth + d, column, lane % 4, b)
                 for m in T.unroll(tiles):
                     multiply_step(
-                        words, scale, (d * tiles + m) % slots_, 1, b, a, part, acc, 4 * m
+                        words, scale, (d * tiles + m) % slots_, 1, None, b, a, part, acc, 4 * m
                     )
                     if d * tiles + m + slots_ < items:
                         load(
@@ -258,7 +258,10 @@ def _many_tokens(
     tokens = groups * inputs.group  # of a pass
     own = 2 // inputs.parts  # tokens of a lane, of a group
     buffer = chunk * groups * 2 * FRAGMENT
-    most_units = -(-chunk * groups // warps)
+
+    def units_of(used: int) -> int:
+        """Units of a chunk that a warp brings, of so many groups."""
+        return -(-chunk * used // warps)
 
     def fragment_at(unit: Any, block: Any, lane: Any) -> Any:
         """Where a lane's inputs of a block are: of a step and a group, which are a unit."""
@@ -276,22 +279,20 @@ def _many_tokens(
         b = T.sblock_alloc_buffer((8 * groups,), "uint32", scope="local")
         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
         acc = T.sblock_alloc_buffer((4 * groups,), "float32", scope="local")
-        raw = T.sblock_alloc_buffer((most_units * 8,), "uint32", scope="local")
+        raw = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
         sums = T.sblock_alloc_buffer((2,), "float32", scope="local")
         hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
         id_ = T.sblock_alloc_buffer((1,), "int32", scope="local")
         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
-        count = T.sblock_alloc_buffer((1,), "int32", scope="local")
-        last = T.sblock_alloc_buffer((1,), "int32", scope="local")
-        place = T.sblock_alloc_buffer((2,), "int32", scope="local")
+        begin = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        here = T.sblock_alloc_buffer((1,), "int32", scope="local")
         T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2)
         warp: T.let = tx // LANES
         lane: T.let = tx % LANES
         find_expert(ids, top_k, slots, experts, vr, lane, hit, id_, expert)
         if expert[0] < 0:  # of all threads of the block
             T.evaluate(T.thread_return())
-        count_tokens(ids, top_k, slots, expert[0], lane, id_, count)
         # A warp beyond the last tile works on that one, for nothing.
         number: T.let = T.min(vg * warps + warp, all_tiles - 1)
 
@@ -303,43 +304,45 @@ def _many_tokens(
                 )
 
         @T.inline
-        def fetch(step, here, used):
-            """A warp's part of a chunk from global memory."""
-            for i in T.unroll(-(-chunk * used // warps)):
-                unit: T.let = i * warps + warp
-                if unit < chunk * used:
-                    token: T.let = unit % used * inputs.group + inputs.token(lane)
-                    load_inputs(
-                        inputs, hidden, x, found[T.min(token, here - 1)] // top_k,
-                        step + unit // used, lane, raw, 8 * i,
-                    )  # fmt: skip
+        def fetch(step, i, here, used):
+            """A warp's i-th unit of the chunk from a step on, from global memory."""
+            unit: T.let = i * warps + warp
+            if unit < chunk * used:
+                token: T.let = unit % used * inputs.group + inputs.token(lane)
+                load_inputs(
+                    inputs, hidden, x, found[T.min(token, here - 1)] // top_k,
+                    step + unit // used, lane, raw, 0,
+                )  # fmt: skip
 
         @T.inline
-        def keep(xs, used):
+        def keep(xs, i, used):
             """It, as fragments in shared memory."""
-            for i in T.unroll(-(-chunk * used // warps)):
-                unit: T.let = i * warps + warp
-                if unit < chunk * used:
-                    inputs.fragments(raw, 8 * i, lane, pairs, b)
-                    for block in T.unroll(2):
-                        xs[T.ramp(fragment_at(unit, block, lane), 1, 4)] = b[
-                            T.ramp(4 * block, 1, 4)
-                        ]
+            unit: T.let = i * warps + warp
+            if unit < chunk * used:
+                inputs.fragments(raw, 0, lane, pairs, b, 0)
+                for block in T.unroll(2):
+                    xs[T.ramp(fragment_at(unit, block, lane), 1, 4)] = b[T.ramp(4 * block, 1, 4)]
 
         @T.inline
         def turn(first, slot, here, used, xs, others):
             """The chunk from step `first` on, whose weights are in the slots from `slot` on. The
             next one comes to `others`."""
-            fetch(first + chunk, here, used)
+            each = T.meta_var(chunk // units_of(used))  # steps to a unit
             for d in T.unroll(chunk):
+                if d % each == 0:
+                    fetch(first + chunk, d // each, here, used)
                 if first + d < all_steps:
-                    for g, block in T.grid(used, 2):
-                        b[T.ramp(8 * g + 4 * block, 1, 4)] = xs[
-                            T.ramp(fragment_at(d * used + g, block, lane), 1, 4)
+
+                    @T.inline
+                    def read(group, block):
+                        b[T.ramp(8 * group + 4 * block, 1, 4)] = xs[
+                            T.ramp(fragment_at(d * used + group, block, lane), 1, 4)
                         ]
-                    multiply_step(words, scale, slot + d, used, b, a, part, acc, 0)
+
+                    multiply_step(words, scale, slot + d, used, read, b, a, part, acc, 0)
                     load(first + d + 2 * chunk, slot + d)
-            keep(others, used)
+                if d % each == each - 1:
+                    keep(others, d // each, used)
             barrier()
 
         @T.inline
@@ -347,43 +350,43 @@ def _many_tokens(
             """acc = the products of a pass, of so many groups."""
             for i in T.unroll(4 * used):
                 acc[i] = T.float32(0)
-            fetch(0, here, used)
-            keep(even, used)
+            for i in T.unroll(units_of(used)):
+                fetch(0, i, here, used)
+                keep(even, i, used)
             barrier()
             for i in T.serial(rounds):
                 turn(2 * i * chunk, 0, here, used, even, odd)
                 turn((2 * i + 1) * chunk, chunk, here, used, odd, even)
 
-        for i in T.unroll(2):
-            place[i] = 0
-        for p in T.serial(T.ceildiv(count[0], tokens)):
-            here: T.let = T.min(count[0] - p * tokens, tokens)
-            used: T.let = T.ceildiv(here, inputs.group)
-            for i in T.unroll(2 * chunk):
-                load(i, i)
+        begin[0] = 0
+        here[0] = tokens
+        while here[0] == tokens:
             list_slots(
-                ids, top_k, slots, expert[0], p * tokens, tokens, lane, warp == 0, found, place,
-                id_, last,
-            )  # fmt: skip
-            barrier()
-            if used == 1:
-                multiply(here, 1)
-            else:
-                if used == 2:
-                    multiply(here, 2)
+                ids, top_k, slots, expert[0], tokens, lane, warp == 0, found, begin, here, id_
+            )
+            if here[0] > 0:
+                for i in T.unroll(2 * chunk):
+                    load(i, i)
+                used: T.let = T.ceildiv(here[0], inputs.group)
+                barrier()
+                if used == 1:
+                    multiply(here[0], 1)
                 else:
-                    multiply(here, groups)
-            for g, j in T.grid(groups, own):
-                token: T.let = g * inputs.group + lane % 4 * own + j
-                unit: T.let = (vg * warps + warp) * UNITS + lane // 4
-                if T.And(token < here, unit < intermediate):
-                    for r in T.unroll(2):
-                        at = T.meta_var(4 * g + 2 * r)
-                        sums[r] = (
-                            acc[at + j] if own == 2 else acc[at] + acc[at + 1]
-                        ) * T.float32(LOWER) + bias[expert[0], 2 * unit + r]
-                    h[found[token], unit] = swiglu(sums[0], sums[1], limit)
-            barrier()  # the slots are no longer read
+                    if used == 2:
+                        multiply(here[0], 2)
+                    else:
+                        multiply(here[0], groups)
+                for g, j in T.grid(groups, own):
+                    token: T.let = g * inputs.group + lane % 4 * own + j
+                    unit: T.let = (vg * warps + warp) * UNITS + lane // 4
+                    if T.And(token < here[0], unit < intermediate):
+                        for r in T.unroll(2):
+                            at = T.meta_var(4 * g + 2 * r)
+                            sums[r] = (
+                                acc[at + j] if own == 2 else acc[at] + acc[at + 1]
+                            ) * T.float32(LOWER) + bias[expert[0], 2 * unit + r]
+                        h[found[token], unit] = swiglu(sums[0], sums[1], limit)
+                barrier()  # the slots are no longer read
 
     @T.inline
     def launch(n, x, ids, blocks, scales, bias, h):
