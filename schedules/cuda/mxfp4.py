@@ -187,12 +187,14 @@ def read_columns(xs, columns, step, column, t, b):
 
 
 @T.inline
-def multiply_step(words, scale, slot, groups, read, b, a, part, acc, to):
-    """acc[to …] f32 [4·groups] += a lane's part of a step · the inputs b u32 [8·groups].
+def multiply_step(inputs, words, scale, slot, groups, read, b, a, part, acc, to):
+    """acc[to …] f32 [groups, 2 rows, inputs.own] += a lane's part of a step · the inputs b u32
+    [8·groups].
 
-    Eight columns are a group. The weights are unpacked once for all groups. read(group, block)
-    brings b[8·group + 4·block …] when they are needed, unless it is None.
+    The weights are unpacked once for all groups of columns. read(group, block) brings b[8·group +
+    4·block …] when they are needed, unless it is None. a u32 [8] and part f32 [4] are scratch.
     """
+    own = T.meta_var(inputs.own)
     for block in T.unroll(2):
         unpack(words, 4 * slot + 2 * block, a)
         for group in T.unroll(groups):
@@ -202,9 +204,10 @@ def multiply_step(words, scale, slot, groups, read, b, a, part, acc, to):
                 part[i] = T.float32(0)
             mma_bf16(part, 0, a, 0, b, 8 * group + 4 * block)
             mma_bf16(part, 0, a, 4, b, 8 * group + 4 * block + 2)
-            for i in T.unroll(4):
-                acc[to + 4 * group + i] = acc[to + 4 * group + i] + part[i] * scale_of(
-                    scale[slot], block, i // 2
+            for row, j in T.grid(2, own):
+                sum = T.meta_var(to + (2 * group + row) * own + j)
+                acc[sum] = acc[sum] + scale_of(scale[slot], block, row) * (
+                    part[2 * row + j] if own == 2 else part[2 * row] + part[2 * row + 1]
                 )
 
 
@@ -284,6 +287,11 @@ class Inputs:
     fragments: Any
 
     @property
+    def own(self) -> int:
+        """Tokens of a group whose sums a lane has, of two rows."""
+        return 2 // self.parts
+
+    @property
     def group(self) -> int:
         """Tokens in a group of columns."""
         return MMA_COLUMNS // self.parts
@@ -310,11 +318,11 @@ INPUTS = {
 @T.inline
 def load_inputs(inputs, k, x, row, step, lane, raw, at):
     """raw[at …] u32 [8] = what `inputs.fragments` needs of a step of x [n, k]: 32 bytes of the row
-    of token `inputs.token(lane)` of a group. Zeros behind k."""
+    of token `inputs.token(lane)` of a group. Zeros behind k; of no step, any inputs."""
     for j in T.unroll(2):
         place = T.meta_var(inputs.place(lane, j))
-        block: T.let = 2 * step + place[0]
-        if block < k // BLOCK:
+        block: T.let = 2 * T.min(step, steps(k) - 1) + place[0]
+        if (k % STEP == 0) or (block < k // BLOCK):
             load_words(raw, at + 4 * j, T.address_of(x[row, block * BLOCK + place[1]]))
         else:
             for i in T.unroll(4):

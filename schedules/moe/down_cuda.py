@@ -78,7 +78,7 @@ def _build(
     threads = LANES * splits
     tokens = _tokens(inputs, top_k)
     most = MMA_COLUMNS // inputs.parts  # slots in shared memory at once
-    own = 2 // inputs.parts  # tokens of a lane
+    own = inputs.own
     none = experts  # the number of no expert
 
     def sum_at(warp, token, row):
@@ -126,7 +126,7 @@ def _build(
     ):
         """total += the weighted outputs of an expert, which has the slots `lanes` of a block's;
         their inputs begin at position `begin` of those in shared memory."""
-        for i in T.unroll(4):
+        for i in T.unroll(2 * own):
             acc[i] = T.float32(0)
         # The token of this lane's column of inputs; one without this expert has any inputs.
         ahead: T.let = count_below(lanes, T.min(lane // 4 // inputs.parts * top_k, LANES - 1))
@@ -135,7 +135,9 @@ def _build(
         for d in T.unroll(depth):
             if depth * splits == all_steps or warp * depth + d < all_steps:
                 read_columns(xs, MMA_COLUMNS, warp * depth + d, column, lane % 4, b)
-                multiply_step(words, scale, half * depth + d, 1, None, b, a, part, acc, 0)
+                multiply_step(
+                    inputs, words, scale, half * depth + d, 1, None, b, a, part, acc, 0
+                )
         for j in T.unroll(own):
             # The tokens of this lane's products.
             first: T.let = T.min((lane % 4 * own + j) * top_k, LANES - 1)
@@ -149,9 +151,7 @@ def _build(
             factor: T.let = value_of(weight, place[0])
             if chosen != T.uint32(0):
                 for r in T.unroll(2):
-                    total[2 * j + r] = total[2 * j + r] + factor * (
-                        acc[2 * r + j] if own == 2 else acc[2 * r] + acc[2 * r + 1]
-                    )
+                    total[2 * j + r] = total[2 * j + r] + factor * acc[r * own + j]
 
     @T.inline
     def few(n, h, ids, weights, blocks, scales, bias, residual, y):
@@ -179,7 +179,7 @@ def _build(
                         a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
                         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
-                        acc = T.sblock_alloc_buffer((4,), "float32", scope="local")
+                        acc = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
                         total = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
                         begun = T.sblock_alloc_buffer(
                             (tokens * MMA_ROWS,), "float32", scope="shared"

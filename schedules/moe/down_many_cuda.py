@@ -47,9 +47,10 @@ def many_tokens(
     threads = LANES * splits
     tokens = min(tile.tokens, tile.slots // top_k)
     most = -(-tokens * top_k // 4) * 4  # slots, and places of their keys
+    places = most + LANES  # some that are LAST behind them
     rows = tiles * MMA_ROWS
     groups = VISIT // inputs.group
-    own = 2 // inputs.parts  # tokens of a lane, of a group
+    own = inputs.own
     visit_sums = splits * VISIT * rows
 
     def sum_at(parity: Any, warp: Any, slot: Any, row: Any) -> Any:
@@ -61,7 +62,7 @@ def many_tokens(
     def work(vi, token0, here, tx, h, ids, weights, blocks, scales, bias, residual, y):
         # Of a slot: its expert · most + its number among the block's. Sorted, they are the visits.
         keys = T.sblock_alloc_buffer((most,), "int32", scope="shared")
-        order = T.sblock_alloc_buffer((most,), "int32", scope="shared")
+        order = T.sblock_alloc_buffer((places,), "int32", scope="shared")
         factor = T.sblock_alloc_buffer((most,), "float32", scope="shared")  # of a slot
         total = T.sblock_alloc_buffer((tokens * rows,), "float32", scope="shared")
         sums = T.sblock_alloc_buffer((2 * visit_sums,), "uint32", scope="shared")
@@ -70,10 +71,9 @@ def many_tokens(
         a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         b = T.sblock_alloc_buffer((8 * groups,), "uint32", scope="local")
         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
-        acc = T.sblock_alloc_buffer((4 * groups * tiles,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((2 * own * groups * tiles,), "float32", scope="local")
         raw = T.sblock_alloc_buffer((8 * groups,), "uint32", scope="local")
         pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
-        row_of = T.sblock_alloc_buffer((groups,), "int32", scope="local")
         word = T.sblock_alloc_buffer((2,), "uint32", scope="local")
         rank = T.sblock_alloc_buffer((1,), "int32", scope="local")
         out = T.sblock_alloc_buffer((1,), "float32", scope="local")
@@ -89,25 +89,21 @@ def many_tokens(
         def look(place, visit):
             """The visit that begins at a place; without slots at the end."""
             visit[0] = place
-            visit[2] = order[T.min(place, count - 1)] // most
-            last: T.let = T.min(place + lane, count - 1)
-            same: T.let = T.And(order[last] // most == visit[2], place + lane < count)
-            visit[1] = T.Cast("int32", T.popcount(lanes_where(T.And(same, lane < VISIT))))
-
-        @T.inline
-        def find_rows(visit):
-            """Whose inputs a lane loads."""
-            for g in T.unroll(groups):
-                slot: T.let = T.min(g * inputs.group + inputs.token(lane), visit[1] - 1)
-                row_of[g] = token0 * top_k + order[T.max(visit[0] + slot, 0)] % most
+            visit[2] = order[place] // most
+            key: T.let = order[place + lane]
+            same: T.let = T.And(lane < VISIT, T.And(key // most == visit[2], key != LAST))
+            visit[1] = T.Cast("int32", T.popcount(lanes_where(same)))
 
         @T.inline
         def fetch(visit, d):
+            """A lane's inputs of a step."""
             for g in T.unroll(groups):
                 if visit[1] > g * inputs.group:
+                    slot: T.let = T.min(g * inputs.group + inputs.token(lane), visit[1] - 1)
                     load_inputs(
-                        inputs, intermediate, h, row_of[g], warp * depth + d, lane, raw, 8 * g
-                    )
+                        inputs, intermediate, h, token0 * top_k + order[visit[0] + slot] % most,
+                        warp * depth + d, lane, raw, 8 * g,
+                    )  # fmt: skip
 
         @T.inline
         def load(expert, d, m):
@@ -122,7 +118,7 @@ def many_tokens(
         def multiply(used):
             """A warp's sums of a visit, and the loads of the next one."""
             fresh: T.let = T.And(later[1] > 0, later[2] != now[2])
-            for i in T.unroll(4 * used * tiles):
+            for i in T.unroll(2 * own * used * tiles):
                 acc[i] = T.float32(0)
             for d in T.unroll(depth):
                 for g in T.unroll(used):
@@ -130,21 +126,19 @@ def many_tokens(
                 if d + 1 < depth:
                     fetch(now, d + 1)
                 else:
-                    if later[1] > 0:
-                        find_rows(later)
-                        fetch(later, 0)
+                    fetch(later, 0)
                 for m in T.unroll(tiles):
                     if depth * splits == all_steps or warp * depth + d < all_steps:
                         multiply_step(
-                            words, scale, d * tiles + m, used, None, b, a, part, acc, 4 * used * m
-                        )
+                            inputs, words, scale, d * tiles + m, used, None, b, a, part, acc,
+                            2 * own * used * m,
+                        )  # fmt: skip
                     if fresh:
                         load(later[2], d, m)
             for m, g, r, j in T.grid(tiles, used, 2, own):
-                at = T.meta_var(4 * (used * m + g) + 2 * r)
                 slot: T.let = g * inputs.group + lane % 4 * own + j
                 sums[sum_at(parity[0], warp, slot, m * MMA_ROWS + r * 8 + lane // 4)] = (
-                    T.reinterpret("uint32", acc[at + j] if own == 2 else acc[at] + acc[at + 1])
+                    T.reinterpret("uint32", acc[(2 * (used * m + g) + r) * own + j])
                 )
 
         for i in T.serial(-(-most // threads)):
@@ -158,7 +152,7 @@ def many_tokens(
                     keys[slot] = T.reinterpret("int32", word[0]) * most + slot
                     factor[slot] = T.reinterpret("float32", word[1])
         barrier()
-        for i in T.serial(-(-most // threads)):
+        for i in T.serial(-(-places // threads)):
             slot: T.let = i * threads + tx
             if slot < count:
                 rank[0] = 0
@@ -166,6 +160,9 @@ def many_tokens(
                     for k in T.unroll(4):
                         rank[0] = rank[0] + T.Cast("int32", keys[4 * j + k] < keys[slot])
                 order[rank[0]] = keys[slot]
+            else:
+                if slot < places:
+                    order[slot] = LAST
         # What does not wait for the products: residual and bias.
         for i in T.serial(-(-tokens * rows // threads)):
             token: T.let = (i * threads + tx) // rows
@@ -180,7 +177,6 @@ def many_tokens(
         barrier()
         parity[0] = 0
         look(0, now)
-        find_rows(now)
         fetch(now, 0)
         for d, m in T.grid(depth, tiles):
             load(now[2], d, m)

@@ -115,7 +115,7 @@ def _few_tokens(
     all_tiles, all_steps = intermediate // UNITS, steps(hidden)
     depth = -(-all_steps // splits)  # steps of a warp
     threads = LANES * splits
-    own = 2 // inputs.parts  # tokens of a lane
+    own = inputs.own
 
     # A warp's work in order: step after step, and of each all tiles.
     items = depth * tiles
@@ -149,7 +149,7 @@ def _few_tokens(
         a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
-        acc = T.sblock_alloc_buffer((4 * tiles,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((2 * own * tiles,), "float32", scope="local")
         raw = T.sblock_alloc_buffer(
             (staged_words(inputs, hidden, 1, threads),), "uint32", scope="local"
         )
@@ -178,15 +178,16 @@ def _few_tokens(
         barrier()
         # Of columns without a token the products are not used.
         column: T.let = T.min(lane // 4, here * inputs.parts - 1)
-        for i in T.unroll(4 * tiles):
+        for i in T.unroll(2 * own * tiles):
             acc[i] = T.float32(0)
         for d in T.unroll(depth):
             if depth * splits == all_steps or warp * depth + d < all_steps:
                 read_columns(xs, columns, warp * depth + d, column, lane % 4, b)
                 for m in T.unroll(tiles):
                     multiply_step(
-                        words, scale, (d * tiles + m) % slots_, 1, None, b, a, part, acc, 4 * m
-                    )
+                        inputs, words, scale, (d * tiles + m) % slots_, 1, None, b, a, part, acc,
+                        2 * own * m,
+                    )  # fmt: skip
                     if d * tiles + m + slots_ < items:
                         load(
                             blocks, scales, expert, vg, d * tiles + m + slots_, warp, lane,
@@ -196,10 +197,7 @@ def _few_tokens(
         for m, r, j in T.grid(tiles, 2, own):
             if lane % 4 * own + j < most:
                 xs[sum_at(warp, r, m, lane % 4 * own + j, lane // 4)] = T.reinterpret(
-                    "uint32",
-                    acc[4 * m + 2 * r + j]
-                    if own == 2
-                    else acc[4 * m + 2 * r] + acc[4 * m + 2 * r + 1],
+                    "uint32", acc[(2 * m + r) * own + j]
                 )
         barrier()
         for i in T.serial(-(-tiles * most * UNITS // threads)):
@@ -256,7 +254,7 @@ def _many_tokens(
     rounds = -(-all_steps // (2 * chunk))
     threads = LANES * warps
     tokens = groups * inputs.group  # of a pass
-    own = 2 // inputs.parts  # tokens of a lane, of a group
+    own = inputs.own
     buffer = chunk * groups * 2 * FRAGMENT
 
     def units_of(used: int) -> int:
@@ -278,7 +276,7 @@ def _many_tokens(
         a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         b = T.sblock_alloc_buffer((8 * groups,), "uint32", scope="local")
         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
-        acc = T.sblock_alloc_buffer((4 * groups,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((2 * own * groups,), "float32", scope="local")
         raw = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
         sums = T.sblock_alloc_buffer((2,), "float32", scope="local")
@@ -339,7 +337,9 @@ def _many_tokens(
                             T.ramp(fragment_at(d * used + group, block, lane), 1, 4)
                         ]
 
-                    multiply_step(words, scale, slot + d, used, read, b, a, part, acc, 0)
+                    multiply_step(
+                        inputs, words, scale, slot + d, used, read, b, a, part, acc, 0
+                    )
                     load(first + d + 2 * chunk, slot + d)
                 if d % each == each - 1:
                     keep(others, d // each, used)
@@ -348,7 +348,7 @@ def _many_tokens(
         @T.inline
         def multiply(here, used):
             """acc = the products of a pass, of so many groups."""
-            for i in T.unroll(4 * used):
+            for i in T.unroll(2 * own * used):
                 acc[i] = T.float32(0)
             for i in T.unroll(units_of(used)):
                 fetch(0, i, here, used)
@@ -381,10 +381,10 @@ def _many_tokens(
                     unit: T.let = (vg * warps + warp) * UNITS + lane // 4
                     if T.And(token < here[0], unit < intermediate):
                         for r in T.unroll(2):
-                            at = T.meta_var(4 * g + 2 * r)
                             sums[r] = (
-                                acc[at + j] if own == 2 else acc[at] + acc[at + 1]
-                            ) * T.float32(LOWER) + bias[expert[0], 2 * unit + r]
+                                acc[(2 * g + r) * own + j] * T.float32(LOWER)
+                                + bias[expert[0], 2 * unit + r]
+                            )
                         h[found[token], unit] = swiglu(sums[0], sums[1], limit)
                 barrier()  # the slots are no longer read
 
