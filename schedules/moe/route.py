@@ -28,7 +28,7 @@ from ..kernel import Case, Kernel, Signature, Size, f32, i32
 from ..linear.linear import linear_ref
 from ..rms_norm import rms_norm_ref
 from ..round_bf16 import BF16
-from . import route_gpu
+from . import route_cuda, route_gpu
 from .router_topk import router_topk_ref
 
 
@@ -104,6 +104,7 @@ CASES = (
     _case("equal logits", 8, 32, 4, 96, equal=12),
     _case("one channel 1000 times the others", 5, 24, 4, 160, spike=1000.0),
     _case("more experts than a block has threads", 2, 600, 5, 64),
+    _case("inputs and experts that warps share unevenly", 2, 80, 4, 1120),
     _case("20b, one token", 1, 32, 4, 2880),
     _case("120b, four tokens", 4, 128, 4, 2880),
 )
@@ -115,7 +116,7 @@ def _kernel(name: str, activations: ActivationFormat) -> Kernel:
         partial(signature, activations),
         partial(route_ref, activations),
         CASES,
-        route_gpu.schedules(activations.name),
+        (route_cuda.schedule(activations.name), *route_gpu.schedules(activations.name)),
     )
 
 
