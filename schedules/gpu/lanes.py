@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernel import T
+from .barriers import barrier
 
 FEWEST_LANES = 4  # lavapipe's on a CPU without AVX
 WARP = 32
@@ -112,6 +113,7 @@ class BlockSums:
     share(values, parts, tx)   every thread of the block, in uniform control flow: values f32
         [count], a thread's own, which become its warp's, and parts f32 [elements] in shared
         memory, which nothing else uses before the next barrier
+    put(values, parts, tx, count)   the same of the first `count` sums alone, without its barrier
     total(parts, i, sum)       after it, any thread: sum[0] = the sum with number i
 
         parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
@@ -130,17 +132,27 @@ class BlockSums:
         return LANES[self.family].most(self.threads) * self.count
 
     @property
-    def share(self) -> Any:
-        lanes, count = LANES[self.family], self.count
+    def put(self) -> Any:
+        lanes, all_ = LANES[self.family], self.count
 
         @T.inline
-        def share(values, parts, tx):
+        def put(values, parts, tx, count):
             for i in T.unroll(count):
                 values[i] = lanes.total(values[i])
             if lanes.first(tx):
                 for i in T.unroll(count):
-                    parts[lanes.number(tx) * count + i] = values[i]
-            T.tvm_storage_sync("shared")
+                    parts[lanes.number(tx) * all_ + i] = values[i]
+
+        return put
+
+    @property
+    def share(self) -> Any:
+        put, count = self.put, self.count
+
+        @T.inline
+        def share(values, parts, tx):
+            put(values, parts, tx, count)
+            barrier()
 
         return share
 

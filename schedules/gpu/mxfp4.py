@@ -136,7 +136,7 @@ def unpack(word, four):
     four[1] = _with_signs(four[1] >> T.uint32(3), word << T.uint32(4))
 
 
-def _weight(four: Any, n: int) -> Any:
+def half_weight(four: Any, n: int) -> Any:
     """f32 2^-10 times the weight of byte n."""
     # A float16 has the sign, two bits of exponent that are zero, h·eet, the rest of the mantissa.
     two = four if n % 2 else T.shift_left(four, _u32(8))
@@ -149,7 +149,7 @@ def _weight(four: Any, n: int) -> Any:
 def _plus_products(total: Any, four: Any, x: Any, at: Any) -> Any:
     """`total` plus unpacked weights times x[at : at + 8]."""
     for n in range(EIGHT):
-        total = total + _weight(four[n % 2], n // 2) * x[at + n]
+        total = total + half_weight(four[n % 2], n // 2) * x[at + n]
     return total
 
 
@@ -173,24 +173,33 @@ class ExpertRows:
     @property
     def threads(self) -> int:
         """That share the inputs: no more than have something to do, in whole warps."""
-        return min(self.tile.threads, -(-PAIR * pairs_of(self.k) // WARP) * WARP)
+        return min(self.tile.threads, -(-self.lanes // WARP) * WARP)
+
+    @property
+    def lanes(self) -> int:
+        """Parts that the inputs have: a thread's of two blocks."""
+        return PAIR * pairs_of(self.k)
+
+    @property
+    def steps(self) -> int:
+        """Of a thread, each one part: with fewer than all of them in the last."""
+        return -(-self.lanes // self.threads)
+
+    def first_input(self, lane: Any, i: Any) -> Any:
+        """Of a part's i-th block. The partner of an odd last block, whose weights are zeros, has
+        that one's again."""
+        block = lane // PAIR * PAIR + i
+        if self.k // BLOCK % PAIR:
+            block = T.min(block, self.k // BLOCK - 1)
+        return block * BLOCK + lane % PAIR * QUAD
 
     @property
     def products(self) -> Any:
-        k, rows, threads, experts = self.k, self.tile.rows, self.threads, self.experts
-        lanes = PAIR * pairs_of(k)
-        steps = -(-lanes // threads)
+        rows, threads, experts = self.tile.rows, self.threads, self.experts
+        lanes, steps, first_input = self.lanes, self.steps, self.first_input
         per_block = rows // SCALES  # words of scales
         per_pair = PAIR * per_block
         ahead = min(self.tile.ahead, experts)
-
-        def first_input(lane: Any, i: Any) -> Any:
-            """Of the thread's part of its i-th block. The partner of an odd last block, whose
-            weights are zeros, reads that one again."""
-            block = lane // PAIR * PAIR + i
-            if k // BLOCK % PAIR:
-                block = T.min(block, k // BLOCK - 1)
-            return block * BLOCK + lane % PAIR * QUAD
 
         @T.inline
         def load(word, scale, begin, inputs, j, x, row, blocks, scales, bias, expert, group, lane):

@@ -30,8 +30,8 @@ from ..cuda.mxfp4 import (
     steps,
 )
 from ..cuda.warps import count_below, lanes_where, smallest, value_of
+from ..gpu.barriers import barrier
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
-from ..sample.rows_gpu import barrier
 from .down_many_cuda import ManyTile, many_tokens
 
 AHEAD = 2  # visits whose weights are on their way

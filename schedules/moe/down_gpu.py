@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import tvm
 
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
+from ..gpu.barriers import barrier
+from ..gpu.chosen import ChosenExperts, ChosenTile
 from ..gpu.lanes import BlockSums
-from ..gpu.mxfp4 import ExpertRows, ExpertsTile, layouts
-from ..kernel import Schedule, T, Tensor, gpu, prim_func
+from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
+from ..kernel import T, Tensor, prim_func
+from .experts_gpu import schedules
 
 # By what a target has besides, best first.
 TILES = {
@@ -21,6 +24,7 @@ TILES = {
     ("metal",): ExpertsTile(threads=96, rows=8, teams=4),
     ("cuda",): ExpertsTile(threads=96, rows=8, teams=4),
 }
+SEVERAL = ChosenTile(rows=4, tokens=(2, 4))
 
 
 def elements(
@@ -75,66 +79,124 @@ def _rows(
     tile: ExpertsTile,
     **_experts: int,
 ) -> tvm.tirx.PrimFunc:
-    """A block is a token's rows, of all its experts.
+    one = _one(family, tile, top_k, hidden, intermediate)
+    several = _several(family, tile, top_k, hidden, intermediate)
 
-    Tokens are the faster axis of the grid: blocks that read the same rows, perhaps of the same
-    experts, run at about the same time, and memory gives these once.
-    """
+    @T.inline
+    def body(n, h, ids, weights, blocks, scales, bias, residual, y):
+        if n == 1:
+            one(h, ids, weights, blocks, scales, bias, residual, y)
+        else:
+            several(n, h, ids, weights, blocks, scales, bias, residual, y)
+
+    return prim_func(arguments, body)
+
+
+def _one(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int) -> Any:
+    """The launch for one token: a block is some rows of all its experts."""
     teams = tile.teams if top_k % tile.teams == 0 else 1
     rows, of = tile.rows, ExpertRows(intermediate, tile, top_k // teams)
     sums = BlockSums(family, of.threads * teams, rows)
 
     @T.inline
-    def body(n, h, ids, weights, blocks, scales, bias, residual, y):
-        for group in T.thread_binding(hidden // rows, thread="blockIdx.y"):
-            for token in T.thread_binding(n, thread="blockIdx.x"):
-                for team in T.thread_binding(teams, thread="threadIdx.y"):
-                    for lane in T.thread_binding(of.threads, thread="threadIdx.x"):
-                        with T.sblock("thread"):
-                            vg, vt, vm, vl = T.axis.remap("SSSS", [group, token, team, lane])
-                            expert = T.sblock_alloc_buffer(
-                                (top_k // teams,), "int32", scope="local"
-                            )
-                            weight = T.sblock_alloc_buffer(
-                                (top_k // teams,), "float32", scope="local"
-                            )
-                            acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                            total = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                            before = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                            parts = T.sblock_alloc_buffer(
-                                (sums.elements,), "float32", scope="shared"
-                            )
-                            tx: T.let = vm * of.threads + vl
-                            for j in T.unroll(top_k // teams):
-                                expert[j] = ids[vt, j * teams + vm]
-                                weight[j] = weights[vt, j * teams + vm]
-                            for v in T.unroll(rows // 4):
-                                before[T.ramp(v * 4, 1, 4)] = residual[
-                                    vt, T.ramp(vg * rows + v * 4, 1, 4)
-                                ]
-                            of.products(
-                                acc, h, lambda j: vt * top_k + j * teams + vm,
+    def one(h, ids, weights, blocks, scales, bias, residual, y):
+        for group in T.thread_binding(hidden // rows, thread="blockIdx.x"):
+            for team in T.thread_binding(teams, thread="threadIdx.y"):
+                for lane in T.thread_binding(of.threads, thread="threadIdx.x"):
+                    with T.sblock("thread"):
+                        vg, vm, vl = T.axis.remap("SSS", [group, team, lane])
+                        expert = T.sblock_alloc_buffer((top_k // teams,), "int32", scope="local")
+                        weight = T.sblock_alloc_buffer((top_k // teams,), "float32", scope="local")
+                        acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        before = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                        parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
+                        tx: T.let = vm * of.threads + vl
+                        for j in T.unroll(top_k // teams):
+                            expert[j] = ids[0, j * teams + vm]
+                            weight[j] = weights[0, j * teams + vm]
+                        for v in T.unroll(rows // 4):
+                            before[T.ramp(v * 4, 1, 4)] = residual[
+                                0, T.ramp(vg * rows + v * 4, 1, 4)
+                            ]
+                        of.products(
+                                acc, h, lambda j: j * teams + vm,
                                 lambda j: weight[j],
                                 blocks, scales, bias, lambda j: expert[j], vg, vl,
                             )  # fmt: skip
-                            for r in T.unroll(rows):
-                                acc[r] = acc[r] + T.Select(tx == 0, before[r], T.float32(0))
-                            sums.share(acc, parts, tx)
-                            if tx < rows:
-                                sums.total(parts, tx, total)
-                                y[vt, vg * rows + tx] = total[0]
+                        for r in T.unroll(rows):
+                            acc[r] = acc[r] + T.Select(tx == 0, before[r], T.float32(0))
+                        sums.share(acc, parts, tx)
+                        if tx < rows:
+                            sums.total(parts, tx, total)
+                            y[0, vg * rows + tx] = total[0]
 
-    return prim_func(arguments, body)
+    return one
 
 
-SCHEDULES = tuple(
-    Schedule(
-        f"some rows a block, {' '.join(features)}",
-        gpu(*features),
-        partial(_rows, features[0]),
-        tile,
-        layouts(tile.rows),
-        unused=frozenset({"offsets", "order"}),
-    )
-    for features, tile in TILES.items()
-)
+def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int) -> Any:
+    """The launch for more: a block is some rows of all experts of a window of tokens."""
+    of = ChosenExperts(family, intermediate, hidden, top_k, tile, SEVERAL)
+    rows, window, threads = SEVERAL.rows, SEVERAL.window, of.threads
+    most = max(SEVERAL.tokens)
+    sums = BlockSums(family, threads, most * rows)
+    own = -(-window * rows // threads)  # elements of y of a thread
+
+    @T.inline
+    def several(n, h, ids, weights, blocks, scales, bias, residual, y):
+        # Windows are the faster axis: blocks that read the same rows follow each other.
+        for window_ in T.thread_binding(T.ceildiv(n, window), thread="blockIdx.x"):
+            for group in T.thread_binding(of.groups, thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("block"):
+                        vw, vg, tx = T.axis.remap("SSS", [window_, group, thread])
+                        T.reads(h[0 : n * top_k, 0:intermediate])
+                        T.writes(y[0:n, 0:hidden])
+                        chosen = T.sblock_alloc_buffer((of.slots,), "int32", scope="shared")
+                        heads = T.sblock_alloc_buffer((of.slots,), "int32", scope="shared")
+                        next = T.sblock_alloc_buffer((of.slots,), "int32", scope="shared")
+                        parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
+                        sum = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        total = T.sblock_alloc_buffer((own,), "float32", scope="local")
+                        slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        place = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        row: T.let = vg * rows + tx % rows  # threads are a multiple of the rows
+                        first: T.let = T.Cast("int32", vw) * of.slots
+                        count: T.let = T.min(T.Cast("int32", n * top_k) - first, of.slots)
+
+                        @T.inline
+                        def put(tokens, slots, here, acc):
+                            sums.put(acc, parts, tx, tokens * rows)
+
+                        @T.inline
+                        def finish(slots, here, expert):
+                            barrier()
+                            for i in T.unroll(own):
+                                token: T.let = (i * threads + tx) // rows
+                                slot[0] = -1
+                                for t in T.unroll(most):
+                                    if T.And(slots[t] // top_k == token, slot[0] < 0):
+                                        slot[0] = slots[t]
+                                        place[0] = t
+                                if slot[0] >= 0:
+                                    sums.total(parts, place[0] * rows + tx % rows, sum)
+                                    total[i] = total[i] + weights[
+                                        (first + slot[0]) // top_k, slot[0] % top_k
+                                    ] * (T.float32(UNIT) * sum[0] + bias[expert, row])
+                            barrier()
+
+                        for i in T.unroll(own):
+                            total[i] = T.float32(0)
+                        of.visit(
+                            put, finish, ids, first, count, chosen, heads, next, h,
+                            lambda s: first + s, blocks, scales, vg, tx,
+                        )  # fmt: skip
+                        for i in T.unroll(own):
+                            token: T.let = vw * window + (i * threads + tx) // rows
+                            if T.And(token < T.min(n, (vw + 1) * window), row < hidden):
+                                y[token, row] = total[i] + residual[token, row]
+
+    return several
+
+
+SCHEDULES = schedules(_rows, TILES)

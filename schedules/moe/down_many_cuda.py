@@ -16,8 +16,8 @@ from ..cuda.dense import shared_words
 from ..cuda.instructions import LANES, MMA_ROWS
 from ..cuda.mxfp4 import LOWER, Inputs, load_inputs, load_step, load_word, multiply_step, steps
 from ..cuda.warps import lanes_where
+from ..gpu.barriers import barrier
 from ..kernel import T, TileConfig
-from ..sample.rows_gpu import barrier
 
 VISIT = 8  # slots
 LAST = 0x7FFFFFFF  # behind all keys

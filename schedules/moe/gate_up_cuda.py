@@ -34,8 +34,8 @@ from ..cuda.mxfp4 import (
     steps,
 )
 from ..cuda.warps import count_below, lanes_where
+from ..gpu.barriers import barrier
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
-from ..sample.rows_gpu import barrier
 from .experts_cuda import find_expert, list_slots, read_id
 from .swiglu import swiglu
 

@@ -4,22 +4,26 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import tvm
 
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
+from ..gpu.barriers import barrier
+from ..gpu.chosen import ChosenExperts, ChosenTile
 from ..gpu.lanes import LANES, BlockSums
-from ..gpu.mxfp4 import ExpertRows, ExpertsTile, layouts
-from ..kernel import Schedule, T, Tensor, gpu, prim_func
+from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
+from ..kernel import T, Tensor, prim_func
+from .experts_gpu import schedules
 from .swiglu import swiglu
 
-TILES = {
-    "vulkan": ExpertsTile(threads=96, rows=4),
-    "metal": ExpertsTile(threads=96, rows=8),
-    "cuda": ExpertsTile(threads=96, rows=8),
+TILES: dict[tuple[str, ...], ExpertsTile] = {
+    ("vulkan",): ExpertsTile(threads=96, rows=4),
+    ("metal",): ExpertsTile(threads=96, rows=8),
+    ("cuda",): ExpertsTile(threads=96, rows=8),
 }
+SEVERAL = ChosenTile(rows=8, tokens=(2, 4))
 
 
 def elements(
@@ -87,20 +91,32 @@ def _rows(
     tile: ExpertsTile,
     **_experts: int,
 ) -> tvm.tirx.PrimFunc:
-    """A block is a slot's rows.
+    one = _one(family, tile, top_k, hidden, intermediate, limit)
+    several = _several(family, tile, top_k, hidden, intermediate, limit)
 
-    Slots are the faster axis of the grid: blocks that read the same rows of the same expert run at
-    about the same time, and memory gives these once.
-    """
+    @T.inline
+    def body(n, x, ids, blocks, scales, bias, h):
+        if n == 1:
+            one(x, ids, blocks, scales, bias, h)
+        else:
+            several(n, x, ids, blocks, scales, bias, h)
+
+    return prim_func(arguments, body)
+
+
+def _one(
+    family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int, limit: float
+) -> Any:
+    """The launch for one token: a block is some rows of one of its experts."""
     rows, of = tile.rows, ExpertRows(hidden, tile)
     threads = of.threads
     sums = BlockSums(family, threads, rows)
     warps = LANES[family].count(threads)
 
     @T.inline
-    def body(n, x, ids, blocks, scales, bias, h):
+    def one(x, ids, blocks, scales, bias, h):
         for group in T.thread_binding(2 * intermediate // rows, thread="blockIdx.y"):
-            for slot in T.thread_binding(n * top_k, thread="blockIdx.x"):
+            for slot in T.thread_binding(top_k, thread="blockIdx.x"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("block"):
                         vg, vs, vt = T.axis.remap("SSS", [group, slot, tx])
@@ -108,9 +124,9 @@ def _rows(
                         acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
                         pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
                         parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
-                        expert[0] = ids[vs // top_k, vs % top_k]
+                        expert[0] = ids[0, vs]
                         of.products(
-                            acc, x, lambda _j: vs // top_k, lambda _j: T.float32(1),
+                            acc, x, lambda _j: 0, lambda _j: T.float32(1),
                             blocks, scales, bias, lambda _j: expert[0], vg, vt,
                         )  # fmt: skip
                         sums.share(acc, parts, vt)
@@ -122,17 +138,62 @@ def _rows(
                                     pair[r] = pair[r] + parts[warp * rows + 2 * vt + r]
                             h[vs, vg * (rows // 2) + vt] = swiglu(pair[0], pair[1], limit)
 
-    return prim_func(arguments, body)
+    return one
 
 
-SCHEDULES = tuple(
-    Schedule(
-        f"some rows a block, {family}",
-        gpu(family),
-        partial(_rows, family),
-        tile,
-        layouts(tile.rows),
-        unused=frozenset({"offsets", "order"}),
-    )
-    for family, tile in TILES.items()
-)
+def _several(
+    family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int, limit: float
+) -> Any:
+    """The launch for more: a block is some rows of all experts of a window of tokens."""
+    of = ChosenExperts(family, hidden, 2 * intermediate, top_k, tile, SEVERAL)
+    rows, window, threads = SEVERAL.rows, SEVERAL.window, of.threads
+    pairs, most = rows // 2, max(SEVERAL.tokens)
+    sums = BlockSums(family, threads, most * rows)
+
+    @T.inline
+    def several(n, x, ids, blocks, scales, bias, h):
+        # Windows are the faster axis: blocks that read the same rows follow each other.
+        for window_ in T.thread_binding(T.ceildiv(n, window), thread="blockIdx.x"):
+            for group in T.thread_binding(of.groups, thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("block"):
+                        vw, vg, tx = T.axis.remap("SSS", [window_, group, thread])
+                        T.reads(x[0:n, 0:hidden])
+                        T.writes(h[0 : n * top_k, 0:intermediate])
+                        chosen = T.sblock_alloc_buffer((of.slots,), "int32", scope="shared")
+                        heads = T.sblock_alloc_buffer((of.slots,), "int32", scope="shared")
+                        next = T.sblock_alloc_buffer((of.slots,), "int32", scope="shared")
+                        parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
+                        sum = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                        slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                        pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                        first: T.let = T.Cast("int32", vw) * of.slots
+                        count: T.let = T.min(T.Cast("int32", n * top_k) - first, of.slots)
+                        unit: T.let = vg * pairs + tx % pairs
+
+                        @T.inline
+                        def put(tokens, slots, here, acc):
+                            sums.put(acc, parts, tx, tokens * rows)
+
+                        @T.inline
+                        def finish(slots, here, expert):
+                            barrier()
+                            if T.And(tx < here * pairs, unit < intermediate):
+                                slot[0] = slots[0]
+                                for t in T.unroll(most):
+                                    slot[0] = T.Select(tx // pairs == t, slots[t], slot[0])
+                                for r in T.unroll(2):
+                                    sums.total(parts, 2 * tx + r, sum)
+                                    pair[r] = T.float32(UNIT) * sum[0] + bias[expert, 2 * unit + r]
+                                h[first + slot[0], unit] = swiglu(pair[0], pair[1], limit)
+                            barrier()
+
+                        of.visit(
+                            put, finish, ids, first, count, chosen, heads, next, x,
+                            lambda s: (first + s) // top_k, blocks, scales, vg, tx,
+                        )  # fmt: skip
+
+    return several
+
+
+SCHEDULES = schedules(_rows, TILES)

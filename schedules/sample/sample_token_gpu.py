@@ -23,11 +23,11 @@ from typing import Any
 
 import tvm
 
+from ..gpu.barriers import barrier, metal_device_barrier
 from ..gpu.lanes import LANES, BlockSums
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..math import KEY_MINUS_INF, exp_f32, log_f32, order_key
 from .chunks_gpu import RECORD, BlockLargest, Chunks, RunningSum, clean, key_value
-from .rows_gpu import barrier, metal_device_barrier
 from .threefry import threefry
 
 BITS = 3  # of a key, found by a step of the search

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import tvm
 
+from ..gpu.barriers import barrier
 from ..gpu.items import GpuTile
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from ..math import KEY_MINUS_INF, KEY_PLUS_INF, exp_f32, log_f32, order_key
 from .rows import TOP, usable
-from .rows_gpu import BLOCK, barrier, block_largest_finder, thread_columns
+from .rows_gpu import BLOCK, block_largest_finder, thread_columns
 
 
 def _build(arguments: tuple[Tensor, ...], *, vocab: int, tile: GpuTile) -> tvm.tirx.PrimFunc:

@@ -1,0 +1,236 @@
+"""MXFP4 experts that some tokens chose: each is read and unpacked once for several of its tokens.
+
+A block of threads takes some rows of all experts, and a window of tokens. First it links the slots
+of the window that chose the same expert. Then it goes through these experts: a thread unpacks its
+part of the rows (mxfp4.py has their layout) for a few tokens at a time, and multiplies each weight
+with the input of every one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..formats.mxfp4 import scale_value
+from ..kernel import T, TileConfig
+from .barriers import barrier
+from .mxfp4 import (
+    EIGHT,
+    PAIR,
+    QUAD,
+    SCALES,
+    WORDS,
+    ExpertRows,
+    ExpertsTile,
+    half_weight,
+    unpack,
+)
+
+
+@dataclass(frozen=True)
+class ChosenTile(TileConfig):
+    """rows: of a block, a multiple of 4
+    tokens: numbers of an expert's tokens that share its unpacked weights, the smaller first: what
+        a few do not need is multiplied all the same
+    window: tokens of a block
+    """
+
+    rows: int
+    tokens: tuple[int, ...]
+    window: int = 16
+
+
+@dataclass(frozen=True)
+class ChosenExperts:
+    """A block's part of the products of all experts that a window of tokens chose.
+
+    layout: as the weights are packed   all_rows: of an expert
+
+    visit(put, finish, ids, first, count, chosen, heads, next, x, row, blocks, scales, group, tx)
+        every thread of the block, in uniform control flow. For some slots of an expert at a time,
+        until it has been through all of them, it calls put(tokens, slots, here, acc), in a branch,
+        then finish(slots, here, expert):
+
+            ids i32 [n, top_k]    first: slot of the window (token · top_k + choice), of `count`
+            chosen, heads, next   i32 [slots], shared, which nothing else uses
+            x f32 [.., k]         row(slot): which of them a slot of the window multiplies
+            blocks, scales        as packed; the rows of the block are group · rows …
+            slots i32 [tokens]    of the window; the last one again where there are fewer: `here`
+            acc f32 [tokens·rows] UNIT · acc[t·rows + r] is the thread's part of the sum of slot
+                                  slots[t] and row r: no scale reaches the end of float32
+    """
+
+    family: str
+    k: int
+    all_rows: int
+    top_k: int
+    layout: ExpertsTile
+    tile: ChosenTile
+
+    @property
+    def slots(self) -> int:
+        """Of a window."""
+        return self.tile.window * self.top_k
+
+    @property
+    def threads(self) -> int:
+        return self._of.threads
+
+    @property
+    def groups(self) -> int:
+        """Of rows, each a block's."""
+        return -(-self.all_rows // self.tile.rows)
+
+    @property
+    def _of(self) -> ExpertRows:
+        return ExpertRows(self.k, self.layout)
+
+    @property
+    def _link(self) -> Any:
+        threads, slots = self.threads, self.slots
+        steps = -(-slots // threads)
+
+        @T.inline
+        def link(ids, top_k, first, count, chosen, heads, next, tx):
+            """Of slot s: chosen[s] is its expert; heads[s] the same if no slot before has this
+            expert, -1 otherwise; next[s] the next slot that has it, or -1."""
+            own = T.sblock_alloc_buffer((4,), "int32", scope="local")
+            for i in T.serial(steps):
+                if i * threads + tx < count:
+                    chosen[i * threads + tx] = ids[
+                        (first + i * threads + tx) // top_k, (first + i * threads + tx) % top_k
+                    ]
+            barrier()
+            for i in T.serial(steps):
+                if i * threads + tx < count:
+                    s: T.let = i * threads + tx
+                    own[0] = chosen[s]
+                    own[1] = own[0]
+                    own[2] = -1
+                    for o in T.serial(count):
+                        own[3] = chosen[o]
+                        own[1] = T.Select(T.And(own[3] == own[0], o < s), -1, own[1])
+                        own[2] = T.Select(
+                            T.And(T.And(own[3] == own[0], o > s), own[2] < 0), o, own[2]
+                        )
+                    heads[s] = own[1]
+                    next[s] = own[2]
+            barrier()
+
+        return link
+
+    def _times(self, tokens: int) -> Any:
+        rows, layout, all_rows = self.tile.rows, self.layout.rows, self.all_rows
+        of, threads = self._of, self.threads
+        lanes, steps, first_input = of.lanes, of.steps, of.first_input
+
+        def number(group: Any, r: Any) -> Any:
+            """Of a row of the block; beyond the end, of one of the last quad."""
+            row = group * rows + r
+            return T.min(row, all_rows - QUAD + r % QUAD) if all_rows % rows else row
+
+        @T.inline
+        def load(word, scale, blocks, scales, expert, group, lane):
+            for r in T.unroll(rows):
+                word[T.ramp(r * WORDS, 1, WORDS)] = blocks[
+                    expert, number(group, r) // layout, number(group, r) % layout, lane,
+                    T.ramp(0, 1, WORDS),
+                ]  # fmt: skip
+            for i in T.unroll(PAIR):
+                for q in T.unroll(rows // SCALES):
+                    scale[i * (rows // SCALES) + q] = scales[
+                        expert, number(group, q * SCALES) // layout, lane // PAIR,
+                        i * (layout // SCALES) + number(group, q * SCALES) % layout // SCALES,
+                    ]  # fmt: skip
+
+        @T.inline
+        def times(acc, x, row, slots, blocks, scales, expert, group, tx):
+            word = T.sblock_alloc_buffer((rows * WORDS,), "uint32", scope="local")
+            scale = T.sblock_alloc_buffer((PAIR * rows // SCALES,), "uint32", scope="local")
+            factor = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+            inputs = T.sblock_alloc_buffer((tokens * EIGHT,), "float32", scope="local")
+            four = T.sblock_alloc_buffer((2,), "uint32", scope="local")
+            weight = T.sblock_alloc_buffer((EIGHT,), "float32", scope="local")
+            for a in T.unroll(tokens * rows):
+                acc[a] = T.float32(0)
+            for s in T.serial(steps):
+                if s * threads + tx < lanes:
+                    lane: T.let = s * threads + tx
+                    load(word, scale, blocks, scales, expert, group, lane)
+                    for i in T.unroll(PAIR):
+                        for r in T.unroll(rows):
+                            factor[r] = scale_value(
+                                (
+                                    scale[i * (rows // SCALES) + r // SCALES]
+                                    >> T.uint32(r % SCALES * 8)
+                                )
+                                & T.uint32(255)
+                            )
+                        for v in T.unroll(WORDS // PAIR):
+                            for t in T.unroll(tokens):
+                                for q in T.unroll(EIGHT // QUAD):
+                                    inputs[T.ramp(t * EIGHT + q * QUAD, 1, QUAD)] = x[
+                                        row(slots[t]),
+                                        T.ramp(
+                                            first_input(lane, i) + (v * 2 + q) * PAIR * QUAD,
+                                            1, QUAD,
+                                        ),
+                                    ]  # fmt: skip
+                            for r in T.unroll(rows):
+                                unpack(word[r * WORDS + i * (WORDS // PAIR) + v], four)
+                                scaled(weight, four, factor, r)
+                                for t in T.unroll(tokens):
+                                    for e in T.unroll(EIGHT):
+                                        acc[t * rows + r] = (
+                                            acc[t * rows + r] + weight[e] * inputs[t * EIGHT + e]
+                                        )
+
+        return times
+
+    @property
+    def visit(self) -> Any:
+        top_k, (few, most) = self.top_k, self.tile.tokens
+        link, times_few, times = self._link, self._times(few), self._times(most)
+        rows = self.tile.rows
+
+        @T.inline
+        def visit(
+            put, finish, ids, first, count, chosen, heads, next, x, row, blocks, scales, group, tx
+        ):
+            own = T.sblock_alloc_buffer((most,), "int32", scope="local")
+            expert = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            here = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
+            acc = T.sblock_alloc_buffer((most * rows,), "float32", scope="local")
+            link(ids, top_k, first, count, chosen, heads, next, tx)
+            for s in T.serial(count):
+                expert[0] = heads[s]
+                slot[0] = T.Select(expert[0] < 0, -1, s)
+                while slot[0] >= 0:
+                    here[0] = 0
+                    for t in T.unroll(most):
+                        own[t] = T.Select(slot[0] < 0, own[T.max(t - 1, 0)], slot[0])
+                        here[0] = here[0] + T.Select(slot[0] < 0, 0, 1)
+                        slot[0] = T.Select(slot[0] < 0, -1, next[T.max(slot[0], 0)])
+                    if here[0] <= few:
+                        times_few(acc, x, row, own, blocks, scales, expert[0], group, tx)
+                        put(few, own, here[0], acc)
+                    else:
+                        times(acc, x, row, own, blocks, scales, expert[0], group, tx)
+                        put(most, own, here[0], acc)
+                    finish(own, here[0], expert[0])
+
+        return visit
+
+
+@T.inline
+def scaled(weight, four, factor, r):
+    """weight f32 [8] = the unpacked word times factor[r]."""
+    weight[0] = half_weight(four[0], 0) * factor[r]
+    weight[1] = half_weight(four[1], 0) * factor[r]
+    weight[2] = half_weight(four[0], 1) * factor[r]
+    weight[3] = half_weight(four[1], 1) * factor[r]
+    weight[4] = half_weight(four[0], 2) * factor[r]
+    weight[5] = half_weight(four[1], 2) * factor[r]
+    weight[6] = half_weight(four[0], 3) * factor[r]
+    weight[7] = half_weight(four[1], 3) * factor[r]
