@@ -35,9 +35,14 @@ class ChosenTile(TileConfig):
     window: tokens of a block
     """
 
-    rows: int
-    tokens: tuple[int, ...]
+    rows: int = 4
+    tokens: tuple[int, int] = (2, 4)
     window: int = 16
+
+
+# Not measured: by what compilers say for eight GPUs. With eight rows, or eight tokens, those of
+# Adreno and M1 spill; without tokens of a few, experts of one token cost half as much again.
+TILE = ChosenTile()
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class ChosenExperts:
     all_rows: int
     top_k: int
     layout: ExpertsTile
-    tile: ChosenTile
+    tile: ChosenTile = TILE
 
     @property
     def slots(self) -> int:
@@ -157,11 +162,16 @@ class ChosenExperts:
                 if s * threads + tx < lanes:
                     lane: T.let = s * threads + tx
                     load(word, scale, blocks, scales, expert, group, lane)
-                    for i in T.unroll(PAIR):
+                    # Not unrolled: Adreno's compiler would fetch all inputs first, and spill.
+                    for i in T.serial(PAIR):
                         for r in T.unroll(rows):
                             factor[r] = scale_value(
                                 (
-                                    scale[i * (rows // SCALES) + r // SCALES]
+                                    T.Select(
+                                        i == 0,
+                                        scale[r // SCALES],
+                                        scale[rows // SCALES + r // SCALES],
+                                    )
                                     >> T.uint32(r % SCALES * 8)
                                 )
                                 & T.uint32(255)
@@ -177,7 +187,14 @@ class ChosenExperts:
                                         ),
                                     ]  # fmt: skip
                             for r in T.unroll(rows):
-                                unpack(word[r * WORDS + i * (WORDS // PAIR) + v], four)
+                                unpack(
+                                    T.Select(
+                                        i == 0,
+                                        word[r * WORDS + v],
+                                        word[r * WORDS + WORDS // PAIR + v],
+                                    ),
+                                    four,
+                                )
                                 scaled(weight, four, factor, r)
                                 for t in T.unroll(tokens):
                                     for e in T.unroll(EIGHT):

@@ -11,7 +11,8 @@ import tvm
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.barriers import barrier
-from ..gpu.chosen import ChosenExperts, ChosenTile
+from ..gpu.chosen import TILE as SEVERAL
+from ..gpu.chosen import ChosenExperts
 from ..gpu.lanes import BlockSums
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
 from ..kernel import T, Tensor, prim_func
@@ -24,7 +25,6 @@ TILES = {
     ("metal",): ExpertsTile(threads=96, rows=8, teams=4),
     ("cuda",): ExpertsTile(threads=96, rows=8, teams=4),
 }
-SEVERAL = ChosenTile(rows=4, tokens=(2, 4))
 
 
 def elements(
@@ -136,7 +136,7 @@ def _one(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: 
 
 def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int) -> Any:
     """The launch for more: a block is some rows of all experts of a window of tokens."""
-    of = ChosenExperts(family, intermediate, hidden, top_k, tile, SEVERAL)
+    of = ChosenExperts(family, intermediate, hidden, top_k, tile)
     rows, window, threads = SEVERAL.rows, SEVERAL.window, of.threads
     most = max(SEVERAL.tokens)
     sums = BlockSums(family, threads, most * rows)

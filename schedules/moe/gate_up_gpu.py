@@ -11,7 +11,8 @@ import tvm
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.barriers import barrier
-from ..gpu.chosen import ChosenExperts, ChosenTile
+from ..gpu.chosen import TILE as SEVERAL
+from ..gpu.chosen import ChosenExperts
 from ..gpu.lanes import LANES, BlockSums
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
 from ..kernel import T, Tensor, prim_func
@@ -23,7 +24,6 @@ TILES: dict[tuple[str, ...], ExpertsTile] = {
     ("metal",): ExpertsTile(threads=96, rows=8),
     ("cuda",): ExpertsTile(threads=96, rows=8),
 }
-SEVERAL = ChosenTile(rows=8, tokens=(2, 4))
 
 
 def elements(
@@ -145,7 +145,7 @@ def _several(
     family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int, limit: float
 ) -> Any:
     """The launch for more: a block is some rows of all experts of a window of tokens."""
-    of = ChosenExperts(family, hidden, 2 * intermediate, top_k, tile, SEVERAL)
+    of = ChosenExperts(family, hidden, 2 * intermediate, top_k, tile)
     rows, window, threads = SEVERAL.rows, SEVERAL.window, of.threads
     pairs, most = rows // 2, max(SEVERAL.tokens)
     sums = BlockSums(family, threads, most * rows)
