@@ -25,10 +25,12 @@ TILE = GpuTile(threads=128)  # what every GPU has
 class BlockNorm:
     """The norm of a token by a block of `threads`, which takes a barrier.
 
-    scale(x, token, kept, acc, parts, tx)   every thread: kept f32 [elements] becomes its numbers
-        of x f32 [n, hidden], acc f32 [1] becomes 1 / sqrt(mean(x²) + eps); parts f32
-        [sums.elements] in shared memory, which nothing else uses before the next barrier
-    each(step, tx)                          step(first element, first of `kept`) for each of its
+    squares(x, token, kept, acc, tx)   every thread: kept f32 [elements] becomes its numbers of x
+        f32 [n, hidden], acc f32 [1] the sum of their squares, for sums.share(acc, parts, tx)
+    factor(parts, acc)                 acc becomes 1 / sqrt(mean(x²) + eps)
+    scale(x, token, kept, acc, parts, tx)   all of these; parts f32 [sums.elements] in shared
+        memory, which nothing else uses before the next barrier
+    each(step, tx)                     step(first element, first of `kept`) for each of its
         vectors, which have `width` elements
     """
 
@@ -70,12 +72,11 @@ class BlockNorm:
         return each
 
     @property
-    def scale(self) -> Any:
-        width, hidden, eps = self.width, self.hidden, self.eps
-        each, share, total = self.each, self.sums.share, self.sums.total
+    def squares(self) -> Any:
+        width, each = self.width, self.each
 
         @T.inline
-        def scale(x, token, kept, acc, parts, tx):
+        def squares(x, token, kept, acc, tx):
             @T.inline
             def load(first, place):
                 for i in T.vectorized(width):
@@ -89,9 +90,29 @@ class BlockNorm:
             each(load, tx)
             acc[0] = T.float32(0)
             each(add, tx)
-            share(acc, parts, tx)
+
+        return squares
+
+    @property
+    def factor(self) -> Any:
+        hidden, eps, total = self.hidden, self.eps, self.sums.total
+
+        @T.inline
+        def factor(parts, acc):
             total(parts, 0, acc)
             acc[0] = T.float32(1) / T.sqrt(acc[0] / T.float32(hidden) + T.float32(eps))
+
+        return factor
+
+    @property
+    def scale(self) -> Any:
+        squares, share, factor = self.squares, self.sums.share, self.factor
+
+        @T.inline
+        def scale(x, token, kept, acc, parts, tx):
+            squares(x, token, kept, acc, tx)
+            share(acc, parts, tx)
+            factor(parts, acc)
 
         return scale
 
