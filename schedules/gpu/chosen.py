@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..formats.mxfp4 import scale_value
-from ..kernel import T, TileConfig
+from ..kernel import T
 from .barriers import barrier
 from .mxfp4 import (
     EIGHT,
     PAIR,
     QUAD,
-    SCALES,
     WORDS,
     ExpertRows,
     ExpertsTile,
@@ -26,30 +25,17 @@ from .mxfp4 import (
     unpack,
 )
 
-
-@dataclass(frozen=True)
-class ChosenTile(TileConfig):
-    """rows: of a block, a multiple of 4
-    tokens: numbers of an expert's tokens that share its unpacked weights, the smaller first: what
-        a few do not need is multiplied all the same
-    window: tokens of a block
-    """
-
-    rows: int = 4
-    tokens: tuple[int, int] = (2, 4)
-    window: int = 16
-
-
-# Not measured: by what compilers say for eight GPUs. With eight rows, or eight tokens, those of
-# Adreno and M1 spill; without tokens of a few, experts of one token cost half as much again.
-TILE = ChosenTile()
+# Not measured: by what compilers say for eight GPUs. With eight rows, or eight tokens at a time,
+# those of Adreno and M1 spill.
+ROWS = 4  # of a block: their scales of a block of inputs are a word
+WINDOW = 16  # tokens of a block
 
 
 @dataclass(frozen=True)
 class ChosenExperts:
     """A block's part of the products of all experts that a window of tokens chose.
 
-    layout: as the weights are packed   all_rows: of an expert
+    rows: of an expert   tile: whose layout the weights have
 
     visit(put, finish, ids, first, count, chosen, heads, next, x, row, blocks, scales, group, tx)
         every thread of the block, in uniform control flow. For some slots of an expert at a time,
@@ -59,23 +45,22 @@ class ChosenExperts:
             ids i32 [n, top_k]    first: slot of the window (token · top_k + choice), of `count`
             chosen, heads, next   i32 [slots], shared, which nothing else uses
             x f32 [.., k]         row(slot): which of them a slot of the window multiplies
-            blocks, scales        as packed; the rows of the block are group · rows …
+            blocks, scales        as packed; the block's rows are ROWS · group …
             slots i32 [tokens]    of the window; the last one again where there are fewer: `here`
-            acc f32 [tokens·rows] UNIT · acc[t·rows + r] is the thread's part of the sum of slot
+            acc f32 [tokens·ROWS] UNIT · acc[t·ROWS + r] is the thread's part of the sum of slot
                                   slots[t] and row r: no scale reaches the end of float32
     """
 
     family: str
     k: int
-    all_rows: int
+    rows: int
     top_k: int
-    layout: ExpertsTile
-    tile: ChosenTile = TILE
+    tile: ExpertsTile
 
     @property
     def slots(self) -> int:
         """Of a window."""
-        return self.tile.window * self.top_k
+        return WINDOW * self.top_k
 
     @property
     def threads(self) -> int:
@@ -84,11 +69,11 @@ class ChosenExperts:
     @property
     def groups(self) -> int:
         """Of rows, each a block's."""
-        return -(-self.all_rows // self.tile.rows)
+        return self.rows // ROWS
 
     @property
     def _of(self) -> ExpertRows:
-        return ExpertRows(self.k, self.layout)
+        return ExpertRows(self.k, self.tile)
 
     @property
     def _link(self) -> Any:
@@ -125,38 +110,28 @@ class ChosenExperts:
         return link
 
     def _times(self, tokens: int) -> Any:
-        rows, layout, all_rows = self.tile.rows, self.layout.rows, self.all_rows
-        of, threads = self._of, self.threads
+        of, threads, layout = self._of, self.threads, self.tile.rows
         lanes, steps, first_input = of.lanes, of.steps, of.first_input
-
-        def number(group: Any, r: Any) -> Any:
-            """Of a row of the block; beyond the end, of one of the last quad."""
-            row = group * rows + r
-            return T.min(row, all_rows - QUAD + r % QUAD) if all_rows % rows else row
+        quads = layout // ROWS  # of a group of the layout
 
         @T.inline
         def load(word, scale, blocks, scales, expert, group, lane):
-            for r in T.unroll(rows):
+            for r in T.unroll(ROWS):
                 word[T.ramp(r * WORDS, 1, WORDS)] = blocks[
-                    expert, number(group, r) // layout, number(group, r) % layout, lane,
-                    T.ramp(0, 1, WORDS),
-                ]  # fmt: skip
+                    expert, group // quads, group % quads * ROWS + r, lane, T.ramp(0, 1, WORDS)
+                ]
             for i in T.unroll(PAIR):
-                for q in T.unroll(rows // SCALES):
-                    scale[i * (rows // SCALES) + q] = scales[
-                        expert, number(group, q * SCALES) // layout, lane // PAIR,
-                        i * (layout // SCALES) + number(group, q * SCALES) % layout // SCALES,
-                    ]  # fmt: skip
+                scale[i] = scales[expert, group // quads, lane // PAIR, i * quads + group % quads]
 
         @T.inline
         def times(acc, x, row, slots, blocks, scales, expert, group, tx):
-            word = T.sblock_alloc_buffer((rows * WORDS,), "uint32", scope="local")
-            scale = T.sblock_alloc_buffer((PAIR * rows // SCALES,), "uint32", scope="local")
-            factor = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+            word = T.sblock_alloc_buffer((ROWS * WORDS,), "uint32", scope="local")
+            scale = T.sblock_alloc_buffer((PAIR,), "uint32", scope="local")
+            factor = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
             inputs = T.sblock_alloc_buffer((tokens * EIGHT,), "float32", scope="local")
             four = T.sblock_alloc_buffer((2,), "uint32", scope="local")
             weight = T.sblock_alloc_buffer((EIGHT,), "float32", scope="local")
-            for a in T.unroll(tokens * rows):
+            for a in T.unroll(tokens * ROWS):
                 acc[a] = T.float32(0)
             for s in T.serial(steps):
                 if s * threads + tx < lanes:
@@ -164,16 +139,9 @@ class ChosenExperts:
                     load(word, scale, blocks, scales, expert, group, lane)
                     # Not unrolled: Adreno's compiler would fetch all inputs first, and spill.
                     for i in T.serial(PAIR):
-                        for r in T.unroll(rows):
+                        for r in T.unroll(ROWS):
                             factor[r] = scale_value(
-                                (
-                                    T.Select(
-                                        i == 0,
-                                        scale[r // SCALES],
-                                        scale[rows // SCALES + r // SCALES],
-                                    )
-                                    >> T.uint32(r % SCALES * 8)
-                                )
+                                (T.Select(i == 0, scale[0], scale[1]) >> T.uint32(r * 8))
                                 & T.uint32(255)
                             )
                         for v in T.unroll(WORDS // PAIR):
@@ -186,7 +154,7 @@ class ChosenExperts:
                                             1, QUAD,
                                         ),
                                     ]  # fmt: skip
-                            for r in T.unroll(rows):
+                            for r in T.unroll(ROWS):
                                 unpack(
                                     T.Select(
                                         i == 0,
@@ -198,17 +166,16 @@ class ChosenExperts:
                                 scaled(weight, four, factor, r)
                                 for t in T.unroll(tokens):
                                     for e in T.unroll(EIGHT):
-                                        acc[t * rows + r] = (
-                                            acc[t * rows + r] + weight[e] * inputs[t * EIGHT + e]
+                                        acc[t * ROWS + r] = (
+                                            acc[t * ROWS + r] + weight[e] * inputs[t * EIGHT + e]
                                         )
 
         return times
 
     @property
     def visit(self) -> Any:
-        top_k, (few, most) = self.top_k, self.tile.tokens
+        top_k, (few, most) = self.top_k, self.tile.together
         link, times_few, times = self._link, self._times(few), self._times(most)
-        rows = self.tile.rows
 
         @T.inline
         def visit(
@@ -218,7 +185,7 @@ class ChosenExperts:
             expert = T.sblock_alloc_buffer((1,), "int32", scope="local")
             here = T.sblock_alloc_buffer((1,), "int32", scope="local")
             slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
-            acc = T.sblock_alloc_buffer((most * rows,), "float32", scope="local")
+            acc = T.sblock_alloc_buffer((most * ROWS,), "float32", scope="local")
             link(ids, top_k, first, count, chosen, heads, next, tx)
             for s in T.serial(count):
                 expert[0] = heads[s]

@@ -57,6 +57,9 @@ class ExpertsTile(TileConfig):
     rows: int  # of a block, which share the inputs: a multiple of 4
     teams: int = 1  # of so many threads in a block, each of which takes other experts
     ahead: int = 1  # experts of a team whose weights are loaded before the first is used
+    # Of several tokens (chosen.py), two numbers of an expert's tokens that share its unpacked
+    # weights, the smaller first: what fewer do not need is multiplied all the same.
+    together: tuple[int, int] = (2, 4)
 
 
 def pairs_of(k: int) -> int:

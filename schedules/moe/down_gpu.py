@@ -11,17 +11,16 @@ import tvm
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.barriers import barrier
-from ..gpu.chosen import TILE as SEVERAL
-from ..gpu.chosen import ChosenExperts
+from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import BlockSums
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
 from ..kernel import T, Tensor, prim_func
-from .experts_gpu import schedules
+from .experts_gpu import FEW, schedules
 
 # By what a target has besides, best first.
 TILES = {
     ("vulkan", "threads256"): ExpertsTile(threads=96, rows=4, teams=2, ahead=2),
-    ("vulkan",): ExpertsTile(threads=96, rows=4),
+    ("vulkan",): ExpertsTile(threads=96, rows=4, together=FEW),
     ("metal",): ExpertsTile(threads=96, rows=8, teams=4),
     ("cuda",): ExpertsTile(threads=96, rows=8, teams=4),
 }
@@ -137,15 +136,14 @@ def _one(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: 
 def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int) -> Any:
     """The launch for more: a block is some rows of all experts of a window of tokens."""
     of = ChosenExperts(family, intermediate, hidden, top_k, tile)
-    rows, window, threads = SEVERAL.rows, SEVERAL.window, of.threads
-    most = max(SEVERAL.tokens)
-    sums = BlockSums(family, threads, most * rows)
-    own = -(-window * rows // threads)  # elements of y of a thread
+    threads, most = of.threads, max(tile.together)
+    sums = BlockSums(family, threads, most * ROWS)
+    own = -(-WINDOW * ROWS // threads)  # elements of y of a thread
 
     @T.inline
     def several(n, h, ids, weights, blocks, scales, bias, residual, y):
         # Windows are the faster axis: blocks that read the same rows follow each other.
-        for window_ in T.thread_binding(T.ceildiv(n, window), thread="blockIdx.x"):
+        for window_ in T.thread_binding(T.ceildiv(n, WINDOW), thread="blockIdx.x"):
             for group in T.thread_binding(of.groups, thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("block"):
@@ -160,26 +158,26 @@ def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermedia
                         total = T.sblock_alloc_buffer((own,), "float32", scope="local")
                         slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
                         place = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        row: T.let = vg * rows + tx % rows  # threads are a multiple of the rows
+                        row: T.let = vg * ROWS + tx % ROWS  # threads are a multiple of the rows
                         first: T.let = T.Cast("int32", vw) * of.slots
                         count: T.let = T.min(T.Cast("int32", n * top_k) - first, of.slots)
 
                         @T.inline
                         def put(tokens, slots, here, acc):
-                            sums.put(acc, parts, tx, tokens * rows)
+                            sums.put(acc, parts, tx, tokens * ROWS)
 
                         @T.inline
                         def finish(slots, here, expert):
                             barrier()
                             for i in T.unroll(own):
-                                token: T.let = (i * threads + tx) // rows
+                                token: T.let = (i * threads + tx) // ROWS
                                 slot[0] = -1
                                 for t in T.unroll(most):
                                     if T.And(slots[t] // top_k == token, slot[0] < 0):
                                         slot[0] = slots[t]
                                         place[0] = t
                                 if slot[0] >= 0:
-                                    sums.total(parts, place[0] * rows + tx % rows, sum)
+                                    sums.total(parts, place[0] * ROWS + tx % ROWS, sum)
                                     total[i] = total[i] + weights[
                                         (first + slot[0]) // top_k, slot[0] % top_k
                                     ] * (T.float32(UNIT) * sum[0] + bias[expert, row])
@@ -192,8 +190,8 @@ def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermedia
                             lambda s: first + s, blocks, scales, vg, tx,
                         )  # fmt: skip
                         for i in T.unroll(own):
-                            token: T.let = vw * window + (i * threads + tx) // rows
-                            if T.And(token < T.min(n, (vw + 1) * window), row < hidden):
+                            token: T.let = vw * WINDOW + (i * threads + tx) // ROWS
+                            if token < T.min(n, (vw + 1) * WINDOW):
                                 y[token, row] = total[i] + residual[token, row]
 
     return several

@@ -64,6 +64,10 @@ def tame(x: np.ndarray, edge: tuple[int, ...]) -> None:
             x[:, block * BLOCK : (block + 1) * BLOCK] *= np.float32(2.0**-40)
 
 
+def _few_rows(**inputs: int) -> dict[str, int]:
+    return {"experts": 2, "hidden": 32, "intermediate": 32, **inputs}
+
+
 def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ...]:
     """What both halves are tested with, whatever their activations.
 
@@ -83,6 +87,8 @@ def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ..
         case("16 tokens, spread", 16, experts=32, top_k=4, hidden=64, intermediate=32),
         case("64 tokens", 64, experts=32, top_k=4, hidden=160, intermediate=160),
         case("two tokens, the same experts", 2, experts=4, top_k=4),
+        case("more inputs than a block's threads have at once", 3, **_few_rows(hidden=3136)),
+        case("the same of the second half", 3, **_few_rows(intermediate=3136)),
         case("scales 0 and 1", 3, hidden=160, intermediate=160, edge=(0, 1)),
         case("the largest scale, beside which the others vanish", 3, edge=(1, largest_scale)),
         case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, intermediate=2880),

@@ -10,6 +10,9 @@ import tvm
 from ..gpu.mxfp4 import ExpertsTile, layouts
 from ..kernel import Schedule, gpu
 
+# Of devices with small blocks: with two instead of one, Adreno's compiler spills.
+FEW = (1, 4)
+
 
 def schedules(
     build: Callable[..., tvm.tirx.PrimFunc], tiles: Mapping[tuple[str, ...], ExpertsTile]

@@ -11,16 +11,17 @@ import tvm
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.barriers import barrier
-from ..gpu.chosen import TILE as SEVERAL
-from ..gpu.chosen import ChosenExperts
+from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import LANES, BlockSums
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
 from ..kernel import T, Tensor, prim_func
-from .experts_gpu import schedules
+from .experts_gpu import FEW, schedules
 from .swiglu import swiglu
 
+# By what a target has besides, best first.
 TILES: dict[tuple[str, ...], ExpertsTile] = {
-    ("vulkan",): ExpertsTile(threads=96, rows=4),
+    ("vulkan", "threads256"): ExpertsTile(threads=96, rows=4),
+    ("vulkan",): ExpertsTile(threads=96, rows=4, together=FEW),
     ("metal",): ExpertsTile(threads=96, rows=8),
     ("cuda",): ExpertsTile(threads=96, rows=8),
 }
@@ -146,14 +147,14 @@ def _several(
 ) -> Any:
     """The launch for more: a block is some rows of all experts of a window of tokens."""
     of = ChosenExperts(family, hidden, 2 * intermediate, top_k, tile)
-    rows, window, threads = SEVERAL.rows, SEVERAL.window, of.threads
-    pairs, most = rows // 2, max(SEVERAL.tokens)
-    sums = BlockSums(family, threads, most * rows)
+    threads, most = of.threads, max(tile.together)
+    pairs = ROWS // 2
+    sums = BlockSums(family, threads, most * ROWS)
 
     @T.inline
     def several(n, x, ids, blocks, scales, bias, h):
         # Windows are the faster axis: blocks that read the same rows follow each other.
-        for window_ in T.thread_binding(T.ceildiv(n, window), thread="blockIdx.x"):
+        for window_ in T.thread_binding(T.ceildiv(n, WINDOW), thread="blockIdx.x"):
             for group in T.thread_binding(of.groups, thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("block"):
@@ -173,12 +174,12 @@ def _several(
 
                         @T.inline
                         def put(tokens, slots, here, acc):
-                            sums.put(acc, parts, tx, tokens * rows)
+                            sums.put(acc, parts, tx, tokens * ROWS)
 
                         @T.inline
                         def finish(slots, here, expert):
                             barrier()
-                            if T.And(tx < here * pairs, unit < intermediate):
+                            if tx < here * pairs:
                                 slot[0] = slots[0]
                                 for t in T.unroll(most):
                                     slot[0] = T.Select(tx // pairs == t, slots[t], slot[0])
