@@ -26,7 +26,7 @@ from mxforge.artifact import device_code_name
 from mxforge.errors import TargetError
 from mxforge.machine import host_system
 
-from . import cuda
+from . import cuda, metal
 from .targets import CompileTarget
 
 _COMPILERS = ("cc", "gcc", "clang")
@@ -59,8 +59,11 @@ def device_code(
 ) -> dict[str, bytes]:
     """Compiled device code by file name; empty for targets whose library needs no such file.
 
-    `folder` is for what nvcc needs meanwhile. Raises TargetError where nvcc fails.
+    `folder` is for what nvcc needs meanwhile. Raises TargetError where nvcc fails, or where
+    shaders need more than Metal has.
     """
+    for module in _imports(executable.mod, "metal"):
+        metal.check(str(module.inspect_source()))
     sources = [str(module.inspect_source()) for module in _imports(executable.mod, "cuda")]
     return {
         device_code_name(source): cuda.compiled(source, target.archs, folder) for source in sources
