@@ -24,25 +24,35 @@ import tvm
 
 from mxforge.kv_layout import PAGE_TOKENS
 
-from ..cuda.instructions import LANES, mma_bf16, mma_f16
+from ..cuda.dense import load_words, shared_words
+from ..cuda.instructions import (
+    LANES,
+    copies_done,
+    copy_async,
+    mma_bf16,
+    mma_f16,
+    wait_for_launch_before,
+)
 from ..formats.kv import BF16, F16, INT8, KV
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 from ..math import LOG2_E, LOWEST
 from .attend import HEADS, WORDS, Words, over_blocks, upper
-from .pages import physical_page
+from .pages import most_pages
 
 LN_2 = 0.6931472
 GROUPS = 8  # of slots, that a warp takes at once: the columns of B
+WARPS_OF_SM = 16  # so many want no more than 128 registers each thread
 PAIR = 0x7632  # selects the upper halves of two words
 
 
 @dataclass(frozen=True)
 class WarpsTile(TileConfig):
     warps: int  # of a block
+    most_warps: int  # of one whose keys are those of a window
 
 
 # Four: what a split of 128 keys gives 32 each. Not measured.
-TILE = WarpsTile(warps=4)
+TILE = WarpsTile(warps=4, most_warps=8)
 
 
 class State(NamedTuple):
@@ -51,15 +61,21 @@ class State(NamedTuple):
     tops: Any  # f32 [warps, 8 heads]
     totals: Any  # f32 [warps, 8 heads]
     sums: Any  # f32 [warps, 8 heads, pitch]
-    query: Any  # u32 [D/16, 4]: fragments of A
-    weight: Any  # u32 [4]: a fragment of A
+    query: Any  # u32 [D/16, lanes, 4]: fragments of A; before that, or behind them, q itself
+    a: Any  # u32 [4]: one of them
+    weight: Any  # u32 [2, wide/4, 4]: fragments of A
     b: Any  # u32 [2]: a fragment of B
+    d: Any  # f32 [4]: a fragment of D
     score: Any  # f32 [wide, 4]: fragments of D; the group's slots
-    acc: Any  # f32 [D/8, 4]: fragments of D
+    acc: Any  # f32 [D/8, 2]: of a fragment of D, high and low parts together
     keys: Any  # u32 [D/16, 4/p, 4]: words
     values: Any  # u32 [2, wide/4, D/8/wide, 4/p, 4]: words
     key_scales: Any  # u32 [4]: of 8 slots
     value_scales: Any  # u32 [4]
+    first: Any  # i32: of the pages of the warp's turn
+    key_page: Any  # u32: physical, of the keys that a lane reads
+    value_page: Any  # u32
+    unit: Any  # f32: that the query is in
     x: Any  # f32 [4]
     rest: Any  # f32 [4]
     top: Any  # f32
@@ -69,6 +85,13 @@ class State(NamedTuple):
 
 def bits(x: Any) -> Any:
     return T.reinterpret("uint32", x)
+
+
+@T.inline
+def load_word(to, at, start):
+    """32 bits from `start` on, an element of a buffer, to a register; it stays on its side of
+    wait_for_launch_before() as load_words does."""
+    T.ptx["ld.global.b32"](to[at], T.address_of(start))
 
 
 def permuted(low: Any, high: Any, selector: Any) -> Any:
@@ -110,12 +133,16 @@ def build(
     half, scaled = kv_dtype == F16.name, KV[kv_dtype].scaled
     group = heads // kv_heads
     per_kv_head = -(-group // HEADS)
-    warps, threads = tile.warps, tile.warps * LANES
     word, wide, slot_groups = words.word, words.wide, words.slot_groups
     pages_at_once = GROUPS // slot_groups
     keys_at_once = pages_at_once * PAGE_TOKENS
+    warps = tile.warps
+    if window:  # all of it in one turn
+        warps = max(warps, min(-(-most_pages(window) // pages_at_once), tile.most_warps))
+    threads = warps * LANES
     reads = 4 // word  # that four elements are in
     steps = head_dim // 16  # of A's columns
+    raw_at = steps * LANES * 4 if half else 0  # q in `query`: float16's as long as others need it
     quads, blocks = wide // 4, head_dim // (8 * wide)  # of a group's slots; of a value's columns
     # Weights up to 2¹⁴: float16 has its full precision from 2⁻¹⁴ on.
     bias = 14 if half else 0
@@ -135,21 +162,43 @@ def build(
             tops=shared(warps * HEADS),
             totals=shared(warps * HEADS),
             sums=shared(warps * HEADS * pitch),
-            query=local(steps * 4, dtype="uint32"),
-            weight=local(4, dtype="uint32"),
+            query=T.sblock_alloc_buffer((raw_at + steps * LANES * 4,), "uint32", scope="shared"),
+            a=local(4, dtype="uint32"),
+            weight=local(2 * quads * 4, dtype="uint32"),
             b=local(2, dtype="uint32"),
+            d=local(4),
             score=local(wide * 4),
-            acc=local(head_dim // 8 * 4),
+            acc=local(head_dim // 8 * 2),
             keys=local(steps * reads * WORDS, dtype="uint32"),
             values=local(2 * quads * blocks * reads * WORDS, dtype="uint32"),
             key_scales=local(WORDS, dtype="uint32"),
             value_scales=local(WORDS, dtype="uint32"),
+            first=local(1, dtype="int32"),
+            key_page=local(1, dtype="uint32"),
+            value_page=local(1, dtype="uint32"),
+            unit=local(1),
             x=local(4),
             rest=local(4),
             top=local(1),
             total=local(1),
             running=local(1),
         )
+
+    @T.inline
+    def find_pages(own, table, first_page, sequence, first, end, lane):
+        """Of the warp's pages from `first` on, those whose keys and values the lane reads."""
+        load_word(
+            own.key_page, 0,
+            table[
+                sequence, T.min(first + lane // 4 // slot_groups, end - 1) - first_page[sequence]
+            ],
+        )  # fmt: skip
+        load_word(
+            own.value_page, 0,
+            table[
+                sequence, T.min(first + lane % 4 * 2 // slot_groups, end - 1) - first_page[sequence]
+            ],
+        )  # fmt: skip
 
     def packed(x, i):
         """The type's pair of x[i] and x[i + 1], which it holds in full but for rounding."""
@@ -192,71 +241,114 @@ def build(
                 own.b[j] = read[at + j * WORDS + i]
 
     @T.inline
-    def take_query(own, q, t, head, exists, lane):
-        """Fragments of q / √D in units of log 2; float16's in units of the largest power of two
-        in the row, which comes back in `running`."""
-        own.running[0] = T.float32(1)
-        if half:
-            own.running[0] = T.float32(0)
-            if exists:
-                for s in T.unroll(steps):
-                    for j in T.unroll(4):
-                        own.running[0] = T.max(
-                            own.running[0],
-                            T.fabs(q[t, head * head_dim + s * 16 + lane % 4 * 4 + j])
-                            * T.float32(LOG2_E * head_dim**-0.5),
-                        )
-            own.running[0] = over_group(T.max, own.running[0])
-            own.running[0] = T.reinterpret(
-                "float32", T.bitwise_and(bits(own.running[0]), T.uint32(0x7F800000))
-            )
+    def copy_query(own, q, t, head, exists, warp, lane):
+        """q to shared memory; a warp brings some steps."""
         for s in T.unroll(steps):
-            own.x[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
-            if exists:
-                own.x[T.ramp(0, 1, 4)] = q[t, T.ramp(head * head_dim + s * 16 + lane % 4 * 4, 1, 4)]
-            for j in T.unroll(4):
-                own.x[j] = own.x[j] * T.float32(LOG2_E * head_dim**-0.5)
-                if half:  # 1 / running
-                    own.x[j] = own.x[j] * T.reinterpret(
-                        "float32", T.uint32(0x7F000000) - bits(own.running[0])
+            if warp == s % warps:
+                to: T.let = raw_at + (s * LANES + lane) * 4
+                if exists:
+                    copy_async(
+                        T.address_of(own.query[to]),
+                        T.address_of(q[t, head * head_dim + s * 16 + lane % 4 * 4]),
                     )
-            put_parts(own, own.query, s * 4)
+                else:
+                    own.query[T.ramp(to, 1, 4)] = T.broadcast(T.uint32(0), 4)
 
     @T.inline
-    def read_keys(own, cache, kv_head, page, lane):
+    def take_four(own, s, lane):
+        """x = the lane's numbers of q / √D in units of log 2."""
+        T.evaluate(
+            shared_words(
+                (own.a[0], own.a[1], own.a[2], own.a[3]),
+                own.query[raw_at + (s * LANES + lane) * 4],
+            )
+        )
+        for i in T.unroll(4):
+            own.x[i] = T.reinterpret("float32", own.a[i]) * T.float32(LOG2_E * head_dim**-0.5)
+
+    @T.inline
+    def put_query(own, warp, lane):
+        """Fragments of q / √D for all warps; float16's in units of the largest power of two in the
+        row."""
+        copies_done()
+        if half:
+            T.tvm_storage_sync("shared")
+            own.unit[0] = T.float32(0)
+            for s in T.unroll(steps):
+                take_four(own, s, lane)
+                for i in T.unroll(4):
+                    own.unit[0] = T.max(own.unit[0], T.fabs(own.x[i]))
+            own.unit[0] = over_group(T.max, own.unit[0])
+            own.unit[0] = T.reinterpret(
+                "float32", T.bitwise_and(bits(own.unit[0]), T.uint32(0x7F800000))
+            )
+        for s in T.unroll(steps):
+            if warp == s % warps:
+                take_four(own, s, lane)
+                if half:  # times 1 / unit
+                    for i in T.unroll(4):
+                        own.x[i] = own.x[i] * T.reinterpret(
+                            "float32", T.uint32(0x7F000000) - bits(own.unit[0])
+                        )
+                put_parts(own, own.a, 0)
+                own.query[T.ramp((s * LANES + lane) * 4, 1, 4)] = own.a[T.ramp(0, 1, 4)]
+        T.tvm_storage_sync("shared")
+
+    @T.inline
+    def read_keys(own, cache, kv_head, lane):
+        page: T.let = T.Cast("int64", own.key_page[0])
         for s in T.unroll(steps):
             for u in T.unroll(reads):
                 at: T.let = words.key_at(
                     s * (16 // word) + lane % 4 * reads + u, lane // 4 % slot_groups
                 )
-                own.keys[T.ramp((s * reads + u) * WORDS, 1, WORDS)] = cache[
-                    0, kv_head, page, T.ramp(at, 1, WORDS)
-                ]
+                load_words(own.keys, (s * reads + u) * WORDS, cache[0, kv_head, page, at])
 
     @T.inline
-    def read_values(own, cache, kv_head, page, key0, lane, low, high):
-        """Of the 2·wide slots from `slot` on; words without a key that is seen become 0."""
-        for r in T.unroll(2 * quads):
-            for c in T.unroll(blocks):
+    def read_value(own, cache, kv_head, lane, r, c, u):
+        slot: T.let = lane % 4 * 2 % slot_groups * wide + r * 4 + u * word
+        at: T.let = words.value_at(slot // word, c * 8 + lane // 4)
+        load_words(
+            own.values, ((r * blocks + c) * reads + u) * WORDS,
+            cache[1, kv_head, T.Cast("int64", own.value_page[0]), at],
+        )  # fmt: skip
+
+    @T.inline
+    def read_values(own, cache, kv_head, lane, key0, low, high, whole):
+        """Of the lane's 2·wide slots. What is not seen may be NaN: unless the warp's keys are seen
+        as a whole, slots of float16 become 0 here."""
+        if whole or word > 1:
+            for r in T.unroll(2 * quads):
+                for c in T.unroll(blocks):
+                    for u in T.unroll(reads):
+                        read_value(own, cache, kv_head, lane, r, c, u)
+        else:
+            for r in T.unroll(2 * quads):
                 for u in T.unroll(reads):
-                    slot: T.let = lane % 4 * 2 % slot_groups * wide + r * 4 + u * word
-                    number: T.let = ((r * blocks + c) * reads + u) * WORDS
-                    own.values[T.ramp(number, 1, WORDS)] = T.broadcast(T.uint32(0), WORDS)
-                    if key0 + slot + word > low and key0 + slot <= high:
-                        at: T.let = words.value_at(slot // word, c * 8 + lane // 4)
-                        own.values[T.ramp(number, 1, WORDS)] = cache[
-                            1, kv_head, page, T.ramp(at, 1, WORDS)
-                        ]
+                    key: T.let = key0 + lane % 4 * 2 % slot_groups * wide + r * 4 + u
+                    for c in T.unroll(blocks):
+                        own.values[T.ramp(((r * blocks + c) * reads + u) * WORDS, 1, WORDS)] = (
+                            T.broadcast(T.uint32(0), WORDS)
+                        )
+                        if low <= key and key <= high:
+                            read_value(own, cache, kv_head, lane, r, c, u)
+
+    @T.inline
+    def read_scales(own, cache, kv_head, lane):
+        at: T.let = words.scales + lane % 4 * 2 % slot_groups * 2
+        page: T.let = T.Cast("int64", own.value_page[0])
+        load_words(own.key_scales, 0, cache[0, kv_head, page, at])
+        load_words(own.value_scales, 0, cache[1, kv_head, page, at])
 
     @T.inline
     def mask_values(own, key0, lane, low, high):
-        """Numbers of two slots in a word, of which one may be NaN."""
+        """Of two slots in a word, those that are not seen become 0."""
         for r in T.unroll(2 * quads):
             for u in T.unroll(reads):
                 key: T.let = key0 + lane % 4 * 2 % slot_groups * wide + r * 4 + u * word
                 keep: T.let = T.bitwise_or(
-                    T.Select(key < low, T.uint32(0), T.uint32(0xFFFF)),
-                    T.Select(key + 1 > high, T.uint32(0), T.uint32(0xFFFF0000)),
+                    T.Select(key < low or key > high, T.uint32(0), T.uint32(0xFFFF)),
+                    T.Select(key + 1 < low or key + 1 > high, T.uint32(0), T.uint32(0xFFFF0000)),
                 )
                 for c in T.unroll(blocks):
                     for w in T.unroll(WORDS):
@@ -264,28 +356,32 @@ def build(
                         own.values[at] = T.bitwise_and(own.values[at], keep)
 
     @T.inline
-    def score_keys(own, unit, key0, low, high):
+    def score_keys(own, lane, key0, low, high, whole):
         """score [slot, group 2t or 2t+1] = q·k of head g, in units of log 2; LOWEST where the key
-        is not seen. `unit`: what the query is in; key0: the first of this lane's 2·wide keys."""
+        is not seen. key0: the first of this lane's 2·wide keys."""
         for i in T.unroll(wide * 4):
             own.score[i] = T.float32(0)
         for s in T.unroll(steps):
+            own.a[T.ramp(0, 1, 4)] = own.query[T.ramp((s * LANES + lane) * 4, 1, 4)]
             for i in T.unroll(wide):
                 take_fragment(own, own.keys, s * reads * WORDS, i)
-                mma(own.score, i * 4, own.query, s * 4, own.b, 0)
+                mma(own.score, i * 4, own.a, 0, own.b, 0)
         for j in T.unroll(2):
             for i in T.unroll(wide):
                 own.score[i * 4 + j] = own.score[i * 4 + j] + own.score[i * 4 + j + 2]
                 if half:
-                    own.score[i * 4 + j] = own.score[i * 4 + j] * unit
+                    own.score[i * 4 + j] = own.score[i * 4 + j] * own.unit[0]
                 if scaled:
                     own.score[i * 4 + j] = own.score[i * 4 + j] * upper(
                         own.key_scales[j * 2 + i // 2], T.Cast("uint32", i % 2 * 16)
                     )
-                key: T.let = key0 + j * wide + i
-                own.score[i * 4 + j] = T.Select(
-                    key < low or key > high, T.float32(LOWEST), own.score[i * 4 + j]
-                )
+        if not whole:
+            for j in T.unroll(2):
+                for i in T.unroll(wide):
+                    key: T.let = key0 + j * wide + i
+                    own.score[i * 4 + j] = T.Select(
+                        key < low or key > high, T.float32(LOWEST), own.score[i * 4 + j]
+                    )
 
     @T.inline
     def weigh(own):
@@ -298,7 +394,7 @@ def build(
         if own.running[0] > own.top[0]:
             factor: T.let = T.exp2(own.top[0] - own.running[0])
             own.total[0] = own.total[0] * factor
-            for i in T.unroll(head_dim // 8 * 4):
+            for i in T.unroll(head_dim // 8 * 2):
                 own.acc[i] = own.acc[i] * factor
             own.top[0] = own.running[0]
         for j in T.unroll(2):
@@ -307,8 +403,7 @@ def build(
                 own.total[0] = own.total[0] + own.score[i * 4 + j]
 
     @T.inline
-    def add_values(own):
-        """acc += weights · values: groups 2t and 2t+1, four slots of each at once."""
+    def put_weights(own):
         for j in T.unroll(2):
             for r in T.unroll(quads):
                 for e in T.unroll(4):
@@ -317,12 +412,21 @@ def build(
                         own.x[e] = own.x[e] * upper(
                             own.value_scales[j * 2 + e // 2], T.Cast("uint32", e % 2 * 16)
                         )
-                put_parts(own, own.weight, 0)
-                for c in T.unroll(blocks):
-                    for i in T.unroll(wide):
-                        at: T.let = ((j * quads + r) * blocks + c) * reads * WORDS
-                        take_fragment(own, own.values, at, i)
-                        mma(own.acc, (c * wide + i) * 4, own.weight, 0, own.b, 0)
+                put_parts(own, own.weight, (j * quads + r) * 4)
+
+    @T.inline
+    def add_values(own):
+        """acc += weights · values: groups 2t and 2t+1, four slots of each at once."""
+        for c in T.unroll(blocks):
+            for i in T.unroll(wide):
+                own.d[T.ramp(0, 1, 4)] = T.broadcast(T.float32(0), 4)
+                for jr in T.unroll(2 * quads):
+                    take_fragment(own, own.values, (jr * blocks + c) * reads * WORDS, i)
+                    mma(own.d, 0, own.weight, jr * 4, own.b, 0)
+                for j in T.unroll(2):
+                    own.acc[(c * wide + i) * 2 + j] = own.acc[(c * wide + i) * 2 + j] + (
+                        own.d[j] + own.d[j + 2]
+                    )
 
     @T.inline
     def put_sums(own, warp, lane, factor):
@@ -331,8 +435,7 @@ def build(
             for j in T.unroll(2):
                 for i4 in T.unroll(quads):
                     for e in T.unroll(4):
-                        at: T.let = (c * wide + i4 * 4 + e) * 4 + j
-                        own.x[e] = (own.acc[at] + own.acc[at + 2]) * factor
+                        own.x[e] = own.acc[(c * wide + i4 * 4 + e) * 2 + j] * factor
                     column: T.let = c * 8 * wide + (lane % 4 * 2 + j) * wide + i4 * 4
                     own.sums[T.ramp((warp * HEADS + lane // 4) * pitch + column, 1, 4)] = own.x[
                         T.ramp(0, 1, 4)
@@ -377,59 +480,58 @@ def build(
     def attend(cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
         """Head block hb of token t over the keys low … high, into `row` of out and stats."""
         own = allocated()
-        unit = T.sblock_alloc_buffer((1,), "float32", scope="local")
         kv_head: T.let = hb // per_kv_head
         head0: T.let = kv_head * group + hb % per_kv_head * HEADS
         heads_left: T.let = group - hb % per_kv_head * HEADS
         page0: T.let = low // PAGE_TOKENS
         page_end: T.let = high // PAGE_TOKENS + 1
         for tx in T.thread_binding(threads, thread="threadIdx.x"):
+            T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", WARPS_OF_SM // warps)
             warp: T.let = tx // LANES
             lane: T.let = tx % LANES
+            own.first[0] = page0 + warp * pages_at_once
+            # Where the keys are no launch writes.
+            find_pages(own, table, first_page, sequence, own.first[0], page_end, lane)
+            wait_for_launch_before()
             if split and low > high:
                 if tx < HEADS and tx < heads_left:
                     stats[t, row, head0 + tx, 1] = T.float32(0)
                 T.thread_return()
-            take_query(own, q, t, head0 + lane // 4, lane // 4 < heads_left, lane)
-            unit[0] = own.running[0]
+            copy_query(own, q, t, head0 + lane // 4, lane // 4 < heads_left, warp, lane)
+            read_keys(own, cache, kv_head, lane)
+            put_query(own, warp, lane)
             own.top[0] = T.float32(LOWEST)
             own.total[0] = T.float32(0)
-            for i in T.unroll(head_dim // 8 * 4):
+            for i in T.unroll(head_dim // 8 * 2):
                 own.acc[i] = T.float32(0)
-            turns: T.let = T.ceildiv(page_end - page0 - warp * pages_at_once, warps * pages_at_once)
-            for turn in T.serial(turns):
-                first: T.let = page0 + (turn * warps + warp) * pages_at_once
-                of_keys: T.let = first + lane // 4 // slot_groups
-                of_values: T.let = first + lane % 4 * 2 // slot_groups
-                key0: T.let = of_values * PAGE_TOKENS
-                own_key0: T.let = key0 + lane % 4 * 2 % slot_groups * wide
-                if of_keys < page_end:
-                    read_keys(
-                        own, cache, kv_head,
-                        physical_page(table, first_page, sequence, of_keys), lane,
-                    )  # fmt: skip
-                page: T.let = physical_page(
-                    table, first_page, sequence, T.min(of_values, page_end - 1)
+            while own.first[0] < page_end:
+                key0: T.let = (own.first[0] + lane % 4 * 2 // slot_groups) * PAGE_TOKENS
+                whole: T.let = (
+                    own.first[0] * PAGE_TOKENS >= low
+                    and own.first[0] * PAGE_TOKENS + keys_at_once <= high + 1
                 )
                 if scaled:
-                    at: T.let = words.scales + lane % 4 * 2 % slot_groups * 2
-                    own.key_scales[T.ramp(0, 1, WORDS)] = cache[
-                        0, kv_head, page, T.ramp(at, 1, WORDS)
-                    ]
-                    own.value_scales[T.ramp(0, 1, WORDS)] = cache[
-                        1, kv_head, page, T.ramp(at, 1, WORDS)
-                    ]
+                    read_scales(own, cache, kv_head, lane)
                 if not half:  # as many registers as there are: float16 reads 64 keys
-                    read_values(own, cache, kv_head, page, key0, lane, low, high)
-                score_keys(own, unit[0], own_key0, low, high)
-                if half:
-                    read_values(own, cache, kv_head, page, key0, lane, low, high)
+                    read_values(own, cache, kv_head, lane, key0, low, high, whole)
+                score_keys(own, lane, key0 + lane % 4 * 2 % slot_groups * wide, low, high, whole)
                 weigh(own)
-                if word == 2 and (
-                    first * PAGE_TOKENS < low or first * PAGE_TOKENS + keys_at_once > high
-                ):
+                put_weights(own)
+                if half:
+                    read_values(own, cache, kv_head, lane, key0, low, high, whole)
+                if word == 2 and not whole:
                     mask_values(own, key0, lane, low, high)
-                add_values(own)
+                if half:
+                    add_values(own)
+                own.first[0] = own.first[0] + warps * pages_at_once
+                if own.first[0] < page_end:
+                    find_pages(own, table, first_page, sequence, own.first[0], page_end, lane)
+                    read_keys(own, cache, kv_head, lane)
+                else:  # or nvcc keeps the old ones, and the registers that they have
+                    for i in T.unroll(steps * reads * WORDS):
+                        own.keys[i] = T.uint32(0)
+                if not half:
+                    add_values(own)
             own.total[0] = over_group(lambda a, b: a + b, own.total[0])
             if lane % 4 == 0:
                 own.tops[warp * HEADS + lane // 4] = own.top[0]

@@ -199,6 +199,16 @@ CASES = (
     ),
     attention_case("int8, one channel 1000 times", [(30, 36)], spike=1000.0, kv_dtype="int8"),
     attention_case("position 131,071 of a sliding layer", [(131_071, 131_072)], window=128),
+    *(
+        attention_case(
+            f"window that begins in a page, {kv_dtype}",
+            [(135, 136), (270, 271)],
+            head_dim=64,
+            window=128,
+            kv_dtype=kv_dtype,
+        )
+        for kv_dtype in ("float16", "bfloat16", "int8")
+    ),
     attention_case(
         "position 131,071 of a full layer",
         [(131_071, 131_072)],

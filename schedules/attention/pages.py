@@ -36,6 +36,11 @@ def first_visible(position: Any, window: int) -> Any:
     return T.max(position - T.int32(window - 1), T.int32(0)) if window else T.int32(0)
 
 
+def most_pages(window: int) -> int:
+    """In which a query's keys may lie: they begin anywhere in a page."""
+    return -(-(window - 1) // PAGE_TOKENS) + 1
+
+
 def paged_layout(
     rng: np.random.Generator, ranges: list[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray, int]:
