@@ -84,7 +84,7 @@ def _rows(
     @T.inline
     def body(n, h, ids, weights, blocks, scales, bias, residual, y):
         if n == 1:
-            one(h, ids, weights, blocks, scales, bias, residual, y)
+            one(n, h, ids, weights, blocks, scales, bias, residual, y)
         else:
             several(n, h, ids, weights, blocks, scales, bias, residual, y)
 
@@ -92,43 +92,50 @@ def _rows(
 
 
 def _one(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int) -> Any:
-    """The launch for one token: a block is some rows of all its experts."""
+    """The launch for one token: a block is some rows of all its experts. As to n, see gate_up."""
     teams = tile.teams if top_k % tile.teams == 0 else 1
     rows, of = tile.rows, ExpertRows(intermediate, tile, top_k // teams)
     sums = BlockSums(family, of.threads * teams, rows)
 
     @T.inline
-    def one(h, ids, weights, blocks, scales, bias, residual, y):
-        for group in T.thread_binding(hidden // rows, thread="blockIdx.x"):
-            for team in T.thread_binding(teams, thread="threadIdx.y"):
-                for lane in T.thread_binding(of.threads, thread="threadIdx.x"):
-                    with T.sblock("thread"):
-                        vg, vm, vl = T.axis.remap("SSS", [group, team, lane])
-                        expert = T.sblock_alloc_buffer((top_k // teams,), "int32", scope="local")
-                        weight = T.sblock_alloc_buffer((top_k // teams,), "float32", scope="local")
-                        acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                        before = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                        parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
-                        tx: T.let = vm * of.threads + vl
-                        for j in T.unroll(top_k // teams):
-                            expert[j] = ids[0, j * teams + vm]
-                            weight[j] = weights[0, j * teams + vm]
-                        for v in T.unroll(rows // 4):
-                            before[T.ramp(v * 4, 1, 4)] = residual[
-                                0, T.ramp(vg * rows + v * 4, 1, 4)
-                            ]
-                        of.products(
-                                acc, h, lambda j: j * teams + vm,
-                                lambda j: weight[j],
-                                blocks, scales, bias, lambda j: expert[j], vg, vl,
-                            )  # fmt: skip
-                        for r in T.unroll(rows):
-                            acc[r] = acc[r] + T.Select(tx == 0, before[r], T.float32(0))
-                        sums.share(acc, parts, tx)
-                        if tx < rows:
-                            sums.total(parts, tx, total)
-                            y[0, vg * rows + tx] = total[0]
+    def one(n, h, ids, weights, blocks, scales, bias, residual, y):
+        for group in T.thread_binding(hidden // rows, thread="blockIdx.y"):
+            for token in T.thread_binding(n, thread="blockIdx.x"):
+                for team in T.thread_binding(teams, thread="threadIdx.y"):
+                    for lane in T.thread_binding(of.threads, thread="threadIdx.x"):
+                        with T.sblock("thread"):
+                            vg, vt, vm, vl = T.axis.remap("SSSS", [group, token, team, lane])
+                            expert = T.sblock_alloc_buffer(
+                                (top_k // teams,), "int32", scope="local"
+                            )
+                            weight = T.sblock_alloc_buffer(
+                                (top_k // teams,), "float32", scope="local"
+                            )
+                            acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                            total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+                            before = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                            parts = T.sblock_alloc_buffer(
+                                (sums.elements,), "float32", scope="shared"
+                            )
+                            tx: T.let = vm * of.threads + vl
+                            for j in T.unroll(top_k // teams):
+                                expert[j] = ids[vt, j * teams + vm]
+                                weight[j] = weights[vt, j * teams + vm]
+                            for v in T.unroll(rows // 4):
+                                before[T.ramp(v * 4, 1, 4)] = residual[
+                                    vt, T.ramp(vg * rows + v * 4, 1, 4)
+                                ]
+                            of.products(
+                                    acc, h, lambda j: vt * top_k + j * teams + vm,
+                                    lambda j: weight[j],
+                                    blocks, scales, bias, lambda j: expert[j], vg, vl,
+                                )  # fmt: skip
+                            for r in T.unroll(rows):
+                                acc[r] = acc[r] + T.Select(tx == 0, before[r], T.float32(0))
+                            sums.share(acc, parts, tx)
+                            if tx < rows:
+                                sums.total(parts, tx, total)
+                                y[vt, vg * rows + tx] = total[0]
 
     return one
 

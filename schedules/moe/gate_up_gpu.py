@@ -98,7 +98,7 @@ def _rows(
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h):
         if n == 1:
-            one(x, ids, blocks, scales, bias, h)
+            one(n, x, ids, blocks, scales, bias, h)
         else:
             several(n, x, ids, blocks, scales, bias, h)
 
@@ -108,36 +108,45 @@ def _rows(
 def _one(
     family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int, limit: float
 ) -> Any:
-    """The launch for one token: a block is some rows of one of its experts."""
+    """The launch for one token: a block is some rows of one of its experts.
+
+    It has n like any number, lest TVM make offsets of 32 bits, each of which costs AMD's compilers
+    an address.
+    """
     rows, of = tile.rows, ExpertRows(hidden, tile)
     threads = of.threads
     sums = BlockSums(family, threads, rows)
     warps = LANES[family].count(threads)
 
     @T.inline
-    def one(x, ids, blocks, scales, bias, h):
-        for group in T.thread_binding(2 * intermediate // rows, thread="blockIdx.y"):
-            for slot in T.thread_binding(top_k, thread="blockIdx.x"):
-                for tx in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("block"):
-                        vg, vs, vt = T.axis.remap("SSS", [group, slot, tx])
-                        expert = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
-                        pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
-                        parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
-                        expert[0] = ids[0, vs]
-                        of.products(
-                            acc, x, lambda _j: 0, lambda _j: T.float32(1),
-                            blocks, scales, bias, lambda _j: expert[0], vg, vt,
-                        )  # fmt: skip
-                        sums.share(acc, parts, vt)
-                        if vt < rows // 2:
-                            for r in T.unroll(2):
-                                pair[r] = T.float32(0)
-                            for warp in T.serial(warps):
+    def one(n, x, ids, blocks, scales, bias, h):
+        for token in T.thread_binding(n, thread="blockIdx.z"):
+            for group in T.thread_binding(2 * intermediate // rows, thread="blockIdx.y"):
+                for choice in T.thread_binding(top_k, thread="blockIdx.x"):
+                    for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                        with T.sblock("block"):
+                            vn, vg, vs, vt = T.axis.remap("SSSS", [token, group, choice, tx])
+                            expert = T.sblock_alloc_buffer((1,), "int32", scope="local")
+                            acc = T.sblock_alloc_buffer((rows,), "float32", scope="local")
+                            pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
+                            parts = T.sblock_alloc_buffer(
+                                (sums.elements,), "float32", scope="shared"
+                            )
+                            expert[0] = ids[vn, vs]
+                            of.products(
+                                acc, x, lambda _j: vn, lambda _j: T.float32(1),
+                                blocks, scales, bias, lambda _j: expert[0], vg, vt,
+                            )  # fmt: skip
+                            sums.share(acc, parts, vt)
+                            if vt < rows // 2:
                                 for r in T.unroll(2):
-                                    pair[r] = pair[r] + parts[warp * rows + 2 * vt + r]
-                            h[vs, vg * (rows // 2) + vt] = swiglu(pair[0], pair[1], limit)
+                                    pair[r] = T.float32(0)
+                                for warp in T.serial(warps):
+                                    for r in T.unroll(2):
+                                        pair[r] = pair[r] + parts[warp * rows + 2 * vt + r]
+                                h[vn * top_k + vs, vg * (rows // 2) + vt] = swiglu(
+                                    pair[0], pair[1], limit
+                                )
 
     return one
 
