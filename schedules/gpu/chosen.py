@@ -14,6 +14,7 @@ from typing import Any
 from ..formats.mxfp4 import scale_value
 from ..kernel import T
 from .barriers import barrier
+from .lanes import BlockSums
 from .mxfp4 import (
     EIGHT,
     PAIR,
@@ -37,18 +38,18 @@ class ChosenExperts:
 
     rows: of an expert   tile: whose layout the weights have
 
-    visit(put, finish, ids, first, count, chosen, heads, next, x, row, blocks, scales, group, tx)
-        every thread of the block, in uniform control flow. For some slots of an expert at a time,
-        until it has been through all of them, it calls put(tokens, slots, here, acc), in a branch,
-        then finish(slots, here, expert):
+    visit(finish, ids, first, count, chosen, heads, next, parts, x, row, blocks, scales, group, tx)
+        every thread of the block, in uniform control flow. It calls finish(slots, here, expert)
+        for some slots of an expert at a time, until it has been through all of them.
 
             ids i32 [n, top_k]    first: slot of the window (token · top_k + choice), of `count`
-            chosen, heads, next   i32 [slots], shared, which nothing else uses
+            chosen, heads, next   i32 [slots], parts f32 [sums.elements]: shared memory that
+                                  nothing else uses
             x f32 [.., k]         row(slot): which of them a slot of the window multiplies
             blocks, scales        as packed; the block's rows are ROWS · group …
-            slots i32 [tokens]    of the window; the last one again where there are fewer: `here`
-            acc f32 [tokens·ROWS] UNIT · acc[t·ROWS + r] is the thread's part of the sum of slot
-                                  slots[t] and row r: no scale reaches the end of float32
+            slots i32 [..]        of the window, `here` of them; UNIT times sum t·ROWS + r of
+                                  `parts` is that of slots[t] and row r. So no scale takes it
+                                  beyond float32
     """
 
     family: str
@@ -65,6 +66,11 @@ class ChosenExperts:
     @property
     def threads(self) -> int:
         return self._of.threads
+
+    @property
+    def sums(self) -> BlockSums:
+        """Of as many slots as share weights."""
+        return BlockSums(self.family, self.threads, max(self.tile.together) * ROWS)
 
     @property
     def groups(self) -> int:
@@ -174,12 +180,12 @@ class ChosenExperts:
 
     @property
     def visit(self) -> Any:
-        top_k, (few, most) = self.top_k, self.tile.together
+        top_k, sums, (few, most) = self.top_k, self.sums, self.tile.together
         link, times_few, times = self._link, self._times(few), self._times(most)
 
         @T.inline
         def visit(
-            put, finish, ids, first, count, chosen, heads, next, x, row, blocks, scales, group, tx
+            finish, ids, first, count, chosen, heads, next, parts, x, row, blocks, scales, group, tx
         ):
             own = T.sblock_alloc_buffer((most,), "int32", scope="local")
             expert = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -198,11 +204,13 @@ class ChosenExperts:
                         slot[0] = T.Select(slot[0] < 0, -1, next[T.max(slot[0], 0)])
                     if here[0] <= few:
                         times_few(acc, x, row, own, blocks, scales, expert[0], group, tx)
-                        put(few, own, here[0], acc)
+                        sums.put(acc, parts, tx, few * ROWS)
                     else:
                         times(acc, x, row, own, blocks, scales, expert[0], group, tx)
-                        put(most, own, here[0], acc)
+                        sums.put(acc, parts, tx, most * ROWS)
+                    barrier()
                     finish(own, here[0], expert[0])
+                    barrier()
 
         return visit
 

@@ -10,7 +10,6 @@ import tvm
 
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
-from ..gpu.barriers import barrier
 from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import BlockSums
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
@@ -143,8 +142,7 @@ def _one(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: 
 def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermediate: int) -> Any:
     """The launch for more: a block is some rows of all experts of a window of tokens."""
     of = ChosenExperts(family, intermediate, hidden, top_k, tile)
-    threads, most = of.threads, max(tile.together)
-    sums = BlockSums(family, threads, most * ROWS)
+    threads, most, sums = of.threads, max(tile.together), of.sums
     own = -(-WINDOW * ROWS // threads)  # elements of y of a thread
 
     @T.inline
@@ -170,12 +168,7 @@ def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermedia
                         count: T.let = T.min(T.Cast("int32", n * top_k) - first, of.slots)
 
                         @T.inline
-                        def put(tokens, slots, here, acc):
-                            sums.put(acc, parts, tx, tokens * ROWS)
-
-                        @T.inline
                         def finish(slots, here, expert):
-                            barrier()
                             for i in T.unroll(own):
                                 token: T.let = (i * threads + tx) // ROWS
                                 slot[0] = -1
@@ -188,12 +181,11 @@ def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermedia
                                     total[i] = total[i] + weights[
                                         (first + slot[0]) // top_k, slot[0] % top_k
                                     ] * (T.float32(UNIT) * sum[0] + bias[expert, row])
-                            barrier()
 
                         for i in T.unroll(own):
                             total[i] = T.float32(0)
                         of.visit(
-                            put, finish, ids, first, count, chosen, heads, next, h,
+                            finish, ids, first, count, chosen, heads, next, parts, h,
                             lambda s: first + s, blocks, scales, vg, tx,
                         )  # fmt: skip
                         for i in T.unroll(own):

@@ -10,7 +10,6 @@ import tvm
 
 from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
-from ..gpu.barriers import barrier
 from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import LANES, BlockSums
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
@@ -156,9 +155,8 @@ def _several(
 ) -> Any:
     """The launch for more: a block is some rows of all experts of a window of tokens."""
     of = ChosenExperts(family, hidden, 2 * intermediate, top_k, tile)
-    threads, most = of.threads, max(tile.together)
+    threads, most, sums = of.threads, max(tile.together), of.sums
     pairs = ROWS // 2
-    sums = BlockSums(family, threads, most * ROWS)
 
     @T.inline
     def several(n, x, ids, blocks, scales, bias, h):
@@ -182,12 +180,7 @@ def _several(
                         unit: T.let = vg * pairs + tx % pairs
 
                         @T.inline
-                        def put(tokens, slots, here, acc):
-                            sums.put(acc, parts, tx, tokens * ROWS)
-
-                        @T.inline
                         def finish(slots, here, expert):
-                            barrier()
                             if tx < here * pairs:
                                 slot[0] = slots[0]
                                 for t in T.unroll(most):
@@ -196,10 +189,9 @@ def _several(
                                     sums.total(parts, 2 * tx + r, sum)
                                     pair[r] = T.float32(UNIT) * sum[0] + bias[expert, 2 * unit + r]
                                 h[first + slot[0], unit] = swiglu(pair[0], pair[1], limit)
-                            barrier()
 
                         of.visit(
-                            put, finish, ids, first, count, chosen, heads, next, x,
+                            finish, ids, first, count, chosen, heads, next, parts, x,
                             lambda s: (first + s) // top_k, blocks, scales, vg, tx,
                         )  # fmt: skip
 
