@@ -191,15 +191,16 @@ def multiply_step(inputs, words, scale, slot, groups, read, b, a, part, acc, to)
     """acc[to …] f32 [groups, 2 rows, inputs.own] += a lane's part of a step · the inputs b u32
     [8·groups].
 
-    The weights are unpacked once for all groups of columns. read(group, block) brings b[8·group +
-    4·block …] when they are needed, unless it is None. a u32 [8] and part f32 [4] are scratch.
+    The weights are unpacked once for all groups of columns. read(slot, group, block) brings
+    b[8·group + 4·block …] when they are needed, unless it is None. a u32 [8] and part f32 [4]
+    are scratch.
     """
     own = T.meta_var(inputs.own)
     for block in T.unroll(2):
         unpack(words, 4 * slot + 2 * block, a)
         for group in T.unroll(groups):
             if read is not None:
-                read(group, block)
+                read(slot, group, block)
             for i in T.unroll(4):
                 part[i] = T.float32(0)
             mma_bf16(part, 0, a, 0, b, 8 * group + 4 * block)
@@ -214,8 +215,8 @@ def multiply_step(inputs, words, scale, slot, groups, read, b, a, part, acc, to)
 # -- inputs ---------------------------------------------------------------------------------------
 
 
-# What the launch before wrote is read by these. Not by ld.global.nc: ptxas takes what that reads for
-# constant, and may move it over the wait for that launch.
+# What the launch before wrote is read by these. Not by ld.global.nc: ptxas takes what that reads
+# for constant, and may move it over the wait for that launch.
 
 
 @T.inline

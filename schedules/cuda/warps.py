@@ -25,8 +25,8 @@ def smallest(value: Any) -> Any:
     return T.call_extern("int32", "__reduce_min_sync", T.uint32(ALL), value)
 
 
-def value_of(value: Any, lane: Any) -> Any:
-    """The f32 of another lane of the warp."""
+def lane_value(value: Any, lane: Any) -> Any:
+    """The value of another lane of the warp."""
     return T.cuda.__shfl_sync(T.uint32(ALL), value, lane, LANES)
 
 

@@ -1,15 +1,15 @@
 """`down` on CUDA, sm_80 and later: mma.sync, weights unpacked in registers.
 
-A block takes a tile of 16 rows for some tokens, and visits their experts by number: what several
-of these tokens share is read once. Its warps divide K. Every lane adds an expert's share to the
-sums of its own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While
-a warp multiplies, the weights of its next visit are on their way. The experts of a token differ
-from each other. No plan is needed.
+Of a few tokens, a block takes a tile of 16 rows, and visits their experts by number: what several
+tokens share is read once. Its warps divide K. Every lane adds an expert's share to the sums of its
+own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While a warp
+multiplies, the weights of its next visit are on their way. The experts of a token differ from each
+other. No plan is needed. down_many_cuda.py has the launch for more tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import tvm
@@ -20,8 +20,8 @@ from ..cuda.mxfp4 import (
     LOWER,
     STEP,
     Inputs,
-    layouts,
     load_step,
+    load_word,
     multiply_step,
     neighbours,
     read_columns,
@@ -29,10 +29,11 @@ from ..cuda.mxfp4 import (
     staged_words,
     steps,
 )
-from ..cuda.warps import count_below, lanes_where, smallest, value_of
+from ..cuda.warps import count_below, lane_value, lanes_where, smallest
 from ..gpu.barriers import barrier
-from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..kernel import Schedule, T, Tensor, TileConfig, prim_func
 from .down_many_cuda import ManyTile, many_tokens
+from .experts_cuda import schedule, whole
 
 AHEAD = 2  # visits whose weights are on their way
 
@@ -43,7 +44,7 @@ class DownTile(TileConfig):
     all 180 blocks of a token are there at once, two on an SM."""
 
     splits: int = 9  # warps of a block, between which K is divided
-    many: ManyTile = ManyTile()
+    many: ManyTile = field(default_factory=ManyTile)
 
 
 def _tokens(inputs: Inputs, top_k: int) -> int:
@@ -104,7 +105,7 @@ def _build(
         to[at] = smallest(T.Select(id_ > after, id_, none))
 
     @T.inline
-    def list_batch(id_, expert, slot0, lane, writes, found, batch):
+    def list_batch(id_, expert, lane, writes, found, batch):
         """found[0 …] = the slots of the visits from `expert` on, as many as there is room for.
 
         batch i32 [3]: how many slots these are; an expert; how many slots are its.
@@ -115,7 +116,7 @@ def _build(
         while T.And(batch[1] != none, batch[0] + batch[2] <= most):
             lanes: T.let = lanes_where(id_ == batch[1])
             if T.And(writes, id_ == batch[1]):
-                found[batch[0] + count_below(lanes, lane)] = slot0 + lane
+                found[batch[0] + count_below(lanes, lane)] = lane
             batch[0] = batch[0] + batch[2]
             next_expert(id_, batch[1], batch, 1)
             batch[2] = T.Cast("int32", T.popcount(lanes_where(id_ == batch[1])))
@@ -135,9 +136,7 @@ def _build(
         for d in T.unroll(depth):
             if depth * splits == all_steps or warp * depth + d < all_steps:
                 read_columns(xs, MMA_COLUMNS, warp * depth + d, column, lane % 4, b)
-                multiply_step(
-                    inputs, words, scale, half * depth + d, 1, None, b, a, part, acc, 0
-                )
+                multiply_step(inputs, words, scale, half * depth + d, 1, None, b, a, part, acc, 0)
         for j in T.unroll(own):
             # The tokens of this lane's products.
             first: T.let = T.min((lane % 4 * own + j) * top_k, LANES - 1)
@@ -148,136 +147,136 @@ def _build(
             for i in T.unroll(top_k):
                 if T.bitwise_and(chosen, T.uint32(1) << T.Cast("uint32", i)) != T.uint32(0):
                     place[0] = first + i
-            factor: T.let = value_of(weight, place[0])
+            factor: T.let = lane_value(weight, place[0])
             if chosen != T.uint32(0):
                 for r in T.unroll(2):
                     total[2 * j + r] = total[2 * j + r] + factor * acc[r * own + j]
 
     @T.inline
+    def work(vi, count, tx, h, ids, weights, blocks, scales, bias, residual, y):
+        xs = T.sblock_alloc_buffer((_words(inputs, intermediate, tile),), "uint32", scope="shared")
+        found = T.sblock_alloc_buffer((most,), "int32", scope="shared")
+        words = T.sblock_alloc_buffer((AHEAD * depth * 4,), "uint32", scope="local")
+        scale = T.sblock_alloc_buffer((AHEAD * depth,), "uint32", scope="local")
+        a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+        b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
+        total = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
+        begun = T.sblock_alloc_buffer(
+            (tokens * MMA_ROWS,), "float32", scope="shared"
+        )  # a thread's own, where it takes no register
+        out = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        raw = T.sblock_alloc_buffer(
+            (staged_words(inputs, intermediate, most, threads),),
+            "uint32", scope="local",
+        )  # fmt: skip
+        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        weight = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        expert = T.sblock_alloc_buffer((AHEAD,), "int32", scope="local")
+        batch = T.sblock_alloc_buffer((3,), "int32", scope="local")
+        at = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        place = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        word = T.sblock_alloc_buffer((1,), "uint32", scope="local")
+
+        @T.inline
+        def read(buffer, i, j):
+            load_word(word, 0, T.address_of(buffer[i, j]))
+
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2)
+        warp: T.let = tx // LANES
+        lane: T.let = tx % LANES
+        row0: T.let = vi * MMA_ROWS
+        # A lane knows a slot of the block's tokens.
+        slot[0] = none
+        weight[0] = T.float32(0)
+        if lane < count * top_k:
+            read(ids, lane // top_k, lane % top_k)
+            slot[0] = T.reinterpret("int32", word[0])
+            read(weights, lane // top_k, lane % top_k)
+            weight[0] = T.reinterpret("float32", word[0])
+        next_expert(slot[0], -1, expert, 0)
+        # What does not wait for the products: residual and bias.
+        if tx < count * MMA_ROWS:
+            token: T.let = tx // MMA_ROWS
+            read(residual, token, row0 + tx % MMA_ROWS)
+            out[0] = T.reinterpret("float32", word[0])
+            for j in T.unroll(top_k):
+                read(weights, token, j)
+                factor: T.let = T.reinterpret("float32", word[0])
+                read(ids, token, j)
+                expert_: T.let = T.reinterpret("int32", word[0])
+                out[0] = out[0] + factor * bias[expert_, row0 + tx % MMA_ROWS]
+            begun[tx] = out[0]
+        for i in T.unroll(2 * own):
+            total[i] = T.float32(0)
+        list_batch(slot[0], expert[0], lane, warp == 0, found, batch)
+        load(blocks, scales, expert[0], vi, warp, lane, words, scale, 0)
+        barrier()
+        stage_rows(
+            inputs, intermediate, MMA_COLUMNS, h, found, 1, 0, batch[0], most,
+            tx, threads, xs, raw, pairs,
+        )  # fmt: skip
+        at[0] = 0
+        next_expert(slot[0], expert[0], expert, 1)
+        load(blocks, scales, expert[1], vi, warp, lane, words, scale, 1)
+        barrier()
+        while expert[0] != none:
+            for half in T.unroll(AHEAD):
+                if expert[half] != none:
+                    if at[0] == batch[0]:
+                        list_batch(slot[0], expert[half], lane, warp == 0, found, batch)
+                        barrier()  # and the inputs are no longer read
+                        # One by one: the registers hold two visits' weights.
+                        for i in T.serial(batch[0]):
+                            stage_rows(
+                                inputs, intermediate, MMA_COLUMNS, h, found, 1, i,
+                                1, 1, tx, threads, xs, raw, pairs,
+                            )  # fmt: skip
+                        barrier()
+                        at[0] = 0
+                    lanes: T.let = lanes_where(slot[0] == expert[half])
+                    multiply(
+                        xs, lanes, at[0], half, weight[0], warp, lane, words,
+                        scale, b, a, part, acc, total, place,
+                    )  # fmt: skip
+                    at[0] = at[0] + T.Cast("int32", T.popcount(lanes))
+                    next_expert(slot[0], expert[1 - half], expert, half)
+                    load(
+                        blocks, scales, expert[half], vi, warp, lane, words,
+                        scale, half,
+                    )  # fmt: skip
+        barrier()
+        for j, r in T.grid(own, 2):
+            if lane % 4 * own + j < tokens:
+                xs[sum_at(warp, lane % 4 * own + j, lane // 4 + 8 * r)] = T.reinterpret(
+                    "uint32", total[2 * j + r]
+                )
+        barrier()
+        if tx < count * MMA_ROWS:
+            out[0] = T.float32(0)
+            for w in T.unroll(splits):
+                out[0] = out[0] + T.reinterpret(
+                    "float32", xs[sum_at(w, tx // MMA_ROWS, tx % MMA_ROWS)]
+                )
+            y[tx // MMA_ROWS, row0 + tx % MMA_ROWS] = begun[tx] + out[0] * T.float32(LOWER)
+
+    @T.inline
     def few(n, h, ids, weights, blocks, scales, bias, residual, y):
         for tile_ in T.thread_binding(hidden // MMA_ROWS, thread="blockIdx.x"):
-            for group in T.thread_binding(T.ceildiv(n, tokens), thread="blockIdx.y"):
-                for thread in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("few_tokens"):
-                        vi, vg, tx = T.axis.remap("SSS", [tile_, group, thread])
-                        T.reads(
-                            h[0 : n * top_k, 0 : h.shape[1]],
-                            ids[0:n, 0:top_k],
-                            weights[0:n, 0:top_k],
-                            blocks[0:experts, 0 : blocks.shape[1]],
-                            scales[0:experts, 0 : scales.shape[1]],
-                            bias[0:experts, 0:hidden],
-                            residual[0:n, 0:hidden],
-                        )
-                        T.writes(y[0:n, 0:hidden])
-                        xs = T.sblock_alloc_buffer(
-                            (_words(inputs, intermediate, tile),), "uint32", scope="shared"
-                        )
-                        found = T.sblock_alloc_buffer((most,), "int32", scope="shared")
-                        words = T.sblock_alloc_buffer((AHEAD * depth * 4,), "uint32", scope="local")
-                        scale = T.sblock_alloc_buffer((AHEAD * depth,), "uint32", scope="local")
-                        a = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        b = T.sblock_alloc_buffer((8,), "uint32", scope="local")
-                        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
-                        acc = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
-                        total = T.sblock_alloc_buffer((2 * own,), "float32", scope="local")
-                        begun = T.sblock_alloc_buffer(
-                            (tokens * MMA_ROWS,), "float32", scope="shared"
-                        )  # a thread's own, where it takes no register
-                        out = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                        raw = T.sblock_alloc_buffer(
-                            (staged_words(inputs, intermediate, most, threads),),
-                            "uint32", scope="local",
-                        )  # fmt: skip
-                        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
-                        slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        weight = T.sblock_alloc_buffer((1,), "float32", scope="local")
-                        expert = T.sblock_alloc_buffer((AHEAD,), "int32", scope="local")
-                        batch = T.sblock_alloc_buffer((3,), "int32", scope="local")
-                        at = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        place = T.sblock_alloc_buffer((1,), "int32", scope="local")
-                        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 2)
-                        warp: T.let = tx // LANES
-                        lane: T.let = tx % LANES
-                        token0: T.let = T.Cast("int32", vg) * tokens
-                        row0: T.let = vi * MMA_ROWS
-                        here: T.let = T.min(T.Cast("int32", n) - token0, tokens)
-                        # A lane knows a slot of the block's tokens.
-                        slot[0] = none
-                        weight[0] = T.float32(0)
-                        if lane < here * top_k:
-                            slot[0] = ids[token0 + lane // top_k, lane % top_k]
-                            weight[0] = weights[token0 + lane // top_k, lane % top_k]
-                        next_expert(slot[0], -1, expert, 0)
-                        # What does not wait for the products: residual and bias.
-                        if tx < here * MMA_ROWS:
-                            out[0] = residual[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS]
-                            for j in T.unroll(top_k):
-                                out[0] = (
-                                    out[0]
-                                    + weights[token0 + tx // MMA_ROWS, j]
-                                    * bias[ids[token0 + tx // MMA_ROWS, j], row0 + tx % MMA_ROWS]
-                                )
-                            begun[tx] = out[0]
-                        for i in T.unroll(2 * own):
-                            total[i] = T.float32(0)
-                        list_batch(
-                            slot[0], expert[0], token0 * top_k, lane, warp == 0, found, batch
-                        )
-                        load(blocks, scales, expert[0], vi, warp, lane, words, scale, 0)
-                        barrier()
-                        stage_rows(
-                            inputs, intermediate, MMA_COLUMNS, h, found, 1, 0, batch[0], most,
-                            tx, threads, xs, raw, pairs,
-                        )  # fmt: skip
-                        at[0] = 0
-                        next_expert(slot[0], expert[0], expert, 1)
-                        load(blocks, scales, expert[1], vi, warp, lane, words, scale, 1)
-                        barrier()
-                        while expert[0] != none:
-                            for half in T.unroll(AHEAD):
-                                if expert[half] != none:
-                                    if at[0] == batch[0]:
-                                        list_batch(
-                                            slot[0], expert[half], token0 * top_k, lane,
-                                            warp == 0, found, batch,
-                                        )  # fmt: skip
-                                        barrier()  # and the inputs are no longer read
-                                        # One by one: the registers hold two visits' weights.
-                                        for i in T.serial(batch[0]):
-                                            stage_rows(
-                                                inputs, intermediate, MMA_COLUMNS, h, found, 1, i,
-                                                1, 1, tx, threads, xs, raw, pairs,
-                                            )  # fmt: skip
-                                        barrier()
-                                        at[0] = 0
-                                    lanes: T.let = lanes_where(slot[0] == expert[half])
-                                    multiply(
-                                        xs, lanes, at[0], half, weight[0], warp, lane, words,
-                                        scale, b, a, part, acc, total, place,
-                                    )  # fmt: skip
-                                    at[0] = at[0] + T.Cast("int32", T.popcount(lanes))
-                                    next_expert(slot[0], expert[1 - half], expert, half)
-                                    load(
-                                        blocks, scales, expert[half], vi, warp, lane, words,
-                                        scale, half,
-                                    )  # fmt: skip
-                        barrier()
-                        for j, r in T.grid(own, 2):
-                            if lane % 4 * own + j < tokens:
-                                xs[sum_at(warp, lane % 4 * own + j, lane // 4 + 8 * r)] = (
-                                    T.reinterpret("uint32", total[2 * j + r])
-                                )
-                        barrier()
-                        if tx < here * MMA_ROWS:
-                            out[0] = T.float32(0)
-                            for w in T.unroll(splits):
-                                out[0] = out[0] + T.reinterpret(
-                                    "float32", xs[sum_at(w, tx // MMA_ROWS, tx % MMA_ROWS)]
-                                )
-                            y[token0 + tx // MMA_ROWS, row0 + tx % MMA_ROWS] = begun[tx] + out[
-                                0
-                            ] * T.float32(LOWER)
+            for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                with T.sblock("few_tokens"):
+                    vi, tx = T.axis.remap("SS", [tile_, thread])
+                    T.reads(
+                        whole(h), whole(ids), whole(weights), whole(blocks), whole(scales),
+                        whole(bias), whole(residual),
+                    )  # fmt: skip
+                    T.writes(whole(y))
+                    work(
+                        vi, T.Cast("int32", n), tx, h, ids, weights, blocks, scales, bias,
+                        residual, y,
+                    )  # fmt: skip
 
     many = many_tokens(
         inputs, tile.many, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate
@@ -296,14 +295,5 @@ def _build(
 def schedules(activations: str) -> tuple[Schedule, ...]:
     tile = DownTile()
     inputs = INPUTS[activations]
-    return (
-        Schedule(
-            "a tile of 16 rows a block, mma.sync",
-            gpu("cuda", "sm_80"),
-            partial(_build, inputs),
-            tile,
-            layouts=layouts(neighbours),
-            fits=partial(_fits, inputs, tile),
-            unused=frozenset({"offsets", "order"}),
-        ),
-    )
+    build, fits = partial(_build, inputs), partial(_fits, inputs, tile)
+    return (schedule("a tile of 16 rows a block, mma.sync", build, tile, neighbours, fits),)

@@ -18,6 +18,7 @@ from ..cuda.mxfp4 import LOWER, Inputs, load_inputs, load_step, load_word, multi
 from ..cuda.warps import lanes_where
 from ..gpu.barriers import barrier
 from ..kernel import T, TileConfig
+from .experts_cuda import whole
 
 VISIT = 8  # slots
 LAST = 0x7FFFFFFF  # behind all keys
@@ -217,15 +218,10 @@ def many_tokens(
                     with T.sblock("many_tokens"):
                         vi, vg, tx = T.axis.remap("SSS", [rows_, group, thread])
                         T.reads(
-                            h[0 : n * top_k, 0 : h.shape[1]],
-                            ids[0:n, 0:top_k],
-                            weights[0:n, 0:top_k],
-                            blocks[0:experts, 0 : blocks.shape[1]],
-                            scales[0:experts, 0 : scales.shape[1]],
-                            bias[0:experts, 0:hidden],
-                            residual[0:n, 0:hidden],
-                        )
-                        T.writes(y[0:n, 0:hidden])
+                            whole(h), whole(ids), whole(weights), whole(blocks), whole(scales),
+                            whole(bias), whole(residual),
+                        )  # fmt: skip
+                        T.writes(whole(y))
                         work(
                             vi, T.Cast("int32", vg) * tokens,
                             T.min(T.Cast("int32", n) - T.Cast("int32", vg) * tokens, tokens), tx, h,

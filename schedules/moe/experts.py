@@ -86,6 +86,7 @@ def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ..
         case("16 tokens, all on two experts", 16, choose=range(2)),
         case("16 tokens, spread", 16, experts=32, top_k=4, hidden=64, intermediate=32),
         case("64 tokens", 64, experts=32, top_k=4, hidden=160, intermediate=160),
+        case("70 tokens, most on two experts", 70, experts=3, hidden=32, intermediate=32),
         case("two tokens, the same experts", 2, experts=4, top_k=4),
         case("more inputs than a block's threads have at once", 3, **_few_rows(hidden=3136)),
         case("the same of the second half", 3, **_few_rows(intermediate=3136)),

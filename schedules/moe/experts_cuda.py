@@ -1,11 +1,35 @@
-"""What both halves of an expert share on CUDA: which experts have tokens, and which."""
+"""What both halves of an expert share on CUDA: their schedule, and which experts have tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..cuda.instructions import LANES
-from ..cuda.mxfp4 import load_word
+from ..cuda.mxfp4 import Rows, layouts, load_word
 from ..cuda.warps import count_below, lanes_where, largest, shared_with, smallest
-from ..kernel import T
+from ..kernel import Schedule, T, TileConfig, gpu
+
+
+def schedule(
+    name: str, build: Callable[..., Any], tile: TileConfig, rows: Rows, fits: Callable[..., bool]
+) -> Schedule:
+    """Of one half, which needs no plan. `rows` says which two of a tile's are a lane's."""
+    return Schedule(
+        name,
+        gpu("cuda", "sm_80"),
+        build,
+        tile,
+        layouts=layouts(rows),
+        fits=fits,
+        unused=frozenset({"offsets", "order"}),
+    )
+
+
+def whole(buffer: Any) -> Any:
+    """All of a buffer, as a region that a block reads or writes."""
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
+
 
 @T.inline
 def read_id(ids, top_k, slots, slot, id_):

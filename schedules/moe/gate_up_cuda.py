@@ -17,14 +17,13 @@ from typing import Any
 
 import tvm
 
-from ..cuda.instructions import LANES, MMA_COLUMNS, MMA_ROWS
+from ..cuda.instructions import LANES, MMA_ROWS
 from ..cuda.mxfp4 import (
     INPUTS,
     LOWER,
     STEP,
     Inputs,
     alternating,
-    layouts,
     load_inputs,
     load_step,
     multiply_step,
@@ -33,10 +32,10 @@ from ..cuda.mxfp4 import (
     staged_words,
     steps,
 )
-from ..cuda.warps import count_below, lanes_where
+from ..cuda.warps import count_below, lane_value, lanes_where
 from ..gpu.barriers import barrier
-from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
-from .experts_cuda import find_expert, list_slots, read_id
+from ..kernel import Schedule, T, Tensor, TileConfig, prim_func
+from .experts_cuda import find_expert, list_slots, read_id, schedule, whole
 from .swiglu import swiglu
 
 UNITS = MMA_ROWS // 2  # of the intermediate, in a tile
@@ -109,7 +108,7 @@ def _few_tokens(
     intermediate: int,
     limit: float,
 ) -> Callable[..., Any]:
-    """The launch for at most so many tokens: a block for each slot and some tiles, which works where
+    """The launch for at most so many tokens: a block for each slot and some tiles. It works where
     no slot before has the same expert."""
     splits, tiles, columns = tile.splits, tile.tiles, tile.columns
     all_tiles, all_steps = intermediate // UNITS, steps(hidden)
@@ -155,20 +154,19 @@ def _few_tokens(
         )
         pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
         id_ = T.sblock_alloc_buffer((1,), "int32", scope="local")
-        own_id = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        expert = T.sblock_alloc_buffer((1,), "int32", scope="local")
         T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 4)
         warp: T.let = tx // LANES
         lane: T.let = tx % LANES
-        read_id(ids, top_k, slots, vs, own_id)
         read_id(ids, top_k, slots, lane, id_)
-        expert: T.let = own_id[0]
-        lanes: T.let = lanes_where(id_[0] == expert)
+        expert[0] = lane_value(id_[0], vs)
+        lanes: T.let = lanes_where(id_[0] == expert[0])
         if count_below(lanes, vs) > 0:  # of all threads of the block
             T.evaluate(T.thread_return())
         here: T.let = T.Cast("int32", T.popcount(lanes))
         for item in T.unroll(slots_):
-            load(blocks, scales, expert, vg, item, warp, lane, words, scale)
-        if T.And(warp == 0, id_[0] == expert):
+            load(blocks, scales, expert[0], vg, item, warp, lane, words, scale)
+        if T.And(warp == 0, id_[0] == expert[0]):
             found[count_below(lanes, lane)] = lane
         barrier()
         for c in T.serial(here):
@@ -190,7 +188,7 @@ def _few_tokens(
                     )  # fmt: skip
                     if d * tiles + m + slots_ < items:
                         load(
-                            blocks, scales, expert, vg, d * tiles + m + slots_, warp, lane,
+                            blocks, scales, expert[0], vg, d * tiles + m + slots_, warp, lane,
                             words, scale,
                         )  # fmt: skip
         barrier()  # the inputs are no longer read
@@ -212,7 +210,7 @@ def _few_tokens(
                         acc[r] = acc[r] + T.reinterpret(
                             "float32", xs[sum_at(w, r, m, token, e % UNITS)]
                         )
-                    acc[r] = acc[r] * T.float32(LOWER) + bias[expert, 2 * row + r]
+                    acc[r] = acc[r] * T.float32(LOWER) + bias[expert[0], 2 * row + r]
                 h[found[token], row] = swiglu(acc[0], acc[1], limit)
 
     @T.inline
@@ -222,14 +220,8 @@ def _few_tokens(
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("few_tokens"):
                         vs, vg, tx = T.axis.remap("SSS", [slot, group, thread])
-                        T.reads(
-                            x[0:n, 0 : x.shape[1]],
-                            ids[0:n, 0:top_k],
-                            blocks[0:experts, 0 : blocks.shape[1]],
-                            scales[0:experts, 0 : scales.shape[1]],
-                            bias[0:experts, 0 : 2 * intermediate],
-                        )
-                        T.writes(h[0 : n * top_k, 0:intermediate])
+                        T.reads(whole(x), whole(ids), whole(blocks), whole(scales), whole(bias))
+                        T.writes(whole(h))
                         work(
                             T.Cast("int32", vs), vg, tx, T.Cast("int32", n * top_k), x, ids,
                             blocks, scales, bias, h,
@@ -325,21 +317,20 @@ def _many_tokens(
         def turn(first, slot, here, used, xs, others):
             """The chunk from step `first` on, whose weights are in the slots from `slot` on. The
             next one comes to `others`."""
+
+            @T.inline
+            def read(place, group, block):
+                unit: T.let = (place - slot) * used + group
+                b[T.ramp(8 * group + 4 * block, 1, 4)] = xs[
+                    T.ramp(fragment_at(unit, block, lane), 1, 4)
+                ]
+
             each = T.meta_var(chunk // units_of(used))  # steps to a unit
             for d in T.unroll(chunk):
                 if d % each == 0:
                     fetch(first + chunk, d // each, here, used)
                 if first + d < all_steps:
-
-                    @T.inline
-                    def read(group, block):
-                        b[T.ramp(8 * group + 4 * block, 1, 4)] = xs[
-                            T.ramp(fragment_at(d * used + group, block, lane), 1, 4)
-                        ]
-
-                    multiply_step(
-                        inputs, words, scale, slot + d, used, read, b, a, part, acc, 0
-                    )
+                    multiply_step(inputs, words, scale, slot + d, used, read, b, a, part, acc, 0)
                     load(first + d + 2 * chunk, slot + d)
                 if d % each == each - 1:
                     keep(others, d // each, used)
@@ -395,14 +386,8 @@ def _many_tokens(
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("many_tokens"):
                         vr, vg, tx = T.axis.remap("SSS", [rank, group, thread])
-                        T.reads(
-                            x[0:n, 0 : x.shape[1]],
-                            ids[0:n, 0:top_k],
-                            blocks[0:experts, 0 : blocks.shape[1]],
-                            scales[0:experts, 0 : scales.shape[1]],
-                            bias[0:experts, 0 : 2 * intermediate],
-                        )
-                        T.writes(h[0 : n * top_k, 0:intermediate])
+                        T.reads(whole(x), whole(ids), whole(blocks), whole(scales), whole(bias))
+                        T.writes(whole(h))
                         work(
                             T.Cast("int32", vr), vg, tx, T.Cast("int32", n * top_k), x, ids,
                             blocks, scales, bias, h,
@@ -415,13 +400,11 @@ def schedules(activations: str) -> tuple[Schedule, ...]:
     tile = GateUpTile()
     inputs = INPUTS[activations]
     return (
-        Schedule(
+        schedule(
             "a tile of 16 rows a warp, mma.sync",
-            gpu("cuda", "sm_80"),
             partial(_build, inputs),
             tile,
-            layouts=layouts(alternating),
-            fits=partial(_fits, inputs, tile),
-            unused=frozenset({"offsets", "order"}),
+            alternating,
+            partial(_fits, inputs, tile),
         ),
     )
