@@ -175,6 +175,9 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
             for d in (16, 32, 64)
             for name, spans, k in (("one token", [(7, 8)], 4256), ("a chunk", [(0, 17)], 2144))
         ),
+        of("two to five tokens, scales", [(15, 17), (30, 33)], 160, 4, 1, 64, "int8"),
+        of("17 tokens, scales", [(0, 9), (40, 48)], 96, 2, 2, 64, "int8"),
+        of("one token, scales", [(7, 8)], 1312, 1, 1, 64, "int8"),
         of("three tokens, many heads", [(7, 8), (20, 22)], 96, 60, 3, 64),
         of("20b widths, one token", [(1000, 1001)], 2880, 8, 2, 64, "float16"),
     )

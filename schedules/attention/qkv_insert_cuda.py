@@ -4,8 +4,8 @@ A tile has eight rotated pairs of a head. One thread gets both sums of a pair: i
 stores them, as the query or in the cache. Every block computes the norm for itself: its warps read
 all of x anyhow, and the factor 1/rms comes last.
 
-A cache with scales is not for it: the scale of a head is known when all its sums are, which are in
-several blocks.
+A cache with scales wants to know all of a head before it stores any. There a block has heads of 64
+whole, and a warp's threads one of them: 32 pairs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import tvm
 
 from mxforge.kv_layout import PAGE_TOKENS
 
-from ..cuda.dense import MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense
-from ..formats.kv import KV
+from ..cuda.dense import ALL_LANES, MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense
+from ..cuda.instructions import LANES, MMA_ROWS
+from ..formats import bf16
+from ..formats.kv import KV, scale_at, scale_bits, scale_byte
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from ..linear import bf16_cuda, i8_f32_cuda
 from .pages import physical_page
@@ -46,7 +48,8 @@ def _fits(
     of: int, *, hidden: int, heads: int, kv_heads: int, head_dim: int, kv_dtype: str, **_eps: float
 ) -> bool:
     tiles = Tiling(of).tiles((heads + 2 * kv_heads) * head_dim)
-    return head_dim == of and hidden % STEP == 0 and tiles <= MOST_TILES and not KV[kv_dtype].scaled
+    of_a_warp = head_dim == 2 * LANES or not KV[kv_dtype].scaled
+    return head_dim == of and hidden % STEP == 0 and tiles <= MOST_TILES and of_a_warp
 
 
 def _build(
@@ -65,7 +68,8 @@ def _build(
     rows = (heads + 2 * kv_heads) * head_dim
     kv_format, tiling = KV[kv_dtype], Tiling(head_dim)
     key, value = kv_format.key_at, partial(kv_format.value_at, head_dim)
-    launch = dense(arithmetic, tile, tiling, rows=rows, k=hidden, eps=eps)
+    whole = head_dim // MMA_ROWS if kv_format.scaled else 1
+    launch = dense(arithmetic, tile, tiling, rows=rows, k=hidden, eps=eps, whole=whole)
 
     @T.inline
     def rotate(pair, cos_sin, token, i):
@@ -79,8 +83,24 @@ def _build(
         page: T.let = physical_page(
             page_table, first_page, token_seq[token], positions[token] // PAGE_TOKENS
         )
-        kv[part, head, page, at(i, slot)] = kv_format.store(first, None)
-        kv[part, head, page, at(half + i, slot)] = kv_format.store(second, None)
+        if kv_format.scaled:
+            # Of numbers without a sign, the larger has the larger bits.
+            peak: T.let = T.call_extern(
+                "uint32", "__reduce_max_sync", T.uint32(ALL_LANES),
+                T.max(
+                    T.reinterpret("uint32", T.fabs(first)), T.reinterpret("uint32", T.fabs(second))
+                ),
+            )  # fmt: skip
+            bits: T.let = scale_bits(T.reinterpret("float32", peak))
+            scale: T.let = bf16.widened(bits)
+            kv[part, head, page, at(i, slot)] = kv_format.store(first, scale)
+            kv[part, head, page, at(half + i, slot)] = kv_format.store(second, scale)
+            if i == 0:
+                for byte in T.unroll(2):
+                    kv[part, head, page, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
+        else:
+            kv[part, head, page, at(i, slot)] = kv_format.store(first, None)
+            kv[part, head, page, at(half + i, slot)] = kv_format.store(second, None)
 
     @T.inline
     def finish(given, token, tile, p, pair):

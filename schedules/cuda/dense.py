@@ -184,10 +184,13 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Block:
-    """The sizes of a launch's blocks. `steps` are in flight; `staged` of each token are in shared
-    memory. `unrolled` rounds of `steps` take up to half the instructions: addresses are numbers."""
+    """The sizes of a launch's blocks: groups of so many warps, each with tiles of its own. `steps`
+    are in flight; `staged` of each token are in a warp's shared memory. Rounds of `steps` that are
+    `unrolled` take up to half the instructions, since addresses become numbers.
+    """
 
     tokens: int
+    groups: int
     row_tiles: int
     warps: int
     loads: int
@@ -206,17 +209,21 @@ class Block:
         return max(1, self.staged // AT_ONCE)
 
 
-def blocks_of(tile: DenseTile, mmas: int, tiles: int, steps: int) -> tuple[Block, Block]:
-    """The blocks for few tokens and for many, of W with so many tiles of rows and steps."""
-
-    row_tiles = tile.row_tiles if tiles >= tile.enough else 1
+def blocks_of(
+    tile: DenseTile, mmas: int, tiles: int, steps: int, whole: int
+) -> tuple[Block, Block]:
+    """The blocks for few tokens and for many, of W with so many tiles of rows and steps. A block
+    has as many tiles as are `whole`, or any number."""
+    row_tiles = tile.row_tiles if tiles >= tile.enough or whole > 1 else 1
+    groups = max(1, whole // row_tiles)
 
     def sizes(warps: int, loads: int, many: int | None = None) -> Block:
         in_flight = loads // (mmas * row_tiles)
         warps = _fullest(min(warps, steps), steps, in_flight)
         tokens = many or ITEMS // in_flight
         unrolled = many is None and steps <= MOST_UNROLLED * warps * in_flight
-        return Block(tokens, row_tiles, warps, loads, in_flight, ITEMS // tokens, unrolled)
+        staged = ITEMS // tokens
+        return Block(tokens, groups, row_tiles, warps, loads, in_flight, staged, unrolled)
 
     return (
         sizes(tile.warps, tile.loads_of_several)
@@ -238,17 +245,19 @@ def _fullest(most: int, steps: int, in_flight: int) -> int:
 
 def dense(
     arithmetic: Arithmetic, tile: DenseTile, tiling: Tiling, *, rows: int, k: int,
-    eps: float | None = None,
+    eps: float | None = None, whole: int = 1,
 ) -> Callable[..., Any]:  # fmt: skip
     """The T.inline launch(n, x, norm_weight, weights, finish, given) of x·Wᵀ, x f32 [n, k].
 
     finish(given, token, tile, p, pair): what one thread does with pair f32 [4], of which the first
         two are a token's sums of the rows of pair p, and two are its own
     eps: where it is given, of rms_norm(x, norm_weight, eps) in place of x
+    whole: so many tiles side by side, of which all numbers are whole ones, are one block's; then a
+        warp's threads have one token of them, pairs tile by tile
     """
     tiles, steps = tiling.tiles(rows), k // STEP
-    blocks = blocks_of(tile, arithmetic.mmas, tiles, steps)
-    few, many = (_launch(arithmetic, b, tiles, k, eps) for b in blocks)
+    blocks = blocks_of(tile, arithmetic.mmas, tiles, steps, whole)
+    few, many = (_launch(arithmetic, b, tiles, k, eps, whole) for b in blocks)
 
     @T.inline
     def launch(n, x, norm_weight, weights, finish, given):
@@ -261,23 +270,33 @@ def dense(
 
 
 def _launch(
-    arithmetic: Arithmetic, b: Block, tiles: int, k: int, eps: float | None
+    arithmetic: Arithmetic, b: Block, tiles: int, k: int, eps: float | None, whole: int
 ) -> Callable[..., Any]:
     """One launch of `dense`."""
     columns, sums = arithmetic.columns, 2 * arithmetic.sums
     mma_tokens = MMA_COLUMNS // columns
     mma_tiles = b.tokens // mma_tokens
-    threads = b.warps * LANES
+    warps, all_tiles = b.groups * b.warps, b.groups * b.row_tiles
+    threads = warps * LANES
     steps = k // STEP
     most = -(-steps // b.warps)  # of a warp
     rounds = -(-most // b.steps)
     stages = rounds * (b.steps // b.staged)
     partials = b.row_tiles * 2 * b.tokens * PAIRS  # of a warp
-    sums_at = b.warps * ITEMS * arithmetic.words  # in shared memory
-    squares_at = sums_at + b.warps * partials
+    sums_at = warps * ITEMS * arithmetic.words  # in shared memory
+    squares_at = sums_at + warps * partials
 
     def sum_at(warp: Any, m: Any, second: Any, token: Any) -> Any:
+        """Where a warp leaves a sum. Several whole tiles are read side by side: from all banks."""
+        if whole > 1:
+            token = (token + warp // b.warps * b.row_tiles + m) % b.tokens
         return sums_at + warp * partials + ((m * 2 + second) * b.tokens + token) * PAIRS
+
+    def item_of(item: Any) -> tuple[Any, Any]:
+        """Of a thread at the end: its token and tile."""
+        if whole > 1:
+            return item // PAIRS // all_tiles, item // PAIRS % all_tiles
+        return item // PAIRS % b.tokens, item // PAIRS // b.tokens
 
     token_lanes = QUADS * b.together
     loop = T.unroll if b.unrolled else T.serial
@@ -305,7 +324,7 @@ def _launch(
     def work(vy, vx, tx, n, x, norm_weight, weights, finish, given):
         # In one, for TVM gives the place of an array that it takes for done with to another one,
         # without a barrier.
-        shared = T.sblock_alloc_buffer((squares_at + b.warps * b.tokens,), "uint32", scope="shared")
+        shared = T.sblock_alloc_buffer((squares_at + warps * b.tokens,), "uint32", scope="shared")
         w = T.sblock_alloc_buffer((b.loads * 4,), "uint32", scope="local")
         scale = T.sblock_alloc_buffer((b.loads,), "uint32", scope="local")
         four = T.sblock_alloc_buffer((AHEAD * 4,), "float32", scope="local")
@@ -318,12 +337,13 @@ def _launch(
         lane: T.let = tx % LANES
         first: T.let = vx * b.tokens
         count: T.let = T.Cast("int32", T.min(n - first, T.int64(b.tokens)))
-        begin: T.let = warp * steps // b.warps
+        first_tile: T.let = (vy * b.groups + warp // b.warps) * b.row_tiles
+        begin: T.let = warp % b.warps * steps // b.warps
         # Where the warp is: kept, for nvcc would compute them anew from the number of the round.
         left = T.sblock_alloc_buffer((1,), "int32", scope="local")
         quad = T.sblock_alloc_buffer((1,), "int32", scope="local")
         step_of_tile = T.sblock_alloc_buffer((b.row_tiles,), "int32", scope="local")
-        end: T.let = (warp + 1) * steps // b.warps
+        end: T.let = (warp % b.warps + 1) * steps // b.warps
         own_items: T.let = warp * (ITEMS * arithmetic.words)
 
         @T.inline
@@ -438,8 +458,9 @@ def _launch(
             weight[0] = T.float32(0)
             for other in T.serial(b.warps):
                 for second in T.unroll(2):
+                    of_group: T.let = m // b.row_tiles * b.warps + other
                     pair[second] = pair[second] + T.reinterpret(
-                        "float32", shared[sum_at(other, m, second, token) + p]
+                        "float32", shared[sum_at(of_group, m % b.row_tiles, second, token) + p]
                     )
                 if eps is not None:
                     weight[0] = weight[0] + T.reinterpret(
@@ -452,7 +473,7 @@ def _launch(
         left[0] = end - begin
         quad[0] = (begin + lane // QUADS % b.together) * QUADS + lane % QUADS
         for m in T.unroll(b.row_tiles):
-            step_of_tile[m] = T.min(vy * b.row_tiles + m, tiles - 1) * steps + begin
+            step_of_tile[m] = T.min(first_tile + m, tiles - 1) * steps + begin
         for slot in T.unroll(b.steps):
             if tirx.any(slot < steps // b.warps, slot < left[0]):
                 load(slot, slot)
@@ -488,17 +509,17 @@ def _launch(
         if eps is not None:
             leave_squares()
         T.tvm_storage_sync("shared")
-        for i in T.serial(-(-partials // 2 // threads)):
+        for i in T.serial(-(-all_tiles * b.tokens * PAIRS // threads)):
             item: T.let = i * threads + tx
-            token: T.let = item // PAIRS % b.tokens
-            m: T.let = item // PAIRS // b.tokens
-            if (token < count) and (vy * b.row_tiles + m < T.min(tiles, (vy + 1) * b.row_tiles)):
+            token: T.let = item_of(item)[0]
+            m: T.let = item_of(item)[1]
+            if (token < count) and (vy * all_tiles + m < T.min(tiles, (vy + 1) * all_tiles)):
                 add_up(token, m, item % PAIRS)
-                finish(given, first + token, vy * b.row_tiles + m, item % PAIRS, pair)
+                finish(given, first + token, vy * all_tiles + m, item % PAIRS, pair)
 
     @T.inline
     def launch(n, x, norm_weight, weights, finish, given):
-        for tile_block in T.thread_binding(-(-tiles // b.row_tiles), thread="blockIdx.y"):
+        for tile_block in T.thread_binding(-(-tiles // all_tiles), thread="blockIdx.y"):
             for token_block in T.thread_binding(T.ceildiv(n, b.tokens), thread="blockIdx.x"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("block"):
