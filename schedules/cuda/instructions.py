@@ -58,6 +58,8 @@ WAIT = r"""
 __forceinline__ __device__ void mx_griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#else
+  __syncwarp();  // else ptxas may move loads from before to behind those that come later
 #endif
 }
 """
