@@ -146,6 +146,7 @@ def parse(used: str, sass: str, threads: Mapping[str, int]) -> dict[str, Any]:
             "wide_loads": sum(n for opcode, n in loads.items() if ".128" in opcode),
             "early_loads": _early_loads(opcodes),
             "local_accesses": sum(n for op, n in count.items() if op[:3] in ("LDL", "STL")),
+            **({"threads": threads[name]} if name in threads else {}),
             **_loads_ahead(code),
             **_a_weight(name, code, threads.get(name, 0)),
         }

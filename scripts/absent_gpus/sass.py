@@ -441,11 +441,29 @@ def _load_nothing(warp: _Warp, modifiers: list[str], operands: list[str]) -> Non
         warp.write(operands[0], np.zeros(LANES), word)
 
 
+def _predicates_to_register(warp: _Warp, modifiers: list[str], operands: list[str]) -> None:
+    result, _, kept, mask = operands
+    place = np.uint64(8 * int(next((m[1] for m in modifiers if m[0] == "B"), "0")))
+    bits = sum(warp.predicate(f"P{i}").astype(np.uint64) << np.uint64(i) for i in range(7))
+    chosen = warp.read(mask)
+    found = (bits & chosen) << place
+    warp.write(result, warp.read(kept) & ~(chosen << place) | found)
+
+
+def _register_to_predicates(warp: _Warp, _modifiers: list[str], operands: list[str]) -> None:
+    register, _, byte = operands[1].partition(".B")
+    bits = warp.read(register) >> np.uint64(8 * int(byte or 0))
+    for i in range(7):
+        if int(operands[2], 16) >> i & 1:
+            warp.set_predicate(f"P{i}", bits >> np.uint64(i) & np.uint64(1) == 1)
+
+
 _RULES: dict[str, Rule] = {
     "MOV": _move, "LDC": _move, "CS2R": _clear, "S2R": _special, "S2UR": _special, "R2UR": _move,
     "IMAD": _multiply, "IADD3": _add, "VIADD": _add, "LEA": _shifted_add, "SHF": _shift,
     "LOP3": _logic, "PLOP3": _predicate_logic, "ISETP": _compare, "SEL": _select,
     "IMNMX": _least, "VIMNMX": _least, "VIMNMX3": _least, "VIADDMNMX": _sum_or_least,
     "PRMT": _bytes, "POPC": _count_bits, "VOTE": _vote, "VOTEU": _vote, "REDUX": _reduce,
-    "SHFL": _shuffle, "LDG": _load, "LD": _load, "LDS": _load_nothing, "LDL": _load_nothing,
+    "P2R": _predicates_to_register, "R2P": _register_to_predicates, "SHFL": _shuffle,
+    "LDG": _load, "LD": _load, "LDS": _load_nothing, "LDL": _load_nothing,
 }  # fmt: skip
