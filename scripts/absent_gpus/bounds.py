@@ -157,10 +157,10 @@ def page(asked: list[Line]) -> str:
     """The table as Markdown."""
     parts = [
         f"# {TITLE}",
-        "Written by `scripts/gpu_statistics`; do not edit. One token of gpt-oss-20b, fast numerics.\n\n"
-        "CUDA is counted in machine code for "
-        f"{', '.join(COUNTED)}, all that the token executes; launches and blocks in the compiled "
-        "library; cycles are Mesa's estimate. **Nothing ran on these GPUs.**",
+        "Written by `scripts/gpu_statistics`; do not edit. One token of gpt-oss-20b in fast "
+        f"numerics. CUDA is counted in the machine code for {', '.join(COUNTED)}, all that the "
+        "token executes; launches and blocks in the compiled library; cycles are Mesa's estimate. "
+        "**Nothing ran on these GPUs.**",
         table(
             ["", "asked", "from best to worst"],
             [[line.what, line.asked(), line.shown()] for line in asked],
