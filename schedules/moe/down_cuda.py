@@ -4,7 +4,8 @@ Of a few tokens, a block takes a tile of 16 rows, and visits their experts by nu
 tokens share is read once. Its warps divide K. Every lane adds an expert's share to the sums of its
 own tokens and rows, so that nothing but the warps' sums has to meet, at the end. While a warp
 multiplies, the weights of its next visit are on their way. The experts of a token differ from each
-other. No plan is needed. down_many_cuda.py has the launch for more tokens.
+other. No plan is needed. Launches for one token and for many are in down_one_cuda.py and
+down_many_cuda.py.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ..cuda.warps import count_below, lane_value, lanes_where, smallest
 from ..gpu.barriers import barrier
 from ..kernel import Schedule, T, Tensor, TileConfig, prim_func
 from .down_many_cuda import ManyTile, many_tokens
+from .down_one_cuda import one_token, one_token_fits
 from .experts_cuda import schedule, whole
 
 AHEAD = 2  # visits whose weights are on their way
@@ -282,9 +284,15 @@ def _build(
         inputs, tile.many, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate
     )
 
+    shape = {"top_k": top_k, "intermediate": intermediate}
+    one = one_token(inputs, splits, hidden=hidden, **shape)
+    has_one = one_token_fits(inputs, splits, **shape)
+
     @T.inline
     def body(n, h, ids, weights, blocks, scales, bias, residual, y):
-        if n <= tokens:
+        if has_one and n == 1:
+            one(h, ids, weights, blocks, scales, bias, residual, y)
+        elif n <= tokens:
             few(n, h, ids, weights, blocks, scales, bias, residual, y)
         else:
             many(n, h, ids, weights, blocks, scales, bias, residual, y)

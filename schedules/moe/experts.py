@@ -76,6 +76,8 @@ def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ..
     """
     return (
         case("one token", 1),
+        case("one token, six experts", 1, experts=7, top_k=6),
+        case("one token, more steps than warps", 1, intermediate=1248),
         case("partial token tile, experts without tokens", 7, choose=range(2, 5)),
         case("all tokens on one expert", 9, top_k=1, choose=range(3, 4)),
         case("one expert in all", 3, experts=1, top_k=1, hidden=32, intermediate=32),
