@@ -19,11 +19,17 @@ from ..gpu.lanes import LANES
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from ..linear import bf16_gpu, i8_f32_gpu
 from ..linear.rows_gpu import Chunks
+from .kv_insert_gpu import insertion, rotation
 from .pages import physical_page
 
 # Not measured. With two chunks ahead Adreno's compiler needs all registers that it has, for nothing
 # that its estimate or AMD's would show.
 TILE = GemvTile(threads=64, rows=4, tokens=4, ahead=1)
+# A scale is of a whole head, so that a block takes all of its rows, 8 at a time: of 20b's 2,880
+# inputs, 256 threads have 23 or 46 KB on the way. Not measured.
+SCALED_TILE = GemvTile(threads=256, rows=8, tokens=2, ahead=1)
+SCALED_FAMILIES = ("metal", "vulkan")  # CUDA's tensor cores are worth three launches
+THREADS256 = ("threads256",)
 
 
 def _build(
@@ -39,11 +45,25 @@ def _build(
     kv_dtype: str,
     tile: GemvTile,
 ) -> tvm.tirx.PrimFunc:
-    kv_format = KV[kv_dtype]
+    scaled = KV[kv_dtype].scaled
     all_heads = heads + 2 * kv_heads
     half = head_dim // 2
     pairs = tile.rows // 2  # of a block
     head_tiles = half // pairs  # blocks of a head
+
+    rotate, insert = rotation(head_dim), insertion(kv_dtype, head_dim)
+    # Of a cache with scales, blocks of whole heads of keys and values, which take longest, are
+    # the first.
+    whole_heads = 2 * kv_heads if scaled else 0
+    row_tiles = whole_heads + (all_heads - whole_heads) * head_tiles
+
+    def turns_of(block):
+        return T.Select(block < whole_heads, head_tiles, 1) if scaled else 1
+
+    def first_tile(block):
+        if not scaled:
+            return block
+        return T.Select(block < whole_heads, (heads + block) * head_tiles, block - whole_heads)
 
     def row(row_tile, r):
         """The r-th row of a block; the first `pairs` are the lower halves."""
@@ -51,34 +71,27 @@ def _build(
         return row_tile // head_tiles * head_dim + r // pairs * half + i
 
     @T.inline
-    def rotate(pair, cos_sin, t, i):
-        """pair[0:2], elements i and i + D/2 of a head; pair[2] is lost."""
-        pair[2] = pair[0]
-        pair[0] = pair[0] * cos_sin[t, i] - pair[1] * cos_sin[t, half + i]
-        pair[1] = pair[1] * cos_sin[t, i] + pair[2] * cos_sin[t, half + i]
-
-    @T.inline
-    def insert(kv, pair, part, head, page, at, i, slot):
-        kv[part, head, page, at(i, slot)] = kv_format.store(pair[0], None)
-        kv[part, head, page, at(half + i, slot)] = kv_format.store(pair[1], None)
-
-    @T.inline
-    def finish(pair, bias, cos_sin, slot, page, kv, q, t, head, i):
-        """Put elements i and i + D/2 of a head where they belong."""
-        pair[0] = pair[0] + bias[head * head_dim + i]
-        pair[1] = pair[1] + bias[head * head_dim + half + i]
+    def complete(pair, out, parts, sums, squares, first, t, bias, cos_sin, head, i):
+        """pair: elements i and i + D/2 of a head, from the block's sums `first` and `pairs` on."""
+        sums.total(parts, squares, out)
+        pair[2] = T.float32(1) / T.sqrt(out[0] / T.float32(hidden) + T.float32(eps))
+        sums.total(parts, first, out)
+        pair[0] = out[0] * pair[2] + bias[head * head_dim + i]
+        sums.total(parts, first + pairs, out)
+        pair[1] = out[0] * pair[2] + bias[head * head_dim + half + i]
         if head < heads + kv_heads:
             rotate(pair, cos_sin, t, i)
+
+    @T.inline
+    def store(pair, kv, q, page, slot, t, head, i):
+        """Put them where they belong."""
         if head < heads:
             q[t, head * head_dim + i] = pair[0]
             q[t, head * head_dim + half + i] = pair[1]
         elif head < heads + kv_heads:
-            insert(kv, pair, 0, head - heads, page, kv_format.key_at, i, slot)
+            insert(pair, kv, page, slot, 0, head - heads, i)
         else:
-            insert(
-                kv, pair, 1, head - heads - kv_heads, page,
-                partial(kv_format.value_at, head_dim), i, slot,
-            )  # fmt: skip
+            insert(pair, kv, page, slot, 1, head - heads - kv_heads, i)
 
     def launch(tokens):
         """`tokens` at a time, each time all weights."""
@@ -94,32 +107,63 @@ def _build(
             out = T.sblock_alloc_buffer((sums.count,), "float32", scope="local")
             pair = T.sblock_alloc_buffer((3,), "float32", scope="local")
             parts = T.sblock_alloc_buffer((sums.elements,), "float32", scope="shared")
-            products(out, x, gain, words, scales, partial(row, vr), partial(token, vt, n), tx)
-            sums.share(out, parts, tx)
-            if tx < tokens * pairs:
-                t: T.let = vt * tokens + tx // pairs
-                i: T.let = vr % head_tiles * pairs + tx % pairs
-                if t < n:
-                    first: T.let = tx // pairs * tile.rows + tx % pairs
-                    sums.total(parts, gemv.squares + tx // pairs, out)
-                    pair[2] = T.float32(1) / T.sqrt(out[0] / T.float32(hidden) + T.float32(eps))
-                    sums.total(parts, first, out)
-                    pair[0] = out[0] * pair[2]
-                    sums.total(parts, first + pairs, out)
-                    pair[1] = out[0] * pair[2]
-                    finish(
-                        pair, bias, cos_sin, positions[t] % PAGE_TOKENS,
-                        physical_page(
-                            page_table, first_page, token_seq[t], positions[t] // PAGE_TOKENS
-                        ),
-                        kv, q, t, vr // head_tiles, i,
-                    )  # fmt: skip
+            # Of a cache with scales: the heads that a block of keys or values has, one a token.
+            whole = T.sblock_alloc_buffer((tokens * head_dim,), "float32", scope="shared")
+            for turn in T.serial(turns_of(vr)):
+                tile_of_turn: T.let = first_tile(vr) + turn
+                products(
+                    out, x, gain, words, scales, partial(row, tile_of_turn),
+                    partial(token, vt, n), tx,
+                )  # fmt: skip
+                sums.share(out, parts, tx)
+                if tx < tokens * pairs:
+                    t: T.let = vt * tokens + tx // pairs
+                    head: T.let = tile_of_turn // head_tiles
+                    i: T.let = tile_of_turn % head_tiles * pairs + tx % pairs
+                    if t < n:
+                        complete(
+                            pair, out, parts, sums, gemv.squares + tx // pairs,
+                            tx // pairs * tile.rows + tx % pairs, t, bias, cos_sin, head, i,
+                        )  # fmt: skip
+                        if scaled and head >= heads:
+                            whole[tx // pairs * head_dim + i] = pair[0]
+                            whole[tx // pairs * head_dim + half + i] = pair[1]
+                        else:
+                            store(
+                                pair, kv, q,
+                                physical_page(
+                                    page_table, first_page, token_seq[t],
+                                    positions[t] // PAGE_TOKENS,
+                                ),
+                                positions[t] % PAGE_TOKENS, t, head, i,
+                            )  # fmt: skip
+                if scaled:
+                    T.tvm_storage_sync("shared")
+            if scaled:
+                for turn in T.serial(-(-tokens * half // tile.threads)):
+                    item: T.let = turn * tile.threads + tx
+                    of: T.let = item // half
+                    t: T.let = vt * tokens + of
+                    head: T.let = first_tile(vr) // head_tiles
+                    if head >= heads and of < tokens and t < n:
+                        pair[2] = T.float32(0)
+                        for j in T.serial(head_dim):
+                            pair[2] = T.max(pair[2], T.fabs(whole[of * head_dim + j]))
+                        pair[0] = whole[of * head_dim + item % half]
+                        pair[1] = whole[of * head_dim + half + item % half]
+                        store(
+                            pair, kv, q,
+                            physical_page(
+                                page_table, first_page, token_seq[t], positions[t] // PAGE_TOKENS
+                            ),
+                            positions[t] % PAGE_TOKENS, t, head, item % half,
+                        )  # fmt: skip
 
         @T.inline
         def blocks(n, x, gain, weight, weight_scale, others):
             # Blocks that read the same weights follow each other.
             for token_tile in T.thread_binding(T.ceildiv(n, tokens), thread="blockIdx.x"):
-                for row_tile in T.thread_binding(all_heads * head_tiles, thread="blockIdx.y"):
+                for row_tile in T.thread_binding(row_tiles, thread="blockIdx.y"):
                     for thread in T.thread_binding(tile.threads, thread="threadIdx.x"):
                         with T.sblock("block"):
                             vt, vr, tx = T.axis.remap("SSS", [token_tile, row_tile, thread])
@@ -158,6 +202,8 @@ def _build(
 
 def _fits(
     chunks: Chunks,
+    tile: GemvTile,
+    scaled: bool,
     *,
     hidden: int,
     heads: int,
@@ -166,23 +212,23 @@ def _fits(
     kv_dtype: str,
     **_eps: float,
 ) -> bool:
-    """A scale would be of a whole head, which no block has."""
     rows = (heads + 2 * kv_heads) * head_dim
-    whole = head_dim % TILE.rows == 0 and not KV[kv_dtype].scaled
-    return whole and chunks.fits(TILE, rows=rows, k=hidden)
+    fits = KV[kv_dtype].scaled == scaled and head_dim % tile.rows == 0
+    return fits and chunks.fits(tile, rows=rows, k=hidden)
 
 
 def _schedules(chunks: Chunks) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(
-            f"rows a block, {family}",
-            gpu(family),
+            f"rows a block{', whole heads where scales are' * scaled}, {family}",
+            gpu(family, *(THREADS256 if scaled and family == "vulkan" else ())),
             partial(_build, family, chunks),
-            TILE,
+            tile,
             chunks.layouts,
-            partial(_fits, chunks),
+            partial(_fits, chunks, tile, scaled),
         )
-        for family in LANES
+        for tile, scaled, families in ((TILE, False, LANES), (SCALED_TILE, True, SCALED_FAMILIES))
+        for family in families
     )
 
 
