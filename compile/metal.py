@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mxforge.errors import TargetError
 
-# Of every Apple GPU since A11, in phones as in Macs: Apple's Metal feature set tables.
+# Of the GPUs of A14, M1 and later, in phones as in Macs: Apple's Metal feature set tables.
 MOST_BUFFERS = 31
 MOST_THREADGROUP_BYTES = 32 << 10
 
