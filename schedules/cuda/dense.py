@@ -405,21 +405,27 @@ def _launch(
                     stage_reads(s, b.reads_of_token + i * AHEAD, AHEAD)
 
         @T.inline
-        def multiply(slot, d):
-            for c in T.unroll(mma_tiles):
-                if (c == 0) or (c * mma_tokens < count):
-                    # Columns without a token are of whatever lies there, for nobody.
-                    token: T.let = c * mma_tokens + lane // 4 // columns
-                    own: T.let = c * mma_tokens + lane % 4 * 2 // columns
-                    arithmetic.fetch(
-                        shared, own_items, token * b.staged + d, lane // 4 % columns,
-                        own * b.staged + d, b.together, d, lane % 4, bits,
-                    )  # fmt: skip
-                    for m in T.unroll(b.row_tiles):
-                        arithmetic.multiply(
-                            bits, lane % 4, w, scale, slot * b.row_tiles + m, b.together, d, acc,
-                            (m * mma_tiles + c) * sums,
-                        )  # fmt: skip
+        def multiply(slot, d, c):
+            # Columns without a token are of whatever lies there, for nobody.
+            token: T.let = c * mma_tokens + lane // 4 // columns
+            own: T.let = c * mma_tokens + lane % 4 * 2 // columns
+            arithmetic.fetch(
+                shared, own_items, token * b.staged + d, lane // 4 % columns, own * b.staged + d,
+                b.together, d, lane % 4, bits,
+            )  # fmt: skip
+            for m in T.unroll(b.row_tiles):
+                arithmetic.multiply(
+                    bits, lane % 4, w, scale, slot * b.row_tiles + m, b.together, d, acc,
+                    (m * mma_tiles + c) * sums,
+                )  # fmt: skip
+
+        @T.inline
+        def multiply_more(s):
+            """Staged steps by the columns of all tokens but the first few."""
+            for c in T.unroll(mma_tiles - 1):
+                if (c == 0) or ((c + 1) * mma_tokens < count):
+                    for d in T.unroll(b.staged):
+                        multiply(s * b.staged + d, d, c + 1)
 
         @T.inline
         def leave_sums():
@@ -494,8 +500,10 @@ def _launch(
             for s in T.unroll(b.steps // b.staged):
                 stage(s)
                 T.cuda.warp_sync()
+                if (mma_tiles > 1) and (count > mma_tokens):  # apart, as above
+                    multiply_more(s)
                 for d in T.unroll(b.staged):
-                    multiply(s * b.staged + d, d)
+                    multiply(s * b.staged + d, d, 0)
                     if (rounds > 1) and (s * b.staged + d + b.steps < left[0]):
                         load(s * b.staged + d, s * b.staged + d + b.steps)
                 if stages > 1:

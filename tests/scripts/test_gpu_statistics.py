@@ -98,6 +98,16 @@ def test_tracked_results(name: str):
         assert {"sample_token", "mxfp4w_moe_down", "i8w_linear", "bf16w_linear"} <= set(found)
 
 
+def test_tracked_instructions_a_weight():
+    tracked = json.loads((ROOT / "docs" / "bench" / "cuda-absent-gpus.json").read_text())
+    for arch in cuda.COUNTED:
+        for kernel in (
+            "bf16w_linear", "bf16w_linear1", "bf16w_norm_qkv_insert", "i8w_linear", "i8w_linear1",
+            "i8w_norm_qkv_insert", "mxfp4w_moe_gate_up_swiglu", "mxfp4w_moe_down",
+        ):  # fmt: skip
+            assert tracked["gpus"][arch][kernel]["instructions_a_weight"] > 0.5
+
+
 def test_tracked_results_are_of_the_pinned_compilers():
     vulkan_tracked, cuda_tracked = (
         json.loads((ROOT / "docs" / "bench" / f"{name}-absent-gpus.json").read_text())
