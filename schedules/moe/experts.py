@@ -92,6 +92,8 @@ def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ..
         case("two tokens, the same experts", 2, experts=4, top_k=4),
         case("more inputs than a block's threads have at once", 3, **_few_rows(hidden=3136)),
         case("the same of the second half", 3, **_few_rows(intermediate=3136)),
+        case("three tokens, the same experts", 3, experts=4, top_k=4),
+        case("five tokens, the same experts", 5, experts=4, top_k=4),
         case("scales 0 and 1", 3, hidden=160, intermediate=160, edge=(0, 1)),
         case("the largest scale, beside which the others vanish", 3, edge=(1, largest_scale)),
         case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, intermediate=2880),

@@ -97,6 +97,28 @@ def _build(
     return prim_func(arguments, body)
 
 
+def _launched(
+    across: Callable[[Any], Any], groups: int, threads: int, top_k: int, work: Any
+) -> Callable[..., Any]:
+    """The T.inline launch of `work` by across(n) · groups blocks."""
+
+    @T.inline
+    def launch(n, x, ids, blocks, scales, bias, h):
+        for first in T.thread_binding(across(n), thread="blockIdx.x"):
+            for group in T.thread_binding(groups, thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("block"):
+                        vf, vg, tx = T.axis.remap("SSS", [first, group, thread])
+                        T.reads(whole(x), whole(ids), whole(blocks), whole(scales), whole(bias))
+                        T.writes(whole(h))
+                        work(
+                            T.Cast("int32", vf), vg, tx, T.Cast("int32", n * top_k), x, ids,
+                            blocks, scales, bias, h,
+                        )  # fmt: skip
+
+    return launch
+
+
 def _few_tokens(
     inputs: Inputs,
     most: int,
@@ -213,21 +235,7 @@ def _few_tokens(
                     acc[r] = acc[r] * T.float32(LOWER) + bias[expert[0], 2 * row + r]
                 h[found[token], row] = swiglu(acc[0], acc[1], limit)
 
-    @T.inline
-    def launch(n, x, ids, blocks, scales, bias, h):
-        for slot in T.thread_binding(n * top_k, thread="blockIdx.x"):
-            for group in T.thread_binding(-(-all_tiles // tiles), thread="blockIdx.y"):
-                for thread in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("few_tokens"):
-                        vs, vg, tx = T.axis.remap("SSS", [slot, group, thread])
-                        T.reads(whole(x), whole(ids), whole(blocks), whole(scales), whole(bias))
-                        T.writes(whole(h))
-                        work(
-                            T.Cast("int32", vs), vg, tx, T.Cast("int32", n * top_k), x, ids,
-                            blocks, scales, bias, h,
-                        )  # fmt: skip
-
-    return launch
+    return _launched(lambda n: n * top_k, -(-all_tiles // tiles), threads, top_k, work)
 
 
 def _many_tokens(
@@ -379,21 +387,9 @@ def _many_tokens(
                         h[found[token], unit] = swiglu(sums[0], sums[1], limit)
                 barrier()  # the slots are no longer read
 
-    @T.inline
-    def launch(n, x, ids, blocks, scales, bias, h):
-        for rank in T.thread_binding(T.min(n * top_k, experts), thread="blockIdx.x"):
-            for group in T.thread_binding(-(-all_tiles // warps), thread="blockIdx.y"):
-                for thread in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("many_tokens"):
-                        vr, vg, tx = T.axis.remap("SSS", [rank, group, thread])
-                        T.reads(whole(x), whole(ids), whole(blocks), whole(scales), whole(bias))
-                        T.writes(whole(h))
-                        work(
-                            T.Cast("int32", vr), vg, tx, T.Cast("int32", n * top_k), x, ids,
-                            blocks, scales, bias, h,
-                        )  # fmt: skip
-
-    return launch
+    return _launched(
+        lambda n: T.min(n * top_k, experts), -(-all_tiles // warps), threads, top_k, work
+    )
 
 
 def schedules(activations: str) -> tuple[Schedule, ...]:
