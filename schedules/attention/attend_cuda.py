@@ -41,7 +41,6 @@ from .pages import most_pages
 
 LN_2 = 0.6931472
 GROUPS = 8  # of slots, that a warp takes at once: the columns of B
-WARPS_OF_SM = 16  # so many want no more than 128 registers each thread
 PAIR = 0x7632  # selects the upper halves of two words
 
 
@@ -49,10 +48,13 @@ PAIR = 0x7632  # selects the upper halves of two words
 class WarpsTile(TileConfig):
     warps: int  # of a block
     most_warps: int  # of one whose keys are those of a window
+    of_sm: int  # of a multiprocessor, at least: the most registers of a thread depend on it
 
 
 # Four: what a split of 128 keys gives 32 each. Not measured.
-TILE = WarpsTile(warps=4, most_warps=8)
+TILE = WarpsTile(warps=4, most_warps=8, of_sm=16)
+# nvcc's code for these wants more than the 128 registers of 16 warps, where float16 is read.
+LATE_F16 = WarpsTile(warps=4, most_warps=8, of_sm=12)
 
 
 class State(NamedTuple):
@@ -486,7 +488,7 @@ def build(
         page0: T.let = low // PAGE_TOKENS
         page_end: T.let = high // PAGE_TOKENS + 1
         for tx in T.thread_binding(threads, thread="threadIdx.x"):
-            T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", WARPS_OF_SM // warps)
+            T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", tile.of_sm // warps)
             warp: T.let = tx // LANES
             lane: T.let = tx % LANES
             own.first[0] = page0 + warp * pages_at_once
@@ -553,6 +555,13 @@ def build(
 def schedules(*, split: bool) -> tuple[Schedule, ...]:
     """Of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION."""
     return (
+        Schedule(
+            "keys over warps, mma, 12 warps a multiprocessor",
+            gpu("cuda", "sm_100"),
+            partial(build, split),
+            LATE_F16,
+            fits=lambda **static: fits(**static) and static["kv_dtype"] == F16.name,
+        ),
         Schedule(
             "keys over warps, mma", gpu("cuda", "sm_80"), partial(build, split), TILE, fits=fits
         ),
