@@ -153,6 +153,10 @@ def build(
     pitch = head_dim + (8 if half else 4)
     mma = mma_f16 if half else mma_bf16
 
+    def place(column: Any) -> Any:
+        """Of a column in a row of `sums`, where those of float16's lanes are 16 apart."""
+        return column + column // 32 * 4 if half else column
+
     def allocated():
         def shared(*shape):
             return T.sblock_alloc_buffer(shape, "float32", scope="shared")
@@ -439,9 +443,9 @@ def build(
                     for e in T.unroll(4):
                         own.x[e] = own.acc[(c * wide + i4 * 4 + e) * 2 + j] * factor
                     column: T.let = c * 8 * wide + (lane % 4 * 2 + j) * wide + i4 * 4
-                    own.sums[T.ramp((warp * HEADS + lane // 4) * pitch + column, 1, 4)] = own.x[
-                        T.ramp(0, 1, 4)
-                    ]
+                    own.sums[T.ramp((warp * HEADS + lane // 4) * pitch + place(column), 1, 4)] = (
+                        own.x[T.ramp(0, 1, 4)]
+                    )
 
     @T.inline
     def put_result(own, sinks, out, stats, t, row, head0, heads_left, tx):
@@ -464,7 +468,7 @@ def build(
                 )
                 own.x[T.ramp(0, 1, 4)] = (
                     own.x[T.ramp(0, 1, 4)]
-                    + own.sums[T.ramp((w * HEADS + head) * pitch + column, 1, 4)]
+                    + own.sums[T.ramp((w * HEADS + head) * pitch + place(column), 1, 4)]
                 )
             if split:
                 out[t, row, T.ramp((head0 + head) * head_dim + column, 1, 4)] = own.x[

@@ -231,8 +231,9 @@ def _build(
                         T.cuda.warp_sync()
                         for i in T.unroll(reads):
                             BF16.stage(
-                                shared, items, step(i, lane), lane % QUADS, True, four, i * 4, parts
-                            )
+                                shared, items, step(i, lane), lane % QUADS, AT_ONCE, True,
+                                four, i * 4, parts,
+                            )  # fmt: skip
                         square[0] = lanes.total(square[0])
                         if lane == 0:
                             shared[squares_at + warp] = T.reinterpret("uint32", square[0])
@@ -243,12 +244,14 @@ def _build(
                             acc[i] = T.float32(0)
                         for s in T.unroll(each):
                             BF16.fetch(
-                                shared, items, s, lane // 4 % BF16.columns, s, lane % 4, parts
-                            )
+                                shared, items, s, lane // 4 % BF16.columns, s, AT_ONCE, s,
+                                lane % 4, parts,
+                            )  # fmt: skip
                             for m in T.unroll(together):
                                 BF16.multiply(
-                                    parts, lane % 4, w, None, s * together + m, acc, m * sums
-                                )
+                                    parts, lane % 4, w, None, s * together + m, AT_ONCE, s, acc,
+                                    m * sums,
+                                )  # fmt: skip
                             if of_round + 1 < rounds:
                                 load(of_round + 1, s)
 
