@@ -29,21 +29,13 @@ SPREAD = {
     "instructions": 0.02, "loads": 0.02, "local_accesses": 0.1,
     "instructions_a_weight": 0.05, "wide_loads_ahead": 0.3,
 }  # fmt: skip
-_SPILL = "4 or 8 bytes of a thread wait in local memory, outside the steps over the weights"
-EXCEPTIONS = {
-    **{
-        (arch, kernel): _SPILL
-        for arch in ("sm_80", "sm_89", "sm_90a")
-        for kernel in ("mxfp4w_moe_gate_up_swiglu", "mxfp4w_moe_down")
-    },
-    ("sm_120a", "mxfp4w_moe_gate_up_swiglu"): _SPILL,
-}
+EXCEPTIONS: results.Exceptions = {}
 
 
 @dataclass(frozen=True)
 class Weights:
     """A format of weights: how many are in a byte of the loads that read them, and how many
-    instructions a thread may execute for each."""
+    instructions a thread should execute for each at most (bounds.py)."""
 
     a_byte: float
     most: float
@@ -52,29 +44,11 @@ class Weights:
 # By how kernels that read weights are called.
 WEIGHTS = {"mxfp4w": Weights(2, 2.8), "bf16w": Weights(0.5, 2.0), "i8w": Weights(1, 2.2)}
 COUNTED = ("sm_80", "sm_89", "sm_90a")  # the architectures that these bounds are for
-# (GPU, kernel) -> instructions a weight of a kernel above the bound: no more than so many.
-ABOVE = {
-    # Staging the inputs of four experts takes 0.9 of them, finding these 0.3.
-    ("sm_80", "mxfp4w_moe_down"): 3.7,
-    ("sm_89", "mxfp4w_moe_down"): 3.7,
-    ("sm_90a", "mxfp4w_moe_down"): 3.9,
-}
 
 
 def gates(found: results.Results) -> list[str]:
     """A sentence for each gate that a kernel does not pass."""
-    problems = results.broken_gates(found, EXCEPTIONS)
-    for gpu, kernel, statistics in results.each(found):
-        weights, count = _weights(kernel), statistics.get("instructions_a_weight")
-        if weights is not None and count is not None:
-            most = ABOVE.get((gpu, kernel), weights.most)
-            if count > most:
-                problems.append(
-                    f"{kernel} on {gpu} takes {count} instructions a weight, more than {most}"
-                )
-            if count <= weights.most < most:
-                problems.append(f"{kernel} on {gpu} is above its bound no more; remove it")
-    return problems
+    return results.broken_gates(found, EXCEPTIONS)
 
 
 def _weights(kernel: str) -> Weights | None:

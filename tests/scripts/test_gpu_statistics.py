@@ -313,20 +313,6 @@ def test_threads_of_a_block():
     assert cuda.threads_of_blocks(elf) == {"a_kernel": 160}
 
 
-def test_bounds_of_instructions_a_weight(monkeypatch):
-    def problems(count: float) -> list[str]:
-        return cuda.gates(made_up(i8w_linear={**GOOD, "instructions_a_weight": count}))
-
-    monkeypatch.setattr(cuda, "ABOVE", {})
-    monkeypatch.setattr(cuda, "EXCEPTIONS", {})
-    assert problems(2.2) == []
-    assert problems(2.3) == ["i8w_linear on a GPU takes 2.3 instructions a weight, more than 2.2"]
-    monkeypatch.setattr(cuda, "ABOVE", {("a GPU", "i8w_linear"): 2.4})
-    assert problems(2.4) == []
-    assert problems(2.5) == ["i8w_linear on a GPU takes 2.5 instructions a weight, more than 2.4"]
-    assert problems(2.1) == ["i8w_linear on a GPU is above its bound no more; remove it"]
-
-
 # ------------------------------------------------------------------------------- the pinned Mesa
 
 
