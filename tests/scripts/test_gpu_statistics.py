@@ -284,6 +284,14 @@ def test_words_carry_as_in_the_machine():
         assert found.instructions == len(lines) + 3
 
 
+def test_predicates_wait_in_a_register():
+    found = followed(
+        "MOV R2, 0x500", "R2P PR, R2.B1, 0x7", "P2R.B2 R3, PR, R2, 0x6",
+        "ISETP.NE.AND P1, PT, R3, 0x40500, PT", "@P1 BRA 0x40", "@P0 EXIT", "BRA 0x60",
+    )  # fmt: skip
+    assert found.instructions == 6
+
+
 def test_instructions_without_a_rule():
     with pytest.raises(sass.NoRuleError, match="QSPC.E at 0x0"):
         followed("QSPC.E P0, RZ, [R2]", "EXIT")

@@ -35,11 +35,24 @@ def test_agrees_with_reference(simt, kind, kernel, case, schedule):
         assert not [what for what, passes in taken.items() if passes > MOST[what]], taken
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["forward", "reverse"])
-@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), every_kind(everyday=True))
+OTHERS = ("forward", "reverse")
+
+
+def in_other_orders() -> list[Any]:
+    """Each everyday run in one of the other orders by turns, and with --full in the other too."""
+    return [
+        pytest.param(
+            order, *run.values, id=f"{order}, {run.id}",
+            marks=(*run.marks, pytest.mark.slow if (i + j) % 2 else pytest.mark.full),
+        )
+        for i, run in enumerate(every_kind(everyday=True))
+        for j, order in enumerate(OTHERS)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("order", "kind", "kernel", "case", "schedule"), in_other_orders())
 def test_agrees_with_reference_in_other_orders_of_threads(
-    simt, kind, kernel, case, schedule, order
+    simt, order, kind, kernel, case, schedule
 ):
     program = program_of(simt, kind, kernel, case, schedule)
     results = run_case(simt, program, kernel, case, schedule, order)
