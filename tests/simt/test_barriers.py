@@ -22,10 +22,14 @@ BARRIER = {
 # -> why.
 ACCEPTED: dict[tuple[str, str, str, int], str] = {
     (
-        "cuda", "i8w_norm_qkv_insert",
-        f"rows of heads of {head} as a matrix, tokens as its columns", 11,
-    ): "the last one of the launch for many tokens, in a case of one; in those of many it is 10"
-    for head in (16, 32)
+        "cuda", kernel, f"rows of heads of {head} as a matrix, tokens as its columns", number,
+    ): "of the launch for many tokens, in a case of one; in cases of many it has another number"
+    for kernel, head, numbers in (
+        ("bf16w_norm_qkv_insert", 32, (14, 15)),
+        ("i8w_norm_qkv_insert", 16, (11, 12, 13)),
+        ("i8w_norm_qkv_insert", 32, (11, 12, 13)),
+    )
+    for number in numbers
 }  # fmt: skip
 LARGE = 1 << 22  # bytes of a case that the others make unnecessary
 FEW = 3  # cases by which barriers are counted: other sizes seldom have others
