@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import tvm
 
 from ..cuda.dense import AT_ONCE, QUADS, STEP, Tiling, load_floats, shared_words
@@ -26,7 +25,7 @@ from ..cuda.instructions import LANES as WARP
 from ..cuda.instructions import MMA_ROWS, copies_done, copy_async, wait_for_launch_before
 from ..formats.bf16 import rounded
 from ..gpu.lanes import LANES
-from ..kernel import Layout, Schedule, T, Tensor, TileConfig, gpu, prim_func
+from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..linear.bf16_cuda import BF16, layouts
 from ..math import order_key
 from .router_topk_gpu import chooser
@@ -34,17 +33,6 @@ from .router_topk_gpu import chooser
 TILING = Tiling()
 MOST_READS = 2  # their numbers stay in registers
 SHARED_BYTES = 48 << 10  # of a block, on every GPU
-
-
-def _rows(experts: int) -> int:
-    return TILING.tiles(experts) * MMA_ROWS
-
-
-FULL_TILES = Layout(
-    shape=lambda shape: (_rows(*shape),),
-    pack=lambda bias: np.pad(bias, (0, _rows(len(bias)) - len(bias))),
-    rows=MMA_ROWS,
-)
 
 
 @dataclass(frozen=True)
@@ -99,12 +87,8 @@ class Shares:
         return self.warps * self.reads * AT_ONCE * BF16.words
 
     @property
-    def rows(self) -> int:
-        return _rows(self.experts)
-
-    @property
     def squares_at(self) -> int:
-        return self.sums_at + self.warps * self.rows
+        return self.sums_at + self.warps * self.experts
 
     @property
     def bias_at(self) -> int:
@@ -112,12 +96,12 @@ class Shares:
 
     @property
     def words(self) -> int:
-        return self.bias_at + self.rows
+        return self.bias_at + self.experts
 
 
 def _fits(*, experts: int, top_k: int, hidden: int, eps: float) -> bool:
     """A thread is an expert in the end, and brings four inputs in the beginning."""
-    if hidden % STEP:
+    if hidden % STEP or experts % MMA_ROWS:
         return False
     shares = Shares(experts, hidden, TILE)
     threads, numbers = shares.warps * WARP, shares.words + 2 * experts + top_k
@@ -136,7 +120,7 @@ def _build(
 ) -> tvm.tirx.PrimFunc:
     shares = Shares(experts, hidden, tile)
     steps, each, reads, warps = shares.steps, shares.each, shares.reads, shares.warps
-    tiles, together, rows = shares.tiles, shares.together, shares.rows
+    tiles, together = shares.tiles, shares.together
     sums_at, squares_at, bias_at = shares.sums_at, shares.squares_at, shares.bias_at
     rounds, threads, sums = -(-tiles // together), warps * WARP, 2 * BF16.sums
     lanes, choose = LANES["cuda"], chooser(experts, top_k, threads)
@@ -178,7 +162,7 @@ def _build(
                     vt, tx = T.axis.remap("SS", [token_block, thread])
                     T.reads(
                         x[vt, 0:hidden], norm_weight[0:hidden],
-                        weight[0 : tiles * steps, 0 : weight.shape[1]], bias[0:rows],
+                        weight[0 : tiles * steps, 0 : weight.shape[1]], bias[0:experts],
                     )  # fmt: skip
                     T.writes(h[vt, 0:hidden], ids[vt, 0:top_k], weights[vt, 0:top_k])
                     shared = T.sblock_alloc_buffer((shares.words,), "uint32", scope="shared")
@@ -261,8 +245,8 @@ def _build(
                             for second in T.unroll(2):
                                 sum: T.let = BF16.total(acc, m * sums + second * BF16.sums, 0)
                                 row: T.let = TILING.row(of_round * together + m, lane // 4, second)
-                                if lane % 4 == 0 and row < rows:
-                                    shared[sums_at + warp * rows + row] = T.reinterpret(
+                                if lane % 4 == 0 and row < experts:
+                                    shared[sums_at + warp * experts + row] = T.reinterpret(
                                         "uint32", sum
                                     )
 
@@ -282,7 +266,7 @@ def _build(
                         total[0] = T.float32(0)
                         for other in T.unroll(warps):
                             total[0] = total[0] + T.reinterpret(
-                                "float32", shared[sums_at + other * rows + tx]
+                                "float32", shared[sums_at + other * experts + tx]
                             )
                         total[0] = total[0] * square[0] + T.reinterpret(
                             "float32", shared[bias_at + tx]
@@ -299,7 +283,7 @@ def _build(
                             T.address_of(shared[items + (i * WARP + lane) * 4]),
                             T.address_of(norm_weight[first(i, warp, lane)]),
                         )
-                    if tx < rows // 4:
+                    if tx < experts // 4:
                         copy_async(
                             T.address_of(shared[bias_at + tx * 4]), T.address_of(bias[tx * 4])
                         )
@@ -336,6 +320,6 @@ def schedule(activations: str) -> Schedule:
         gpu("cuda", "sm_80"),
         partial(_build, activations),
         TILE,
-        {**layouts(TILING), "bias": FULL_TILES},
+        layouts(TILING),
         fits=_fits,
     )

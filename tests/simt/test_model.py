@@ -22,7 +22,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "num_local_experts": 4,
+    "num_local_experts": 16,
     "num_experts_per_tok": 2,
     "sliding_window": 20,
     "vocab_size": 203,
