@@ -66,7 +66,7 @@ SIMT_INLINE float __uint_as_float(unsigned u) { return simt::bits<float>(u); }
 SIMT_INLINE float __int_as_float(int i) { return simt::bits<float>(i); }
 SIMT_INLINE unsigned __float_as_uint(float f) { return simt::bits<unsigned>(f); }
 SIMT_INLINE int __float_as_int(float f) { return simt::bits<int>(f); }
-SIMT_INLINE unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+SIMT_CALL unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   uint64_t bytes = uint64_t(b) << 32 | a;
   unsigned result = 0;
   for (int i = 0; i < 4; i++) {
@@ -119,7 +119,7 @@ SIMT_INLINE T __shfl_up_sync(unsigned mask, T v, int by, int width = 32) {
 }
 
 template <class T, class F>
-SIMT_INLINE T simt_reduce(const char* what, unsigned mask, T mine, T start, F add) {
+SIMT_CALL T simt_reduce(const char* what, unsigned mask, T mine, T start, F add) {
   auto all = simt::gather(what, mask, mine);
   for (int lane = 0; lane < simt::LANES; lane++)
     if (mask >> lane & 1) start = add(start, all.of[lane]);

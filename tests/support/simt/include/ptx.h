@@ -101,59 +101,67 @@ LDMATRIX(trans_shared_b16, true)
 // g = lane / 4 and t = lane % 4, A's register 2j + h has row g + 8h from k = 4P·j + P·t, B's
 // register j column g from the same k, and C's and D's i has row g + i / 2 · 8, column 2t + i % 2.
 // Products are summed in double and rounded once; tensor cores round more, and differently.
-template <int P, int K, class Number, class Sum, class Element>
-SIMT_INLINE void mma(Number* (&d)[4], const uint32_t (&a)[K / (2 * P)],
-                     const uint32_t (&b)[K / (4 * P)], const Number (&c)[4], Element element) {
-  constexpr int NA = K / (2 * P), NB = K / (4 * P);
-  struct Fragment {
-    uint32_t a[NA], b[NB];
-  } mine;
-  for (int i = 0; i < NA; i++) mine.a[i] = a[i];
-  for (int i = 0; i < NB; i++) mine.b[i] = b[i];
+template <int K, int P>
+struct Fragments {
+  uint32_t a[K / (2 * P)], b[K / (4 * P)];
+};
+template <class Number>
+struct Results {
+  Number of[4];
+};
+template <class Sum, class Element, int K, int P, class Number>
+SIMT_CALL Results<Number> mma(Fragments<K, P> mine, Results<Number> c) {
   auto all = simt::gather("mma.sync", ~0u, mine);
   int g = simt::lane_index() / 4, t = simt::lane_index() % 4;
-  Number result[4];
   for (int i = 0; i < 4; i++) {
     int row = g + i / 2 * 8, column = 2 * t + i % 2;
-    Sum sum = c[i];
+    Sum sum = c.of[i];
     for (int k = 0; k < K; k++) {
       int j = k / (4 * P), lane = k % (4 * P) / P;
-      Sum x = element(all.of[row % 8 * 4 + lane].a[2 * j + row / 8], k % P);
-      Sum y = element(all.of[column * 4 + lane].b[j], k % P);
+      Sum x = Element::of(all.of[row % 8 * 4 + lane].a[2 * j + row / 8], k % P);
+      Sum y = Element::of(all.of[column * 4 + lane].b[j], k % P);
       sum += x * y;
     }
-    result[i] = Number(sum);
+    c.of[i] = Number(sum);
   }
-  for (int i = 0; i < 4; i++) *d[i] = result[i];
+  return c;
 }
-SIMT_INLINE float bf16_element(uint32_t word, int i) { return simt::from_bf16(word >> 16 * i); }
-SIMT_INLINE float f16_element(uint32_t word, int i) {
-  return simt::bits<simt::Half>(uint16_t(word >> 16 * i));
-}
-SIMT_INLINE int s8_element(uint32_t word, int i) { return int8_t(word >> 8 * i); }
+struct Bf16 {
+  SIMT_INLINE float of(uint32_t word, int i) { return simt::from_bf16(word >> 16 * i); }
+};
+struct F16 {
+  SIMT_INLINE float of(uint32_t word, int i) {
+    return simt::bits<simt::Half>(uint16_t(word >> 16 * i));
+  }
+};
+struct S8 {
+  SIMT_INLINE int of(uint32_t word, int i) { return int8_t(word >> 8 * i); }
+};
 
-#define MMA_LONG(name, P, K, Sum, element)                                                       \
+#define MMA_LONG(name, P, K, Sum, Element)                                                       \
   template <class Number>                                                                        \
   SIMT_INLINE void mma_sync_aligned_##name(                                                      \
       Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t a2,     \
       uint32_t a3, uint32_t b0, uint32_t b1, Number c0, Number c1, Number c2, Number c3) {       \
-    Number* d[] = {&d0, &d1, &d2, &d3};                                                          \
-    mma<P, K, Number, Sum>(d, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}, element);            \
+    Fragments<K, P> fragments = {{a0, a1, a2, a3}, {b0, b1}};                                    \
+    auto d = mma<Sum, Element>(fragments, Results<Number>{{c0, c1, c2, c3}});                    \
+    d0 = d.of[0], d1 = d.of[1], d2 = d.of[2], d3 = d.of[3];                                      \
   }
-#define MMA_SHORT(name, P, K, Sum, element)                                                      \
+#define MMA_SHORT(name, P, K, Sum, Element)                                                      \
   template <class Number>                                                                        \
   SIMT_INLINE void mma_sync_aligned_##name(                                                      \
       Number& d0, Number& d1, Number& d2, Number& d3, uint32_t a0, uint32_t a1, uint32_t b0,     \
       Number c0, Number c1, Number c2, Number c3) {                                              \
-    Number* d[] = {&d0, &d1, &d2, &d3};                                                          \
-    mma<P, K, Number, Sum>(d, {a0, a1}, {b0}, {c0, c1, c2, c3}, element);                        \
+    Fragments<K, P> fragments = {{a0, a1}, {b0}};                                                \
+    auto d = mma<Sum, Element>(fragments, Results<Number>{{c0, c1, c2, c3}});                    \
+    d0 = d.of[0], d1 = d.of[1], d2 = d.of[2], d3 = d.of[3];                                      \
   }
-MMA_LONG(m16n8k16_row_col_f32_bf16_bf16_f32, 2, 16, double, bf16_element)
-MMA_LONG(m16n8k16_row_col_f32_f16_f16_f32, 2, 16, double, f16_element)
-MMA_LONG(m16n8k32_row_col_s32_s8_s8_s32, 4, 32, int64_t, s8_element)
-MMA_SHORT(m16n8k8_row_col_f32_bf16_bf16_f32, 2, 8, double, bf16_element)
-MMA_SHORT(m16n8k8_row_col_f32_f16_f16_f32, 2, 8, double, f16_element)
-MMA_SHORT(m16n8k16_row_col_s32_s8_s8_s32, 4, 16, int64_t, s8_element)
+MMA_LONG(m16n8k16_row_col_f32_bf16_bf16_f32, 2, 16, double, Bf16)
+MMA_LONG(m16n8k16_row_col_f32_f16_f16_f32, 2, 16, double, F16)
+MMA_LONG(m16n8k32_row_col_s32_s8_s8_s32, 4, 32, int64_t, S8)
+MMA_SHORT(m16n8k8_row_col_f32_bf16_bf16_f32, 2, 8, double, Bf16)
+MMA_SHORT(m16n8k8_row_col_f32_f16_f16_f32, 2, 8, double, F16)
+MMA_SHORT(m16n8k16_row_col_s32_s8_s8_s32, 4, 16, int64_t, S8)
 #undef MMA_LONG
 #undef MMA_SHORT
 

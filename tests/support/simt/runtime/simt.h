@@ -6,6 +6,8 @@
 #include <cstring>
 
 #define SIMT_INLINE static inline __attribute__((always_inline))
+// For what reads and writes locals alone: compiled once, and without a callback at each access.
+#define SIMT_CALL static __attribute__((noinline, no_sanitize("thread")))
 
 namespace simt {
 
@@ -99,7 +101,7 @@ SIMT_INLINE Lanes<T> gather(const char* what, uint32_t mask, const T& mine, int 
 }
 
 template <class T>
-SIMT_INLINE T shuffle(const char* what, uint32_t mask, T mine, int from) {
+SIMT_CALL T shuffle(const char* what, uint32_t mask, T mine, int from) {
   Lanes<T> all = gather(what, mask, mine);
   if (!(mask >> from & 1)) fail("%s: lane %d is asked, which is not in mask %x", what, from, mask);
   return all.of[from];
