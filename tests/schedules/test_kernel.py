@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -140,6 +141,29 @@ def test_equal_calls_build_one_function():
     first = RMS_NORM.build(PLAIN_CPU, hidden=64, eps=1e-5)
     assert RMS_NORM.build(PLAIN_CPU, eps=1e-5, hidden=64) is first
     assert GATHER_ROWS.build(CUDA, hidden=64) is GATHER_ROWS.build(METAL, hidden=64)
+
+
+def test_expanding_an_inline_does_not_read_the_sources_of_all_callers(monkeypatch):
+    calls = []
+    original = inspect.getouterframes
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    @T.inline
+    def nothing(n):
+        T.evaluate(n)
+
+    @T.inline
+    def body(n):
+        nothing(n)
+        nothing(n)
+        nothing(n)
+
+    monkeypatch.setattr(inspect, "getouterframes", counted)
+    prim_func((f32("x", N),), body)
+    assert len(calls) <= 2  # of the function, not of each inline in it
 
 
 def test_a_body_that_asks_for_what_is_no_argument_is_refused():
