@@ -86,18 +86,20 @@ def _value(size: int | Size, values: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a kernel in order: inputs, then fresh outputs.
+    """The arguments of a kernel in order: inputs, then fresh outputs, then scratch.
 
-    `updated` names the inputs that the kernel changes in place.
+    `updated` names the inputs that the kernel changes in place. `scratch` is room for what its
+    launches tell each other: it holds nothing before the call, and nobody reads it after.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...] = ()
     updated: tuple[str, ...] = ()
+    scratch: tuple[Tensor, ...] = ()
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        return (*self.inputs, *self.outputs)
+        return (*self.inputs, *self.outputs, *self.scratch)
 
     def solve(self, shapes: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """The symbolic sizes, from the shapes of all inputs.
@@ -212,6 +214,10 @@ def _always(**_static: Any) -> bool:
     return True
 
 
+def _nothing(**_static: Any) -> tuple[Tensor, ...]:
+    return ()
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """One way to compute a kernel.
@@ -221,6 +227,7 @@ class Schedule:
     build(arguments, **static) -> PrimFunc: its code, for arguments in the layout of `layouts`,
         which are AS_STORED where they are not named; `tile=` is passed too where there is one.
     unused: inputs that its code does without, and which are not among its arguments
+    scratch(**static): the signature's scratch, of its symbolic sizes
     """
 
     name: str
@@ -230,6 +237,7 @@ class Schedule:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     fits: Callable[..., bool] = _always
     unused: frozenset[str] = frozenset()
+    scratch: Callable[..., tuple[Tensor, ...]] = _nothing
 
     def layout(self, argument: str) -> Layout:
         return self.layouts.get(argument, AS_STORED)
@@ -350,14 +358,15 @@ class Kernel:
         return _built(self, schedule, tuple(sorted(static.items())))
 
     def packed_signature(self, schedule: Schedule, **static: Any) -> Signature:
-        """The signature of a schedule's code: weights in its layout, no input that it ignores."""
+        """The signature of a schedule's code: weights in its layout, no input that it ignores, and
+        its scratch."""
         signature = self.signature(**static)
         inputs = tuple(
             schedule.layout(t.name).packed(t)
             for t in signature.inputs
             if t.name not in schedule.unused
         )
-        return replace(signature, inputs=inputs)
+        return replace(signature, inputs=inputs, scratch=schedule.scratch(**static))
 
     def pack(
         self,
@@ -379,9 +388,19 @@ class Kernel:
         self, inputs: Mapping[str, np.ndarray], **static: Any
     ) -> list[tuple[tuple[int, ...], str]]:
         """Shape and dtype of the fresh outputs for these inputs, as stored."""
-        signature = self.signature(**static)
-        sizes = signature.solve([array.shape for array in inputs.values()])
-        return [(tensor.sizes(sizes), tensor.dtype) for tensor in signature.outputs]
+        return self._shapes(inputs, self.signature(**static).outputs, **static)
+
+    def scratch(
+        self, inputs: Mapping[str, np.ndarray], schedule: Schedule, **static: Any
+    ) -> list[tuple[tuple[int, ...], str]]:
+        """The same of the scratch of a schedule."""
+        return self._shapes(inputs, schedule.scratch(**static), **static)
+
+    def _shapes(
+        self, inputs: Mapping[str, np.ndarray], tensors: Sequence[Tensor], **static: Any
+    ) -> list[tuple[tuple[int, ...], str]]:
+        sizes = self.signature(**static).solve([array.shape for array in inputs.values()])
+        return [(tensor.sizes(sizes), tensor.dtype) for tensor in tensors]
 
 
 @cache

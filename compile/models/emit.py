@@ -352,7 +352,8 @@ class Emitter(ABC, Generic[Config]):
         names = [tensor.name for tensor in signature.inputs]
         arguments = [inputs[name] for name in names]
         sizes = signature.solve([argument.ty.shape for argument in arguments])
-        fresh = [TensorType(out.sizes(sizes), out.dtype) for out in signature.outputs]
+        made = (*signature.outputs, *signature.scratch)
+        fresh = [TensorType(tensor.sizes(sizes), tensor.dtype) for tensor in made]
         updated = [names.index(name) for name in signature.updated]
         if updated:
             called = relax.op.call_tir_inplace(
@@ -364,10 +365,15 @@ class Emitter(ABC, Generic[Config]):
         else:
             called = relax.call_tir(self._add(function), arguments, fresh)
         emitted = self.builder.emit(called)
-        count = len(fresh) + len(updated)
-        if count == 1:
+        if len(fresh) + len(updated) == 1:
             return emitted
-        return tuple(self.builder.emit(relax.TupleGetItem(emitted, i)) for i in range(count))
+        scratch = range(len(signature.outputs), len(fresh))
+        results = tuple(
+            self.builder.emit(relax.TupleGetItem(emitted, i))
+            for i in range(len(fresh) + len(updated))
+            if i not in scratch
+        )
+        return results[0] if len(results) == 1 else results
 
     def _add(self, kernel: tvm.tirx.PrimFunc) -> tvm.ir.GlobalVar:
         # `Kernel.build` is cached, so that equal calls of a kernel are one function.

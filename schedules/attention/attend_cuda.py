@@ -24,13 +24,14 @@ import tvm
 
 from mxforge.kv_layout import PAGE_TOKENS
 
-from ..cuda.dense import load_words, shared_words
+from ..cuda.dense import load_words
 from ..cuda.instructions import (
     LANES,
     copies_done,
     copy_async,
     mma_bf16,
     mma_f16,
+    shared_words,
     wait_for_launch_before,
 )
 from ..formats.kv import BF16, F16, INT8, KV

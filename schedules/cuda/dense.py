@@ -13,7 +13,7 @@ input becomes a sum of parts that tensor cores take; products are thus as good a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,31 +123,6 @@ def load_words(to, at, start):
 def load_floats(to, at, start):
     """The same of four float32 that other blocks read too."""
     T.ptx["ld.global.v4.f32"](to[at], to[at + 1], to[at + 2], to[at + 3], T.address_of(start))
-
-
-# TVM takes warp_sync for no barrier: where it sees shared memory written and read, it adds barriers
-# of the block, or refuses to. It does not see these reads.
-SHARED_WORDS = r"""
-__forceinline__ __device__ void mx_shared_words(uint32_t& a, const void* start) {
-  a = *(const uint32_t*)start;
-}
-__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, const void* start) {
-  uint2 words = *(const uint2*)start;
-  a = words.x, b = words.y;
-}
-__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, uint32_t& c,
-                                                uint32_t& d, const void* start) {
-  uint4 words = *(const uint4*)start;
-  a = words.x, b = words.y, c = words.z, d = words.w;
-}
-"""
-
-
-def shared_words(registers: Sequence[Any], start: Any) -> Any:
-    """The call that brings one, two or four words from `start` on, an element of shared memory."""
-    return T.cuda.func_call(
-        "mx_shared_words", *registers, T.address_of(start), source_code=SHARED_WORDS
-    )
 
 
 @dataclass(frozen=True)

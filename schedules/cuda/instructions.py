@@ -8,7 +8,7 @@ may be numbered in any order that is the same for a and b.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..kernel import T
@@ -52,6 +52,31 @@ def copies_done():
     """The thread's own copies have arrived; a barrier has to follow for others to see them."""
     T.ptx["cp.async.commit_group"]()
     T.ptx["cp.async.wait_group"](0)
+
+
+# TVM takes warp_sync for no barrier: where it sees shared memory written and read, it adds barriers
+# of the block, or refuses to. It does not see these reads.
+SHARED_WORDS = r"""
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, const void* start) {
+  a = *(const uint32_t*)start;
+}
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, const void* start) {
+  uint2 words = *(const uint2*)start;
+  a = words.x, b = words.y;
+}
+__forceinline__ __device__ void mx_shared_words(uint32_t& a, uint32_t& b, uint32_t& c,
+                                                uint32_t& d, const void* start) {
+  uint4 words = *(const uint4*)start;
+  a = words.x, b = words.y, c = words.z, d = words.w;
+}
+"""
+
+
+def shared_words(registers: Sequence[Any], start: Any) -> Any:
+    """The call that brings one, two or four words from `start` on, an element of shared memory."""
+    return T.cuda.func_call(
+        "mx_shared_words", *registers, T.address_of(start), source_code=SHARED_WORDS
+    )
 
 
 WAIT = r"""

@@ -32,7 +32,8 @@ import numpy as np
 from ..formats.blocks import BLOCK
 from ..kernel import Layout, T
 from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, mma_bf16
-from .warps import shared_with
+from .product import ProductRows
+from .warps import lanes_where, shared_with
 
 STEP = 2 * BLOCK
 STEP_BYTES, STEP_SCALES = LANES * 16, MMA_ROWS // 2  # of a tile
@@ -139,6 +140,66 @@ def unpack(words, at, a):
         )
 
 
+_FACTOR = """
+__forceinline__ __device__ uint32_t mx_factor(uint32_t scales, uint32_t selector) {
+  return __byte_perm(scales, 0, selector) * 128 + 0x3F003F00;
+}
+"""
+_TIMES = """#include <cuda_bf16.h>
+__forceinline__ __device__ uint32_t mx_times(uint32_t a, uint32_t b) {
+  __nv_bfloat162 product = __hmul2(*(__nv_bfloat162*)&a, *(__nv_bfloat162*)&b);
+  return *(uint32_t*)&product;
+}
+"""
+
+
+def _times(a: Any, b: Any) -> Any:
+    """u32 of the products of two pairs of bfloat16."""
+    return T.cuda.func_call("mx_times", a, b, source_code=_TIMES, return_type="uint32")
+
+
+def _factor(scales: Any, byte: Any) -> Any:
+    """u32 of two bfloat16 2^(s - 1), of a scale s below 128 in a step's word."""
+    selector = T.bitwise_or(T.Cast("uint32", byte * 0x0101), T.uint32(0x4040))
+    return T.cuda.func_call(
+        "mx_factor", scales, selector, source_code=_FACTOR, return_type="uint32"
+    )
+
+
+def _large_scales(scale: Any, first: Any, count: int) -> Any:
+    """Whether any lane has a scale of 128 or more among so many words."""
+    words = scale[first]
+    for i in range(1, count):
+        words = T.bitwise_or(words, scale[first + i])
+    high = T.bitwise_and(words, T.uint32(0x80808080))
+    return lanes_where(high > T.uint32(0)) > T.uint32(0)
+
+
+@T.inline
+def _unpack_scaled(words, scale, slot, block, large, a, at):
+    """As `unpack`, of place `slot` into a[at …], times their scales: the values as they are.
+
+    Where one is `large`, no factor undoes the 2^-126 too: two do.
+    """
+    raw = T.sblock_alloc_buffer((8,), "uint32", scope="local")
+    unpack(words, 4 * slot + 2 * block, raw)
+    if large:
+        for row in T.unroll(2):
+            byte: T.let = T.bitwise_and(
+                T.shift_right(scale[slot], T.Cast("uint32", 8 * (2 * block + row))), T.uint32(255)
+            )
+            # 2^(s - 127); of s = 0 the subnormal
+            half: T.let = T.max(T.shift_left(byte, T.uint32(7)), T.uint32(0x40))
+            factor: T.let = T.bitwise_or(half, T.shift_left(half, T.uint32(16)))
+            for i in T.unroll(4):
+                a[at + 2 * i + row] = _times(_times(raw[2 * i + row], T.uint32(0x7E807E80)), factor)
+    else:
+        for row in T.unroll(2):
+            factor: T.let = _factor(scale[slot], 2 * block + row)
+            for i in T.unroll(4):
+                a[at + 2 * i + row] = _times(raw[2 * i + row], factor)
+
+
 def scale_of(scales: Any, block: Any, row: Any) -> Any:
     """f32 scale of one of a lane's two rows, out of a step's word."""
     byte = T.shift_right(scales, T.Cast("uint32", 8 * (2 * block + row)))
@@ -212,6 +273,19 @@ def multiply_step(inputs, words, scale, slot, groups, read, b, a, part, acc, to)
                 )
 
 
+def rows(k: int) -> ProductRows:
+    """Of weights [experts, rows, k], for a product of many columns."""
+
+    @T.inline
+    def load(weights, expert, number, at, lane, words, scale, slot):
+        load_step(weights[0], weights[1], expert, number * steps(k), at, lane, words, scale, slot)
+
+    return ProductRows(
+        blocks=2, ahead=2, words=4, scales=1, load=load, prepare=_large_scales,
+        fragments=_unpack_scaled,
+    )  # fmt: skip
+
+
 # -- inputs ---------------------------------------------------------------------------------------
 
 
@@ -232,12 +306,19 @@ def load_word(to, at, start):
 
 
 @T.inline
-def _f32_columns(load, at, pairs):
+def split_floats(load, at, factor, pairs):
+    """pairs u32 [4] = two pairs of bfloat16 of the f32 load[at …] times a factor, and two of what
+    they leave."""
     for i in T.unroll(2):
-        low: T.let = T.reinterpret("float32", load[at + 2 * i]) * T.float32(RAISE)
-        high: T.let = T.reinterpret("float32", load[at + 2 * i + 1]) * T.float32(RAISE)
+        low: T.let = T.reinterpret("float32", load[at + 2 * i]) * T.float32(factor)
+        high: T.let = T.reinterpret("float32", load[at + 2 * i + 1]) * T.float32(factor)
         pairs[i] = bf16_pair(low, high)
         pairs[2 + i] = bf16_pair(low - low_half(pairs[i]), high - high_half(pairs[i]))
+
+
+@T.inline
+def _f32_columns(load, at, pairs):
+    split_floats(load, at, RAISE, pairs)
 
 
 @T.inline

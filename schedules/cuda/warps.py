@@ -25,6 +25,16 @@ def smallest(value: Any) -> Any:
     return T.call_extern("int32", "__reduce_min_sync", T.uint32(ALL), value)
 
 
+def value_before(value: Any, distance: int) -> Any:
+    """The value of the lane whose number is less by `distance`; its own where there is none."""
+    return T.cuda.__shfl_up_sync(T.uint32(ALL), value, distance, LANES)
+
+
+def added(value: Any) -> Any:
+    """The sum of a warp's i32, for all its lanes."""
+    return T.call_extern("int32", "__reduce_add_sync", T.uint32(ALL), value)
+
+
 def lane_value(value: Any, lane: Any) -> Any:
     """The value of another lane of the warp."""
     return T.cuda.__shfl_sync(T.uint32(ALL), value, lane, LANES)

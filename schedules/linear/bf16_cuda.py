@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..cuda.dense import Arithmetic, DenseTile, Tiling, load_words, shared_words
-from ..cuda.instructions import LANES, mma_bf16
+from ..cuda.dense import Arithmetic, DenseTile, Tiling, load_words
+from ..cuda.instructions import LANES, mma_bf16, shared_words
 from ..kernel import Layout, T
 from .dense_cuda import linear_schedule
 

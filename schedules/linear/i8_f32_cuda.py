@@ -21,9 +21,8 @@ from ..cuda.dense import (
     DenseTile,
     Tiling,
     load_words,
-    shared_words,
 )
-from ..cuda.instructions import LANES, mma_s8
+from ..cuda.instructions import LANES, mma_s8, shared_words
 from ..kernel import Layout, T
 from .dense_cuda import linear_schedule
 

@@ -10,8 +10,10 @@ down_many_cuda.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import tvm
 
@@ -32,10 +34,11 @@ from ..cuda.mxfp4 import (
 )
 from ..cuda.warps import count_below, lane_value, lanes_where, smallest
 from ..gpu.barriers import barrier
-from ..kernel import Schedule, T, Tensor, TileConfig, prim_func
+from ..kernel import Schedule, Size, T, Tensor, TileConfig, f32, prim_func
 from .down_many_cuda import ManyTile, many_tokens
 from .down_one_cuda import one_token, one_token_fits
 from .experts_cuda import schedule, whole
+from .grouped_cuda import Grouped, grouped_products, mixture, scratch
 
 AHEAD = 2  # visits whose weights are on their way
 
@@ -47,6 +50,7 @@ class DownTile(TileConfig):
 
     splits: int = 9  # warps of a block, between which K is divided
     many: ManyTile = field(default_factory=ManyTile)
+    grouped: Grouped = field(default_factory=Grouped)
 
 
 def _tokens(inputs: Inputs, top_k: int) -> int:
@@ -280,8 +284,11 @@ def _build(
                         residual, y,
                     )  # fmt: skip
 
-    many = many_tokens(
+    some = many_tokens(
         inputs, tile.many, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate
+    )
+    many = _many_tokens(
+        inputs, tile, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate
     )
 
     shape = {"top_k": top_k, "intermediate": intermediate}
@@ -289,19 +296,63 @@ def _build(
     has_one = one_token_fits(inputs, splits, **shape)
 
     @T.inline
-    def body(n, h, ids, weights, blocks, scales, bias, residual, y):
+    def body(
+        n, h, ids, weights, blocks, scales, bias, residual, y, outputs, begins, by_expert,
+        parts=None,
+    ):  # fmt: skip
         if has_one and n == 1:
             one(h, ids, weights, blocks, scales, bias, residual, y)
         elif n <= tokens:
             few(n, h, ids, weights, blocks, scales, bias, residual, y)
+        elif n * top_k < tile.grouped.least * experts:
+            some(n, h, ids, weights, blocks, scales, bias, residual, y)
         else:
-            many(n, h, ids, weights, blocks, scales, bias, residual, y)
+            many(
+                n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs,
+                parts,
+            )  # fmt: skip
 
     return prim_func(arguments, body)
+
+
+def _many_tokens(
+    inputs: Inputs, tile: DownTile, *, experts: int, top_k: int, hidden: int, intermediate: int
+) -> Callable[..., Any]:
+    """The launches for many tokens: the outputs of all slots, then their mixture."""
+
+    @T.inline
+    def store(given, expert, slot, number, g, sums):
+        bias, outputs = T.meta_var(given[2:])
+        for r in T.unroll(2):
+            row: T.let = number * MMA_ROWS + 8 * r + g
+            outputs[slot, row] = sums[r] + bias[expert, row]
+
+    products = grouped_products(
+        inputs, tile.grouped, experts=experts, top_k=top_k, share=1, rows=hidden, k=intermediate,
+        store=store,
+    )  # fmt: skip
+    mix = mixture(top_k, hidden)
+
+    @T.inline
+    def launch(
+        n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs, parts
+    ):
+        products(n, h, ids, (blocks, scales), (begins, by_expert, bias, outputs), parts)
+        mix(n, outputs, weights, residual, y)
+
+    return launch
+
+
+def _scratch(
+    inputs: Inputs, *, experts: int, top_k: int, hidden: int, intermediate: int
+) -> tuple[Tensor, ...]:
+    slots = Size("n", top_k)
+    return (f32("outputs", slots, hidden), *scratch(inputs, slots, experts, slots, intermediate))
 
 
 def schedules(activations: str) -> tuple[Schedule, ...]:
     tile = DownTile()
     inputs = INPUTS[activations]
     build, fits = partial(_build, inputs), partial(_fits, inputs, tile)
-    return (schedule("a tile of 16 rows a block, mma.sync", build, tile, neighbours, fits),)
+    room = partial(_scratch, inputs)
+    return (schedule("a tile of 16 rows a block, mma.sync", build, tile, neighbours, fits, room),)

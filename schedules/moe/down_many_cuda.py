@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..cuda.dense import shared_words
-from ..cuda.instructions import LANES, MMA_ROWS
+from ..cuda.instructions import LANES, MMA_ROWS, shared_words
 from ..cuda.mxfp4 import LOWER, Inputs, load_inputs, load_step, load_word, multiply_step, steps
 from ..cuda.warps import lanes_where
 from ..gpu.barriers import barrier

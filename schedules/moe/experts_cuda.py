@@ -8,13 +8,18 @@ from typing import Any
 from ..cuda.instructions import LANES
 from ..cuda.mxfp4 import Rows, layouts, load_word
 from ..cuda.warps import count_below, lanes_where, largest, shared_with, smallest
-from ..kernel import Schedule, T, TileConfig, gpu
+from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 
 
 def schedule(
-    name: str, build: Callable[..., Any], tile: TileConfig, rows: Rows, fits: Callable[..., bool]
+    name: str,
+    build: Callable[..., Any],
+    tile: TileConfig,
+    rows: Rows,
+    fits: Callable[..., bool],
+    scratch: Callable[..., tuple[Tensor, ...]],
 ) -> Schedule:
-    """Of one half, which needs no plan. `rows` says which two of a tile's are a lane's."""
+    """Of one half, which makes its own plan. `rows` says which two of a tile's are a lane's."""
     return Schedule(
         name,
         gpu("cuda", "sm_80"),
@@ -23,6 +28,7 @@ def schedule(
         layouts=layouts(rows),
         fits=fits,
         unused=frozenset({"offsets", "order"}),
+        scratch=scratch,
     )
 
 

@@ -1,17 +1,18 @@
 """`gate_up` on CUDA, sm_80 and later: mma.sync, weights unpacked in registers.
 
 A tile's 16 rows are 8 gates and their 8 ups, which a lane has beside each other. A block takes some
-tiles of one expert. No plan is needed. There are two launches, by the number of tokens:
+tiles of one expert. By the number of tokens:
 
 - of a few, a block has all in shared memory; its warps divide K, and their sums meet there;
-- of many, each warp has a tile, and the inputs come to shared memory in chunks of K, as fragments
-  for all warps; the next chunk is on its way while one is multiplied.
+- of some, each warp has a tile, and the inputs come to shared memory in chunks of K, as fragments
+  for all warps; the next chunk is on its way while one is multiplied;
+- of many, the tokens are sorted by expert for a product of tiles of them (grouped_cuda.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,8 +35,9 @@ from ..cuda.mxfp4 import (
 )
 from ..cuda.warps import count_below, lane_value, lanes_where
 from ..gpu.barriers import barrier
-from ..kernel import Schedule, T, Tensor, TileConfig, prim_func
+from ..kernel import Schedule, Size, T, Tensor, TileConfig, prim_func
 from .experts_cuda import find_expert, list_slots, read_id, schedule, whole
+from .grouped_cuda import Grouped, grouped_products, scratch
 from .swiglu import swiglu
 
 UNITS = MMA_ROWS // 2  # of the intermediate, in a tile
@@ -56,6 +58,7 @@ class GateUpTile(TileConfig):
     warps: int = 8  # of a block, a tile each
     chunk: int = 4  # steps of inputs in shared memory at once; of weights, two chunks are ahead
     groups: int = 4  # of eight columns, at most, for which weights are read once
+    grouped: Grouped = field(default_factory=Grouped)
 
 
 def _words(inputs: Inputs, hidden: int, tile: GateUpTile) -> int:
@@ -79,20 +82,25 @@ def _build(
     inputs: Inputs,
     arguments: tuple[Tensor, ...],
     *,
+    experts: int,
     top_k: int,
     tile: GateUpTile,
     **shape: Any,
 ) -> tvm.tirx.PrimFunc:
     most = _few(inputs, top_k, tile)
-    few = _few_tokens(inputs, most, tile, top_k=top_k, **shape)
-    many = _many_tokens(inputs, tile, top_k=top_k, **shape)
+    shape |= {"experts": experts, "top_k": top_k}
+    few = _few_tokens(inputs, most, tile, **shape)
+    some = _some_tokens(inputs, tile, **shape)
+    many = _many_tokens(inputs, tile, **shape)
 
     @T.inline
-    def body(n, x, ids, blocks, scales, bias, h):
+    def body(n, x, ids, blocks, scales, bias, h, begins, by_expert, parts=None):
         if n <= most:
             few(n, x, ids, blocks, scales, bias, h)
+        elif n * top_k < tile.grouped.least * experts:
+            some(n, x, ids, blocks, scales, bias, h)
         else:
-            many(n, x, ids, blocks, scales, bias, h)
+            many(n, x, ids, blocks, scales, bias, h, begins, by_expert, parts)
 
     return prim_func(arguments, body)
 
@@ -238,7 +246,7 @@ def _few_tokens(
     return _launched(lambda n: n * top_k, -(-all_tiles // tiles), threads, top_k, work)
 
 
-def _many_tokens(
+def _some_tokens(
     inputs: Inputs,
     tile: GateUpTile,
     *,
@@ -248,7 +256,7 @@ def _many_tokens(
     intermediate: int,
     limit: float,
 ) -> Callable[..., Any]:
-    """The launch for any number of tokens: a block for each expert that has any, and some tiles."""
+    """The launch for some tokens: a block for each expert that has any, and some tiles."""
     warps, chunk, groups = tile.warps, tile.chunk, tile.groups
     all_tiles, all_steps = intermediate // UNITS, steps(hidden)
     rounds = -(-all_steps // (2 * chunk))
@@ -392,6 +400,44 @@ def _many_tokens(
     )
 
 
+def _many_tokens(
+    inputs: Inputs,
+    tile: GateUpTile,
+    *,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    limit: float,
+) -> Callable[..., Any]:
+    """The launches for many tokens."""
+
+    @T.inline
+    def store(given, expert, slot, number, g, sums):
+        bias, h = T.meta_var(given[2:])
+        unit: T.let = number * UNITS + g
+        h[slot, unit] = swiglu(
+            sums[0] + bias[expert, 2 * unit], sums[1] + bias[expert, 2 * unit + 1], limit
+        )
+
+    products = grouped_products(
+        inputs, tile.grouped, experts=experts, top_k=top_k, share=top_k, rows=2 * intermediate,
+        k=hidden, store=store,
+    )  # fmt: skip
+
+    @T.inline
+    def launch(n, x, ids, blocks, scales, bias, h, begins, by_expert, parts):
+        products(n, x, ids, (blocks, scales), (begins, by_expert, bias, h), parts)
+
+    return launch
+
+
+def _scratch(
+    inputs: Inputs, *, experts: int, top_k: int, hidden: int, **_: float
+) -> tuple[Tensor, ...]:
+    return scratch(inputs, Size("n", top_k), experts, Size("n"), hidden)
+
+
 def schedules(activations: str) -> tuple[Schedule, ...]:
     tile = GateUpTile()
     inputs = INPUTS[activations]
@@ -402,5 +448,6 @@ def schedules(activations: str) -> tuple[Schedule, ...]:
             tile,
             alternating,
             partial(_fits, inputs, tile),
+            partial(_scratch, inputs),
         ),
     )

@@ -20,9 +20,15 @@ from typing import Any
 
 import tvm
 
-from ..cuda.dense import AT_ONCE, QUADS, STEP, Tiling, load_floats, shared_words
+from ..cuda.dense import AT_ONCE, QUADS, STEP, Tiling, load_floats
 from ..cuda.instructions import LANES as WARP
-from ..cuda.instructions import MMA_ROWS, copies_done, copy_async, wait_for_launch_before
+from ..cuda.instructions import (
+    MMA_ROWS,
+    copies_done,
+    copy_async,
+    shared_words,
+    wait_for_launch_before,
+)
 from ..formats.bf16 import rounded
 from ..gpu.lanes import LANES
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func

@@ -22,6 +22,7 @@ WARPS, BYTES_IN_FLIGHT = 16, 64 << 10  # of an SM
 # Mesa's estimates for the schedules before: one thread an item.
 BEFORE = {"mxfp4w_moe_gate_up_swiglu": 27_338, "mxfp4w_moe_down": 31_828}
 TENTH = 0.1
+EXPERTS, PRODUCTS, SHARE = tuple(BEFORE), ("sm_80", "sm_89", "sm_90a"), 0.25  # of 128 columns
 
 KINDS = {"mxfp4w": "experts in MXFP4", "bf16w": "dense in bf16", "i8w": "dense in 8 bits"}
 
@@ -98,6 +99,18 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
         ]
         for kind in WEIGHTS
     }
+    matrix = [
+        (kernel, arch, max(shares))
+        for arch in PRODUCTS
+        for kernel in EXPERTS
+        if (
+            shares := [
+                statistics["matrix_share"]
+                for name, statistics in cuda[arch].items()
+                if name.startswith(kernel) and "matrix_share" in statistics
+            ]
+        )
+    ]
     statistics, functions = cuda[ARCH], token[H200]
     each = {name: one["bytes"] / one["launches"] for name, one in functions.items()}
     occupied = [
@@ -132,6 +145,7 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
         Line("warps of an SM, full grid", WARPS, None, occupied),
         Line("bytes on their way to an SM", BYTES_IN_FLIGHT, None, in_flight),
         Line("blocks for each SM, compute unit or core", 1, None, blocks_a_unit),
+        Line("tensor cores' part of the instructions, experts' products", SHARE, None, matrix),
         Line("estimated cycles of the experts, of those before tuning", None, TENTH, cycles),
     ]
 

@@ -16,7 +16,7 @@ from typing import Any
 from support.folders import made, run
 
 from . import results, shipped
-from .sass import LANES, Instruction, follow, functions
+from .sass import LANES, MATRIX, Instruction, follow, functions, matrix_share
 from .shipped import ROOT
 
 TITLE = "CUDA on GPUs that are not here"
@@ -27,7 +27,7 @@ FOLDER = ROOT / "build" / "nvcc"
 # draws anew for each process: f32_router_topk had 993 to 999 instructions, and all else was alike.
 SPREAD = {
     "instructions": 0.02, "loads": 0.02, "local_accesses": 0.1,
-    "instructions_a_weight": 0.05, "wide_loads_ahead": 0.3,
+    "instructions_a_weight": 0.05, "wide_loads_ahead": 0.3, "matrix_share": 0.02,
 }  # fmt: skip
 _SPILL = "8 or 16 bytes of a thread wait in local memory, outside the steps over the weights"
 _SPILLING = {
@@ -135,6 +135,7 @@ def parse(used: str, sass: str, threads: Mapping[str, int]) -> dict[str, Any]:
             **({"threads": threads[name]} if name in threads else {}),
             **_loads_ahead(code),
             **_a_weight(name, code, threads.get(name, 0)),
+            **_matrix_share(code),
         }
     return dict(sorted(found.items()))
 
@@ -158,6 +159,11 @@ def _loads_ahead(code: list[Instruction]) -> dict[str, int]:
     return {"wide_loads_ahead": sum(wide[: uses[0]]) if uses else sum(wide)}
 
 
+def _matrix_share(code: list[Instruction]) -> dict[str, float]:
+    share = matrix_share(code)
+    return {} if share is None else {"matrix_share": share}
+
+
 def _a_weight(name: str, code: list[Instruction], threads: int) -> dict[str, float]:
     """Of kernels that multiply weights on tensor cores: the instructions that a block executes for
     one token, all of them, and for each lane of a warp, divided by the weights that it reads.
@@ -167,7 +173,7 @@ def _a_weight(name: str, code: list[Instruction], threads: int) -> dict[str, flo
     weights = _weights(name)
     if weights is None or not threads or not name.endswith("_kernel"):
         return {}
-    if not any(one.opcode.startswith(("HMMA", "IMMA")) for one in code):
+    if not any(one.opcode.startswith(MATRIX) for one in code):
         return {}
     block = follow(code, threads)
     read = block.weight_bytes * weights.a_byte

@@ -75,6 +75,42 @@ def functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
         yield name, found
 
 
+# A factor that only scales of 128 and more ask for: 2^126 (schedules/cuda/mxfp4.py).
+_SELDOM = re.compile(r"^8\.507059\d*e\+37$")
+MATRIX = ("HMMA", "IMMA")  # tensor cores
+
+
+def matrix_share(code: Sequence[Instruction]) -> float | None:
+    """Of the instructions of the loop with most of them, the part that is of tensor cores.
+
+    Not counted is what no real weight takes: what runs from one jump to the next, or to where one
+    leads, and multiplies by 2^126. None where no loop has any.
+    """
+    addresses = [one.address for one in code]
+    best: tuple[int, int] = (0, 1)
+    for end, one in enumerate(code):
+        if one.target is None or one.target > one.address:
+            continue
+        begin = bisect_left(addresses, one.target)
+        loop = [i for run in _runs(code, begin, end + 1) for i in run]
+        matrix = sum(code[i].opcode.startswith(MATRIX) for i in loop)
+        best = max(best, (matrix, len(loop)), key=lambda found: found[0])
+    return round(best[0] / best[1], 3) if best[0] else None
+
+
+def _runs(code: Sequence[Instruction], begin: int, end: int) -> Iterator[range]:
+    """The instructions from `begin` on, in runs that only their first enters and their last leaves,
+    but for those that are seldom taken."""
+    targets = {one.target for one in code[begin:end] if one.target is not None}
+    first = begin
+    for i in range(begin, end):
+        if i + 1 == end or code[i].target is not None or code[i + 1].address in targets:
+            run = range(first, i + 1)
+            if not any(_SELDOM.match(operand) for j in run for operand in code[j].operands):
+                yield run
+            first = i + 1
+
+
 def follow(code: Sequence[Instruction], threads: int) -> Followed:
     """What a block of so many threads executes for one token."""
     done = [_Warp(code, first).run() for first in range(0, threads, LANES)]
@@ -220,7 +256,7 @@ _NOTHING = frozenset(
 # Results that are floats, or numbers made of them: how many registers.
 _FLOATS = {
     "FADD": 1, "FMUL": 1, "FFMA": 1, "MUFU": 1, "FSETP": 1, "FSEL": 1, "FMNMX": 1, "FCHK": 1,
-    "I2F": 1, "I2FP": 1, "F2FP": 1, "F2F": 1, "HADD2": 1, "F2I": 1, "HMMA": 4, "IMMA": 4,
+    "I2F": 1, "I2FP": 1, "F2FP": 1, "F2F": 1, "HADD2": 1, "F2I": 1, **dict.fromkeys(MATRIX, 4),
 }  # fmt: skip
 
 

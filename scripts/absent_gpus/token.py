@@ -186,17 +186,31 @@ def launches(
     """Every launch of one decoded token of so many sequences, that many tokens into the context,
     in order: the model, then sampling."""
     token = _Token(target_name, hf_config(model), numerics, sequences, context)
+    return [launch for name in FUNCTIONS for launch in _launches(token, name)]
+
+
+def chunk_launches(
+    target_name: str, model: str, numerics: str, tokens: int, sequences: int, context: int = 1024
+) -> list[Launch]:
+    """Every launch of a chunk of a prompt of so many tokens, together with a decoded one of each of
+    so many sequences."""
+    chunk = _Token(target_name, hf_config(model), numerics, sequences + 1, context)
+    chunk.sizes["n"] = tokens + sequences
+    return _launches(chunk, "forward")
+
+
+def _launches(token: _Token, name: str) -> list[Launch]:
+    """Of one of the library's functions."""
     found = []
-    for name in FUNCTIONS:
-        for kernel, arguments in _calls(token.functions[name]):
-            bytes_, cache = token.reads(kernel, arguments)
-            for function, axes in _started(token.hosts[kernel], arguments, token.sizes):
-                blocks, threads = (
-                    math.prod(extent for axis, extent in axes.items() if axis.startswith(kind))
-                    for kind in ("block", "thread")
-                )
-                found.append(Launch(short(function), blocks, threads, bytes_, cache))
-                bytes_ = cache = 0  # the first of several reads them
+    for kernel, arguments in _calls(token.functions[name]):
+        bytes_, cache = token.reads(kernel, arguments)
+        for function, axes in _started(token.hosts[kernel], arguments, token.sizes):
+            blocks, threads = (
+                math.prod(extent for axis, extent in axes.items() if axis.startswith(kind))
+                for kind in ("block", "thread")
+            )
+            found.append(Launch(short(function), blocks, threads, bytes_, cache))
+            bytes_ = cache = 0  # the first of several reads them
     return found
 
 

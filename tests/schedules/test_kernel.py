@@ -24,6 +24,7 @@ from mxforge.schedules.kernel import (
     cpu,
     f32,
     gpu,
+    i32,
     prim_func,
 )
 from mxforge.schedules.linear import LINEAR
@@ -135,6 +136,21 @@ def test_sizes_are_solved_from_what_stands_alone():
 def test_outputs_follow_from_the_inputs():
     inputs = {"x": np.zeros((6, 16), np.float32), "rows": np.zeros(3, np.int32)}
     assert GATHER_ROWS.outputs(inputs, hidden=16) == [((3, 16), "float32")]
+
+
+def test_scratch_follows_the_outputs_and_is_none_of_them():
+    def scratch(hidden, **_):
+        return (f32("sums", N * 2, hidden), i32("places", N))
+
+    schedule = named("in parts", scratch=scratch)
+    kernel = with_table(RMS_NORM, schedule)
+    static = {"hidden": 8, "eps": 1e-5}
+    inputs = {"x": np.zeros((3, 8), np.float32), "weight": np.zeros(8, np.float32)}
+    signature = kernel.packed_signature(schedule, **static)
+    assert [tensor.name for tensor in signature.arguments] == ["x", "weight", "y", "sums", "places"]
+    assert kernel.outputs(inputs, **static) == [((3, 8), "float32")]
+    assert kernel.scratch(inputs, schedule, **static) == [((6, 8), "float32"), ((3,), "int32")]
+    assert not kernel.signature(**static).scratch
 
 
 def test_equal_calls_build_one_function():

@@ -13,7 +13,7 @@ from support import folders, mesa
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from absent_gpus import cuda, results, sass, vulkan  # noqa: E402
+from absent_gpus import chunk, cuda, results, sass, vulkan  # noqa: E402
 
 COMPILERS = {"vulkan": vulkan, "cuda": cuda}
 
@@ -106,6 +106,23 @@ def test_tracked_instructions_a_weight():
             "i8w_norm_qkv_insert", "mxfp4w_moe_gate_up_swiglu", "mxfp4w_moe_down",
         ):  # fmt: skip
             assert tracked["gpus"][arch][kernel]["instructions_a_weight"] > 0.5
+
+
+def test_tracked_chunk():
+    path = ROOT / "docs" / "bench" / "chunk-absent-gpus.json"
+    tracked = json.loads(path.read_text())
+    assert path.read_text() == results.text(tracked)
+    assert path.with_suffix(".md").read_text() == chunk.page(tracked)
+    assert chunk.gates(tracked) == []
+
+
+def test_gate_of_a_chunks_launches():
+    card = {"a": {"launches": 24 * 12}}
+    made = results.results("a compiler", "20b", "fast", {"NVIDIA H200": card})
+    assert chunk.gates(made) == []
+    card |= {"b": {"launches": 24}, "once": {"launches": 1}}
+    (problem,) = chunk.gates(made)
+    assert problem == "a layer of a chunk takes 13.0 launches on NVIDIA H200, more than 12"
 
 
 def test_tracked_results_are_of_the_pinned_compilers():
@@ -310,6 +327,26 @@ def test_instructions_a_weight_are_those_of_one_token():
     assert found["wide_loads_ahead"] == 2
     assert found["early_loads"] == 1
     assert "instructions_a_weight" not in cuda.parse(used, text, {})["bf16w_linear"]
+
+
+def share(*lines: str) -> float | None:
+    ((_, code),) = sass.functions(program(*lines))
+    return sass.matrix_share(code)
+
+
+def test_share_of_tensor_cores_is_of_the_loop_with_most_of_them():
+    mma, add = "HMMA.16816.F32.BF16 R16, R4, R2, R16", "FADD R2, R2, R2"
+    assert share(add, add, "@P0 BRA 0x10", mma, "EXIT") is None  # in no loop
+    assert share(mma, mma, add, "@P0 BRA 0x0", mma, add, "@P0 BRA 0x40", "EXIT") == 0.5
+    assert share("IMMA.16832.S8.S8 R4, R4, R8, R4", add, add, "@P0 BRA 0x0", "EXIT") == 0.25
+
+
+def test_what_only_large_scales_take_is_left_out_of_the_share():
+    mma, add = "HMMA.16816.F32.BF16 R16, R4, R2, R16", "FADD R2, R2, R2"
+    twice = "HMUL2.BF16_V2 R4, R5, 8.50705917302346158658e+37, 8.50705917302346158658e+37"
+    lines = (add, "@!P1 BRA 0x60", add, twice, add, "BRA 0x70", add, mma, "@P0 BRA 0x0", "EXIT")
+    assert share(*lines) == 0.2  # of five
+    assert share(*(add if line == twice else line for line in lines)) == round(1 / 9, 3)
 
 
 def test_threads_of_a_block():

@@ -22,15 +22,22 @@ from .agreement import check
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments in the PrimFunc's order, and which of them it writes: the fresh outputs, which hold
-    nothing that could pass for a result, then the inputs that it updates."""
+    """Arguments in the PrimFunc's order, and which of them it writes: the fresh outputs, then the
+    inputs that it updates, then its scratch. Outputs and scratch hold nothing that could pass for a
+    result."""
 
     arrays: list[np.ndarray]
-    written: tuple[int, ...]
+    outputs: tuple[int, ...]
+    updated: tuple[int, ...]
+    scratch: tuple[int, ...]
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        return (*self.outputs, *self.updated, *self.scratch)
 
     def results(self, arrays: Sequence[Any]) -> list[Any]:
         """What the reference returns too, out of all arguments after the call."""
-        return [arrays[index] for index in self.written]
+        return [arrays[index] for index in (*self.outputs, *self.updated)]
 
 
 def runs(target: Target) -> list[tuple[Kernel, Case, Schedule]]:
@@ -78,11 +85,18 @@ def call_of(
 ) -> Call:
     """A call, of the best schedule or of the one given, on inputs as stored, which stay so."""
     copied = {name: array.copy() for name, array in inputs.items()}
+    schedule = schedule or kernel.choose(target, **static)
     packed = kernel.pack(target, copied, schedule, **static)
-    fresh = [_unset(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]
+    outputs = [_unset(shape, dtype) for shape, dtype in kernel.outputs(inputs, **static)]
+    scratch = [_unset(shape, dtype) for shape, dtype in kernel.scratch(inputs, schedule, **static)]
     names, updated = list(packed), kernel.signature(**static).updated
-    written = [*range(len(packed), len(packed) + len(fresh)), *map(names.index, updated)]
-    return Call([*packed.values(), *fresh], tuple(written))
+    end = len(packed) + len(outputs)
+    return Call(
+        [*packed.values(), *outputs, *scratch],
+        outputs=tuple(range(len(packed), end)),
+        updated=tuple(map(names.index, updated)),
+        scratch=tuple(range(end, end + len(scratch))),
+    )
 
 
 def made_inputs(case: Case) -> dict[str, np.ndarray]:

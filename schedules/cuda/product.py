@@ -1,0 +1,245 @@
+"""W·X of many columns on CUDA, sm_80 and later: mma.sync, a pipeline of cp.async.
+
+A column is a token's inputs as bfloat16, or one of the two parts of its f32 inputs. A block takes
+some rows of W and some columns of X. Rows go from memory to registers, and each is unpacked once
+for all columns of the block; columns come to shared memory in steps of 64 inputs, some steps ahead.
+No sum is added to by two blocks: results repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..gpu.barriers import barrier
+from ..kernel import T, TileConfig
+from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, mma_bf16, shared_words
+
+STEP = 64  # inputs
+BLOCK = 32  # inputs that two mma take: half of a step
+PIECES = STEP // 8  # 16 bytes each, of a column's inputs of a step
+COLUMN = STEP // 2  # u32 of them
+TOGETHER = 4  # groups of columns that are left out together
+
+
+@dataclass(frozen=True)
+class ProductTile(TileConfig):
+    """A block's part of a product."""
+
+    warps: int = 8
+    tiles: int = 2  # of 16 rows, a warp's
+    groups: int = 16  # of eight columns
+    stages: int = 3  # steps of columns in shared memory
+
+    @property
+    def rows(self) -> int:
+        return self.warps * self.tiles * MMA_ROWS
+
+    @property
+    def columns(self) -> int:
+        return self.groups * MMA_COLUMNS
+
+
+@dataclass(frozen=True)
+class ProductRows:
+    """How a tile of 16 rows becomes fragments: what depends on W's format. T.inline functions.
+
+    blocks: of 32 inputs, that a lane loads at once
+    ahead: such loads, of a tile
+    words, scales: u32 of such a load
+    load(weights, expert, number, at, lane, words, scale, slot): number `at` of them, of tile
+        `number`, to place `slot`
+    prepare(scale, first, count) -> what is known of the scales in so many places
+    fragments(words, scale, slot, block, known, a, to): a[to …] u32 [8], of two mma, of one of its
+        blocks
+    sums(scale, slot, block, part, acc, to): adds part f32 [4], the sums of a block; None where
+        fragments are the values, scales and all
+    """
+
+    blocks: int
+    ahead: int
+    words: int
+    scales: int
+    load: Callable[..., Any]
+    prepare: Callable[..., Any]
+    fragments: Callable[..., Any]
+    sums: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class ProductColumns:
+    """Which columns a block takes. T.inline functions; `given` are the launch's arguments.
+
+    parts: columns of a token
+    width: elements of X in 16 bytes
+    choose(given, by, tokens, lane, span): span i32 [3] = the expert of block `by`, -1 where it has
+        none, the number of its first token, and how many it has, `tokens` at most
+    source(given, number) -> the first row of X that is token `number`'s
+    store(given, expert, number, tile, g, sums): sums f32 [4], the first two of a token and of the
+        rows of a tile that are of the lanes 4g … 4g+3; two are scratch
+    """
+
+    parts: int
+    width: int
+    choose: Callable[..., Any]
+    source: Callable[..., Any]
+    store: Callable[..., Any]
+
+
+def product(
+    rows: ProductRows, columns: ProductColumns, tile: ProductTile, *, all_tiles: int, k: int,
+    blocks: Any,
+) -> Callable[..., Any]:  # fmt: skip
+    """The T.inline launch(n, x, weights, given) of blocks(n, tokens of a block) · tiles of rows.
+
+    x: the columns, [rows of X, k in elements]
+    """
+    warps, tiles, groups, stages = tile.warps, tile.tiles, tile.groups, tile.stages
+    parts = columns.parts
+    tokens = tile.columns // parts  # of a block
+    own = 2 // parts  # tokens of a group whose sums a lane has
+    all_steps = -(-k // STEP)
+    threads = LANES * warps
+    copies = tile.columns * PIECES // threads  # of a thread and step
+    stage_words = tile.columns * COLUMN
+    loads = STEP // BLOCK // rows.blocks  # of a tile and step
+    turn = -(-rows.ahead // loads)  # steps after which places repeat
+    all_loads = -(-k // (BLOCK * rows.blocks))
+    assert copies * threads == tile.columns * PIECES
+    assert groups % TOGETHER == 0
+    assert rows.ahead % loads == 0
+
+    def place(column: Any, piece: Any) -> Any:
+        """Where 16 bytes of a column are. Lanes of neighbouring columns read the same piece: they
+        are in other banks."""
+        return column * COLUMN + T.bitwise_xor(piece, column % 2 * 4) * 4
+
+    @T.inline
+    def work(bx, by, tx, x, weights, given):
+        xs = T.sblock_alloc_buffer((stages * stage_words,), "uint32", scope="shared")
+        words = T.sblock_alloc_buffer((rows.ahead * tiles * rows.words,), "uint32", scope="local")
+        scale = T.sblock_alloc_buffer((rows.ahead * tiles * rows.scales,), "uint32", scope="local")
+        a = T.sblock_alloc_buffer((8 * tiles,), "uint32", scope="local")
+        b = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        part = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((4 * tiles * groups,), "float32", scope="local")
+        source = T.sblock_alloc_buffer((copies,), "int32", scope="local")
+        span = T.sblock_alloc_buffer((3,), "int32", scope="local")
+        stage = T.sblock_alloc_buffer((2,), "int32", scope="local")
+        T.attr(0, "pragma_unroll_explicit", False)  # nvcc unrolls: the text stays short
+        warp: T.let = tx // LANES
+        lane: T.let = tx % LANES
+        columns.choose(given, by, tokens, lane, span)
+        if span[0] < 0:  # of all threads of the block
+            T.evaluate(T.thread_return())
+        # A warp beyond the last tile works on that one, for nothing.
+        first: T.let = (bx * warps + warp) * tiles
+
+        @T.inline
+        def copy(step, to):
+            """The block's columns of a step; zeros where there are none."""
+            for i in T.unroll(copies):
+                column: T.let = (i * threads + tx) // PIECES
+                piece: T.let = tx % PIECES
+                inside: T.let = T.min((step * PIECES + piece) * 8, k - 8)
+                there: T.let = T.And(source[i] >= 0, (step * PIECES + piece) * 8 < k)
+                T.ptx["cp.async.cg.shared.global"](
+                    T.address_of(xs[to * stage_words + place(column, piece)]),
+                    T.address_of(x[T.max(source[i], 0), inside // 8 * columns.width]),
+                    16,
+                    T.Select(there, T.uint32(16), T.uint32(0)),
+                )
+
+        @T.inline
+        def load(at, slot):
+            for m in T.unroll(tiles):
+                number: T.let = T.min(first + m, all_tiles - 1)
+                rows.load(weights, span[0], number, at, lane, words, scale, slot * tiles + m)
+
+        @T.inline
+        def multiply(slot, block, some, known, from_):
+            """A block by some groups of columns; its number in the load of place `slot`, and in
+            the step, which is in stage `from_`."""
+            for i in T.unroll(TOGETHER):
+                column: T.let = (some * TOGETHER + i) * MMA_COLUMNS + lane // 4
+                at: T.let = from_ * stage_words + place(column, block[1] * 4 + lane % 4)
+                shared_words([b[0], b[1], b[2], b[3]], xs[at])
+                for m in T.unroll(tiles):
+                    to: T.let = 4 * (m * groups + some * TOGETHER + i)
+                    if rows.sums is None:
+                        for half in T.unroll(2):
+                            mma_bf16(acc, to, a, 8 * m + 4 * half, b, 2 * half)
+                    else:
+                        for j in T.unroll(4):
+                            part[j] = T.float32(0)
+                        for half in T.unroll(2):
+                            mma_bf16(part, 0, a, 8 * m + 4 * half, b, 2 * half)
+                        rows.sums(scale, slot * tiles + m, block[0], part, acc, to)
+
+        for i in T.unroll(rows.ahead):
+            if i < all_loads:
+                load(i, i)
+        for i in T.unroll(copies):
+            column: T.let = (i * threads + tx) // PIECES
+            source[i] = -1
+            if column // parts < span[2]:
+                source[i] = columns.source(given, span[1] + column // parts) + column % parts
+        for i in T.unroll(4 * tiles * groups):
+            acc[i] = T.float32(0)
+        for i in T.unroll(stages - 1):
+            if i < all_steps:
+                copy(i, i)
+            T.ptx["cp.async.commit_group"]()
+        stage[0] = 0  # that is multiplied
+        stage[1] = stages - 1  # that is filled
+        for some_steps in T.serial(-(-all_steps // turn)):
+            for i in T.unroll(turn):
+                step: T.let = some_steps * turn + i
+                if all_steps % turn == 0 or step < all_steps:
+                    T.ptx["cp.async.wait_group"](stages - 2)
+                    barrier()
+                    if step + stages - 1 < all_steps:
+                        copy(step + stages - 1, stage[1])
+                    T.ptx["cp.async.commit_group"]()
+                    for load_ in T.unroll(loads):
+                        slot: T.let = i * loads + load_
+                        known: T.let = rows.prepare(scale, slot * tiles, tiles)
+                        for block in T.unroll(rows.blocks):
+                            for m in T.unroll(tiles):
+                                rows.fragments(
+                                    words, scale, slot * tiles + m, block, known, a, 8 * m
+                                )
+                            for some in T.unroll(groups // TOGETHER):
+                                if some * TOGETHER * MMA_COLUMNS < span[2] * parts:
+                                    multiply(
+                                        slot, (block, load_ * rows.blocks + block), some, known,
+                                        stage[0],
+                                    )  # fmt: skip
+                        if step * loads + load_ + rows.ahead < all_loads:
+                            load(step * loads + load_ + rows.ahead, slot)
+                    for j in T.unroll(2):
+                        stage[j] = T.Select(stage[j] == stages - 1, 0, stage[j] + 1)
+        for g in T.unroll(groups):
+            for j in T.unroll(own):
+                token: T.let = g * (MMA_COLUMNS // parts) + lane % 4 * own + j
+                if token < span[2]:
+                    for m in T.unroll(tiles):
+                        if first + m < all_tiles:
+                            for r in T.unroll(2):
+                                at = T.meta_var(4 * (m * groups + g) + 2 * r + j)
+                                part[r] = acc[at] if own == 2 else acc[at] + acc[at + 1]
+                            columns.store(
+                                given, span[0], span[1] + token, first + m, lane // 4, part
+                            )
+
+    @T.inline
+    def launch(n, x, weights, given):
+        for some in T.thread_binding(-(-all_tiles // (warps * tiles)), thread="blockIdx.x"):
+            for group in T.thread_binding(blocks(n, tokens), thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("product"):
+                        vx, vy, tx = T.axis.remap("SSS", [some, group, thread])
+                        work(vx, T.Cast("int32", vy), tx, x, weights, given)
+
+    return launch

@@ -1,0 +1,249 @@
+"""Experts' products for many tokens on CUDA, sm_80 and later.
+
+The launches:
+
+    prepare   sorts the slots by expert, as moe_plan does, and splits f32 inputs into two bfloat16
+    product   a block takes some rows of an expert's weights and some of its tokens
+    mixture   of the second half: a token's weighted outputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cuda.instructions import LANES, MMA_ROWS
+from ..cuda.mxfp4 import Inputs, load_word, load_words, split_floats
+from ..cuda.mxfp4 import rows as product_rows
+from ..cuda.product import ProductColumns, ProductTile, product
+from ..cuda.warps import added, count_below, lane_value, lanes_where, largest, value_before
+from ..gpu.barriers import barrier
+from ..kernel import Size, T, Tensor, TileConfig, i32
+from .experts_cuda import read_id, whole
+
+SORTERS = 16  # warps of a block that prepares
+MIXERS = 128  # threads of a block that mixes
+
+
+@dataclass(frozen=True)
+class Grouped(TileConfig):
+    """Products of many tokens, by how many an expert has on average."""
+
+    least: int = 16
+    wide: int = 48  # from so many on the large tiles
+    small: ProductTile = field(default_factory=lambda: ProductTile(groups=4))
+    large: ProductTile = field(default_factory=ProductTile)
+
+
+def scratch(inputs: Inputs, n: Size, experts: int, rows: Size, k: int) -> tuple[Tensor, ...]:
+    """What a product of inputs [rows, k] needs: `begins` and `by_expert` are moe_plan's offsets and
+    order, `parts` the two bfloat16 of each input."""
+    plan = (i32("begins", experts + 1), i32("by_expert", n))
+    if inputs.parts == 1:
+        return plan
+    return (*plan, Tensor("parts", (Size(rows.name, rows.factor * inputs.parts), k // 2), "uint32"))
+
+
+# -- preparation ----------------------------------------------------------------------------------
+
+
+def prepare(inputs: Inputs, experts: int, top_k: int, k: int) -> Callable[..., Any]:
+    """The T.inline launch(n, rows, ids, x, begins, by_expert, parts).
+
+    A block for each expert sorts: it counts and places its slots, of which a warp takes some that
+    follow each other. Further blocks split x f32 [rows, k] into parts u32 [2·rows, k/2], where the
+    inputs are f32: the bfloat16 of each, then of what that leaves.
+    """
+    threads = SORTERS * LANES
+    splits = inputs.parts == 2
+
+    @T.inline
+    def sort(expert, tx, slots, ids, begins, by_expert):
+        # Of each warp: slots of experts before this one, and slots of this one.
+        before = T.sblock_alloc_buffer((SORTERS,), "int32", scope="shared")
+        same = T.sblock_alloc_buffer((SORTERS,), "int32", scope="shared")
+        count = T.sblock_alloc_buffer((2,), "int32", scope="local")
+        id_ = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        at = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        warp: T.let = tx // LANES
+        lane: T.let = tx % LANES
+        chunks: T.let = T.ceildiv(slots, threads)  # of a warp
+        first: T.let = warp * chunks * LANES + lane
+        count[0] = 0
+        count[1] = 0
+        for i in T.serial(chunks):
+            read_id(ids, top_k, slots, first + i * LANES, id_)
+            count[0] = count[0] + T.Cast("int32", T.And(id_[0] >= 0, id_[0] < expert))
+            count[1] = count[1] + T.Cast("int32", id_[0] == expert)
+        count[0] = added(count[0])
+        count[1] = added(count[1])
+        if lane == 0:
+            before[warp] = count[0]
+            same[warp] = count[1]
+        barrier()
+        count[0] = 0
+        at[0] = 0
+        for w in T.unroll(SORTERS):
+            count[0] = count[0] + before[w]
+            at[0] = at[0] + before[w] + T.Select(w < warp, same[w], 0)
+        if tx == 0:
+            begins[expert] = count[0]
+            if expert == experts - 1:
+                begins[experts] = slots
+        for i in T.serial(chunks):
+            read_id(ids, top_k, slots, first + i * LANES, id_)
+            lanes: T.let = lanes_where(id_[0] == expert)
+            if id_[0] == expert:
+                by_expert[at[0] + count_below(lanes, lane)] = first + i * LANES
+            at[0] = at[0] + T.Cast("int32", T.popcount(lanes))
+
+    @T.inline
+    def split(piece, rows, x, parts):
+        word = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        row: T.let = piece // (k // 4)
+        at: T.let = piece % (k // 4)
+        if row < rows:
+            load_words(word, 0, T.address_of(x[row, at * 4]))
+            split_floats(word, 0, 1, pairs)
+            for part in T.unroll(2):
+                parts[2 * row + part, T.ramp(at * 2, 1, 2)] = pairs[T.ramp(2 * part, 1, 2)]
+
+    def blocks(rows: Any) -> Any:
+        return experts + T.ceildiv(rows * (k // 4), threads) if splits else experts
+
+    @T.inline
+    def launch(n, rows, ids, x, begins, by_expert, parts):
+        for block in T.thread_binding(blocks(rows), thread="blockIdx.x"):
+            for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                with T.sblock("prepare"):
+                    vb, tx = T.axis.remap("SS", [block, thread])
+                    T.reads(whole(ids), whole(x))
+                    T.writes(whole(begins), whole(by_expert))
+                    if vb < experts:
+                        sort(
+                            T.Cast("int32", vb), tx, T.Cast("int32", n * top_k), ids, begins,
+                            by_expert,
+                        )  # fmt: skip
+                    elif splits:
+                        split((vb - experts) * threads + tx, rows, x, parts)
+
+    return launch
+
+
+# -- product --------------------------------------------------------------------------------------
+
+
+def _columns(inputs: Inputs, experts: int, share: int, store: Any) -> ProductColumns:
+    """A block's tokens are slots of one expert, sorted; `share` of them have the same inputs.
+
+    given: begins, by_expert, and what store(given, expert, slot, tile, g, sums) takes
+    """
+
+    @T.inline
+    def choose(given, by, tokens, lane, span):
+        word = T.sblock_alloc_buffer((2,), "uint32", scope="local")
+        upto = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        left = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        left[0] = by
+        for i in T.unroll(3):
+            span[i] = -1
+        for w in T.unroll(-(-experts // LANES)):
+            e: T.let = w * LANES + lane
+            for i in T.unroll(2):
+                load_word(word, i, T.address_of(given[0][T.min(e + i, experts)]))
+            begin: T.let = T.reinterpret("int32", word[0])
+            end: T.let = T.reinterpret("int32", word[1])
+            have: T.let = T.ceildiv(end - begin, tokens)
+            upto[0] = have
+            for i in T.unroll(5):
+                others: T.let = value_before(upto[0], 1 << i)
+                upto[0] = upto[0] + T.Select(lane >= 1 << i, others, 0)
+            number: T.let = left[0] - (upto[0] - have)
+            mine: T.let = T.And(number >= 0, left[0] < upto[0])
+            first: T.let = begin + number * tokens
+            span[0] = T.max(span[0], largest(T.Select(mine, e, -1)))
+            span[1] = T.max(span[1], largest(T.Select(mine, first, -1)))
+            span[2] = T.max(span[2], largest(T.Select(mine, T.min(end - first, tokens), -1)))
+            left[0] = left[0] - lane_value(upto[0], LANES - 1)
+
+    @T.inline
+    def stored(given, expert, number, tile, g, sums):
+        store(given, expert, given[1][number], tile, g, sums)
+
+    return ProductColumns(
+        parts=inputs.parts,
+        width=4 if inputs.parts == 2 else 8,
+        choose=choose,
+        source=lambda given, number: given[1][number] // share * inputs.parts,
+        store=stored,
+    )
+
+
+def grouped_products(
+    inputs: Inputs, grouped: Grouped, *, experts: int, top_k: int, share: int, rows: int, k: int,
+    store: Any,
+) -> Callable[..., Any]:  # fmt: skip
+    """The T.inline launch(n, x, ids, weights, given, parts): `prepare` and the product, given as
+    `_columns` says. `share` slots have the same inputs."""
+    columns = _columns(inputs, experts, share, store)
+
+    def blocks(n: Any, tokens: int) -> Any:
+        return T.min(n * top_k, n * top_k // tokens + experts)
+
+    small, large = (
+        product(product_rows(k), columns, tile, all_tiles=rows // MMA_ROWS, k=k, blocks=blocks)
+        for tile in (grouped.small, grouped.large)
+    )
+    ready = prepare(inputs, experts, top_k, k)
+
+    @T.inline
+    def launch(n, x, ids, weights, given, parts):
+        ready(n, n * top_k // share, ids, x, given[0], given[1], parts)
+        source = T.meta_var(x if parts is None else parts)
+        if n * top_k < grouped.wide * experts:
+            small(n, source, weights, given)
+        else:
+            large(n, source, weights, given)
+
+    return launch
+
+
+# -- mixture --------------------------------------------------------------------------------------
+
+
+def mixture(top_k: int, hidden: int) -> Callable[..., Any]:
+    """The T.inline launch(n, out, weights, residual, y): y = residual + a token's weighted outputs,
+    out f32 [n·top_k, hidden]. A thread takes four rows of a token."""
+
+    @T.inline
+    def work(piece, n, out, weights, residual, y):
+        word = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        factor = T.sblock_alloc_buffer((1,), "uint32", scope="local")
+        sums = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        token: T.let = piece // (hidden // 4)
+        row: T.let = piece % (hidden // 4) * 4
+        if token < n:
+            load_words(word, 0, T.address_of(residual[token, row]))
+            for i in T.unroll(4):
+                sums[i] = T.reinterpret("float32", word[i])
+            for j in T.serial(top_k):
+                load_words(word, 0, T.address_of(out[token * top_k + j, row]))
+                load_word(factor, 0, T.address_of(weights[token, j]))
+                for i in T.unroll(4):
+                    weight: T.let = T.reinterpret("float32", factor[0])
+                    sums[i] = sums[i] + weight * T.reinterpret("float32", word[i])
+            y[token, T.ramp(row, 1, 4)] = sums[T.ramp(0, 1, 4)]
+
+    @T.inline
+    def launch(n, out, weights, residual, y):
+        for block in T.thread_binding(T.ceildiv(n * (hidden // 4), MIXERS), thread="blockIdx.x"):
+            for thread in T.thread_binding(MIXERS, thread="threadIdx.x"):
+                with T.sblock("mixture"):
+                    vb, tx = T.axis.remap("SS", [block, thread])
+                    T.reads(whole(out), whole(weights), whole(residual))
+                    T.writes(whole(y))
+                    work(vb * MIXERS + tx, n, out, weights, residual, y)
+
+    return launch
