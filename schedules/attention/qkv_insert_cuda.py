@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import tvm
 
 from mxforge.kv_layout import PAGE_TOKENS
 
-from ..cuda.dense import ALL_LANES, MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense
+from ..cuda.dense import ALL_LANES, MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense, scratch
 from ..cuda.instructions import LANES, MMA_ROWS
 from ..formats import bf16
 from ..formats.kv import KV, scale_at, scale_bits, scale_byte
@@ -39,6 +40,7 @@ def _schedules(
             tile,
             layouts(Tiling(head_dim)),
             fits=partial(_fits, head_dim),
+            scratch=_scratch,
         )
         for head_dim in HEAD_DIMS
     )
@@ -50,6 +52,10 @@ def _fits(
     tiles = Tiling(of).tiles((heads + 2 * kv_heads) * head_dim)
     of_a_warp = head_dim == 2 * LANES or not KV[kv_dtype].scaled
     return head_dim == of and hidden % STEP == 0 and tiles <= MOST_TILES and of_a_warp
+
+
+def _scratch(*, hidden: int, **_shape: Any) -> tuple[Tensor, ...]:
+    return scratch(hidden)
 
 
 def _build(
@@ -122,11 +128,11 @@ def _build(
     @T.inline
     def body(
         n, x, norm_weight, weight, bias, cos_sin, positions, token_seq, page_table, first_page, kv,
-        q, weight_scale=None,
+        q, parts, weight_scale=None,
     ):  # fmt: skip
         launch(
             n, x, norm_weight, (weight, weight_scale), finish,
-            (bias, cos_sin, (positions, token_seq, page_table, first_page), kv, q),
+            (bias, cos_sin, (positions, token_seq, page_table, first_page), kv, q), parts,
         )  # fmt: skip
 
     return prim_func(arguments, body)

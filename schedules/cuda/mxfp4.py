@@ -281,7 +281,7 @@ def rows(k: int) -> ProductRows:
         load_step(weights[0], weights[1], expert, number * steps(k), at, lane, words, scale, slot)
 
     return ProductRows(
-        blocks=2, ahead=2, words=4, scales=1, load=load, prepare=_large_scales,
+        blocks=2, ahead=2, words=4, scales=1, load=load, look=_large_scales,
         fragments=_unpack_scaled,
     )  # fmt: skip
 

@@ -41,6 +41,10 @@ class ProductTile(TileConfig):
         return self.groups * MMA_COLUMNS
 
 
+def _nothing_known(_scale: Any, _first: Any, _count: int) -> Any:
+    return T.bool(False)
+
+
 @dataclass(frozen=True)
 class ProductRows:
     """How a tile of 16 rows becomes fragments: what depends on W's format. T.inline functions.
@@ -50,9 +54,9 @@ class ProductRows:
     words, scales: u32 of such a load
     load(weights, expert, number, at, lane, words, scale, slot): number `at` of them, of tile
         `number`, to place `slot`
-    prepare(scale, first, count) -> what is known of the scales in so many places
     fragments(words, scale, slot, block, known, a, to): a[to …] u32 [8], of two mma, of one of its
         blocks
+    look(scale, first, count) -> `known`: of the scales in so many places
     sums(scale, slot, block, part, acc, to): adds part f32 [4], the sums of a block; None where
         fragments are the values, scales and all
     """
@@ -62,8 +66,8 @@ class ProductRows:
     words: int
     scales: int
     load: Callable[..., Any]
-    prepare: Callable[..., Any]
     fragments: Callable[..., Any]
+    look: Callable[..., Any] = _nothing_known
     sums: Callable[..., Any] | None = None
 
 
@@ -119,7 +123,8 @@ def product(
     def work(bx, by, tx, x, weights, given):
         xs = T.sblock_alloc_buffer((stages * stage_words,), "uint32", scope="shared")
         words = T.sblock_alloc_buffer((rows.ahead * tiles * rows.words,), "uint32", scope="local")
-        scale = T.sblock_alloc_buffer((rows.ahead * tiles * rows.scales,), "uint32", scope="local")
+        scales = T.meta_var(max(1, rows.ahead * tiles * rows.scales))
+        scale = T.sblock_alloc_buffer((scales,), "uint32", scope="local")
         a = T.sblock_alloc_buffer((8 * tiles,), "uint32", scope="local")
         b = T.sblock_alloc_buffer((4,), "uint32", scope="local")
         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
@@ -180,6 +185,11 @@ def product(
         for i in T.unroll(rows.ahead):
             if i < all_loads:
                 load(i, i)
+            else:  # its columns are zeros: no NaN may lie here
+                for j in T.unroll(tiles * rows.words):
+                    words[i * tiles * rows.words + j] = T.uint32(0)
+                for j in T.unroll(tiles * rows.scales):
+                    scale[i * tiles * rows.scales + j] = T.uint32(0)
         for i in T.unroll(copies):
             column: T.let = (i * threads + tx) // PIECES
             source[i] = -1
@@ -204,7 +214,7 @@ def product(
                     T.ptx["cp.async.commit_group"]()
                     for load_ in T.unroll(loads):
                         slot: T.let = i * loads + load_
-                        known: T.let = rows.prepare(scale, slot * tiles, tiles)
+                        known: T.let = rows.look(scale, slot * tiles, tiles)
                         for block in T.unroll(rows.blocks):
                             for m in T.unroll(tiles):
                                 rows.fragments(

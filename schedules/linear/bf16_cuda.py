@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..cuda.dense import Arithmetic, DenseTile, Tiling, load_words
+from ..cuda.dense import STEP, Arithmetic, DenseTile, Tiling, load_words
 from ..cuda.instructions import LANES, mma_bf16, shared_words
+from ..cuda.product import ProductRows
 from ..kernel import Layout, T
 from .dense_cuda import linear_schedule
 
@@ -76,9 +77,22 @@ def _total(acc: Any, at: Any, t: Any) -> Any:
     return acc[at] + acc[at + 1]
 
 
+def _rows(k: int) -> ProductRows:
+    @T.inline
+    def load(weights, expert, number, at, lane, words, scale, slot):
+        _load(weights, slot, number * (k // STEP) + at, lane, words, None)
+
+    @T.inline
+    def fragments(words, scale, slot, block, known, a, to):
+        for i in T.unroll(4 * MMAS):
+            a[to + i] = words[4 * MMAS * slot + i]
+
+    return ProductRows(blocks=1, ahead=2, words=4 * MMAS, scales=0, load=load, fragments=fragments)
+
+
 BF16 = Arithmetic(
     columns=PARTS, mmas=MMAS, words=PARTS * PART, sums=2,
-    load=_load, stage=_stage, fetch=_fetch, multiply=_multiply, total=_total,
+    load=_load, stage=_stage, fetch=_fetch, multiply=_multiply, total=_total, rows=_rows,
 )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import tvm
 
-from ..cuda.dense import MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense
+from ..cuda.dense import MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense, scratch
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from .linear import plus_options
 
@@ -24,7 +25,12 @@ def linear_schedule(
         tile,
         layouts(TILING),
         fits=_fits,
+        scratch=_scratch,
     )
+
+
+def _scratch(*, k: int, **_options: Any) -> tuple[Tensor, ...]:
+    return scratch(k)
 
 
 def _fits(*, rows: int, k: int, **_options: bool) -> bool:
@@ -50,7 +56,7 @@ def _build(
                 given[0][token, row] = plus_options(pair[second], given[1], given[2], token, row)
 
     @T.inline
-    def body(n, x, weight, y, weight_scale=None, bias=None, residual=None):
-        launch(n, x, None, (weight, weight_scale), finish, (y, bias, residual))
+    def body(n, x, weight, y, parts, weight_scale=None, bias=None, residual=None):
+        launch(n, x, None, (weight, weight_scale), finish, (y, bias, residual), parts)
 
     return prim_func(arguments, body)

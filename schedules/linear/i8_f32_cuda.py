@@ -17,12 +17,14 @@ from ..cuda.dense import (
     ITEMS,
     PAIRS,
     QUADS,
+    STEP,
     Arithmetic,
     DenseTile,
     Tiling,
     load_words,
 )
 from ..cuda.instructions import LANES, mma_s8, shared_words
+from ..cuda.product import ProductRows
 from ..kernel import Layout, T
 from .dense_cuda import linear_schedule
 
@@ -103,9 +105,9 @@ def _fetch(shared, at, item, column, own, together, d, t, b):
         T.evaluate(shared_words((b[2],), shared[at + ITEMS * (DIGITS * DIGIT) + first]))
 
 
-def _half(word: Any, second: int) -> Any:
+def _half(word: Any, second: Any) -> Any:
     """float32 of one of the two float16 in a word."""
-    bits = T.Cast("uint16", T.shift_right(word, T.uint32(16 * second)))
+    bits = T.Cast("uint16", T.shift_right(word, T.Cast("uint32", 16 * second)))
     return T.Cast("float32", T.reinterpret("float16", bits))
 
 
@@ -135,9 +137,56 @@ def _total(acc: Any, at: Any, t: Any) -> Any:
     return own + T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), own, 1, LANES)
 
 
+BF16_PAIRS = r"""#include <cuda_bf16.h>
+// Two bfloat16 of the int8 in two bytes: 128 + its low bits, less 128 or, where it is below zero,
+// 256.
+__forceinline__ __device__ uint32_t mx_int8_pair(uint32_t word, uint32_t selector) {
+  uint32_t bytes = __byte_perm(word, 0, selector);
+  uint32_t low = (bytes & 0x007F007F) | 0x43004300, less = (bytes & 0x00800080) | 0x43004300;
+  __nv_bfloat162 pair = __hsub2(*(__nv_bfloat162*)&low, *(__nv_bfloat162*)&less);
+  return *(uint32_t*)&pair;
+}
+"""
+
+
+def _int8_pair(word: Any, second: Any) -> Any:
+    """Bytes 0 and 1 of a word, or 2 and 3, as bfloat16."""
+    selector = T.Select(second == 0, T.uint32(0x4140), T.uint32(0x4342))
+    return T.cuda.func_call(
+        "mx_int8_pair", word, selector, source_code=BF16_PAIRS, return_type="uint32"
+    )
+
+
+def _rows(k: int) -> ProductRows:
+    """bfloat16 holds every int8; the scales of blocks come to their sums."""
+
+    @T.inline
+    def load(weights, expert, number, at, lane, words, scale, slot):
+        _load(weights, slot, number * (k // STEP) + at, lane, words, scale)
+
+    @T.inline
+    def fragments(words, scale, slot, block, known, a, to):
+        for half in T.unroll(2):
+            for second in T.unroll(2):
+                for row in T.unroll(2):
+                    a[to + 4 * half + 2 * second + row] = _int8_pair(
+                        words[4 * slot + 2 * half + row], second
+                    )
+
+    @T.inline
+    def sums(scale, slot, block, part, acc, to):
+        for r in T.unroll(2):
+            for j in T.unroll(2):
+                acc[to + 2 * r + j] = acc[to + 2 * r + j] + part[2 * r + j] * _half(scale[slot], r)
+
+    return ProductRows(
+        blocks=1, ahead=2, words=4, scales=1, load=load, fragments=fragments, sums=sums
+    )
+
+
 I8 = Arithmetic(
     columns=COLUMNS, mmas=MMAS, words=DIGITS * DIGIT + 1, sums=2,
-    load=_load, stage=_stage, fetch=_fetch, multiply=_multiply, total=_total,
+    load=_load, stage=_stage, fetch=_fetch, multiply=_multiply, total=_total, rows=_rows,
 )  # fmt: skip
 
 

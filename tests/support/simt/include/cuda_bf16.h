@@ -21,6 +21,9 @@ SIMT_INLINE float __bfloat162float(nv_bfloat16 a) { return a; }
 SIMT_INLINE nv_bfloat16 __float2bfloat16(float a) { return a; }
 SIMT_INLINE nv_bfloat16 __float2bfloat16_rn(float a) { return a; }
 SIMT_INLINE nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
+SIMT_INLINE nv_bfloat162 __hsub2(nv_bfloat162 a, nv_bfloat162 b) {
+  return {float(a.x) - float(b.x), float(a.y) - float(b.y)};
+}
 SIMT_INLINE nv_bfloat162 __hmul2(nv_bfloat162 a, nv_bfloat162 b) {
   return {float(a.x) * float(b.x), float(a.y) * float(b.y)};
 }
