@@ -176,7 +176,10 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
             for name, spans, k in (("one token", [(7, 8)], 4256), ("a chunk", [(0, 17)], 2144))
         ),
         of("150 tokens", [(0, 100), (40, 90)], 160, 4, 1, 64, "bfloat16"),
-        of("140 tokens, heads of 16", [(0, 3), (63, 200)], 96, 2, 2, 16, "float16"),
+        *(
+            of(f"140 tokens, heads of {d}", [(0, 3), (63, 200)], 96, 2, 2, d, "float16")
+            for d in (16, 32)
+        ),
         of("two to five tokens, scales", [(15, 17), (30, 33)], 160, 4, 1, 64, "int8"),
         of("17 tokens, scales", [(0, 9), (40, 48)], 96, 2, 2, 64, "int8"),
         of("one token, scales", [(7, 8)], 1312, 1, 1, 64, "int8"),

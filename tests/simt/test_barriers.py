@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from functools import partial
 
 import pytest
 from support.kernels import compare, made_inputs
-from support.simt.harness import Fault
+from support.simt.harness import Fault, Program
 from support.simt.kernels import TARGETS, program_of, run_case
 
 from mxforge.schedules import KERNELS
@@ -18,19 +20,18 @@ BARRIER = {
     ),
     "metal": re.compile(r"(?<=[;{}]\n)\s*(threadgroup|simdgroup)_barrier\([^;]*\);"),
 }
-# Barriers that nobody misses and that stay: (cuda or metal, kernel, schedule, number in the text)
-# -> why.
-ACCEPTED: dict[tuple[str, str, str, int], str] = {
+# Barriers that nobody misses and that stay: (cuda or metal, kernel, device function, which of its
+# barriers) -> why.
+ACCEPTED = {
     (
-        "cuda", kernel, f"rows of heads of {head} as a matrix, tokens as its columns", number,
-    ): "of the launch for many tokens, in a case of one; in cases of many it has another number"
-    for kernel, head, numbers in (
-        ("bf16w_norm_qkv_insert", 32, (14, 15)),
-        ("i8w_norm_qkv_insert", 16, (11, 12, 13)),
-        ("i8w_norm_qkv_insert", 32, (11, 12, 13)),
-    )
-    for number in numbers
-}  # fmt: skip
+        "cuda",
+        kernel,
+        "main_kernel_4",
+        0,
+    ): "only cases of many rows and tokens, which are large, take "
+    "this product; main_kernel_3 is the same with smaller tiles"
+    for kernel in ("bf16w_linear", "i8w_linear", "bf16w_norm_qkv_insert", "i8w_norm_qkv_insert")
+}
 LARGE = 1 << 22  # bytes of a case that the others make unnecessary
 FEW = 3  # cases by which barriers are counted: other sizes seldom have others
 
@@ -61,32 +62,58 @@ def _cases(kernel: Kernel, schedule: Schedule) -> list[Case]:
     return sorted(fitting, key=lambda case: case.bytes)
 
 
+def _numbered(kind: str, text: str) -> str:
+    """The text whose barriers can be left out one by one."""
+    begin = text.index("main_kernel")  # or several
+    numbers = itertools.count()
+
+    def number(barrier: re.Match[str]) -> str:
+        return f"if (simt::stays({next(numbers)})) {barrier[0]}"
+
+    return text[:begin] + BARRIER[kind].sub(number, text[begin:])
+
+
+# One object each, by which programs are kept.
+NUMBERED = {kind: partial(_numbered, kind) for kind in BARRIER}
+
+
+_NAMED = re.compile(r"\b(main_kernel\w*)\(|simt::stays\((\d+)\)")
+
+
+def _names(text: str) -> dict[tuple[str, int], int]:
+    """(device function, which of its barriers) -> the barrier's number."""
+    names: dict[tuple[str, int], int] = {}
+    function, count = "", 0
+    for begins, number in _NAMED.findall(text):
+        if begins:
+            function, count = begins, 0
+        else:
+            names[function, count] = int(number)
+            count += 1
+    return names
+
+
 def _check(simt, kind: str, kernel: Kernel, schedule: Schedule, counted: list[Case]) -> None:
-    def barriers(case: Case) -> list[re.Match[str]]:
-        text = program_of(simt, kind, kernel, case, schedule).text
-        return list(BARRIER[kind].finditer(text, text.index("main_kernel")))  # or several
+    def numbered(case: Case) -> Program:
+        return program_of(simt, kind, kernel, case, schedule, NUMBERED[kind])
 
-    def is_missed(number: int) -> bool:
-        """Whether some case fails without the barrier of this number."""
-        for case in _cases(kernel, schedule):
-            found = barriers(case)
-            if number < len(found) and fails_without(found[number], case):
-                return True
-        return False
+    def is_missed(name: tuple[str, int]) -> bool:
+        """Whether some case fails without the barrier."""
+        return any(
+            fails_without(names[name], case)
+            for case in _cases(kernel, schedule)
+            if name in (names := _names(numbered(case).text))
+        )
 
-    def fails_without(barrier: re.Match[str], case: Case) -> bool:
-        def without(text: str) -> str:
-            return f"{text[: barrier.start()]};{text[barrier.end() :]}"
-
+    def fails_without(number: int, case: Case) -> bool:
         try:
-            program = program_of(simt, kind, kernel, case, schedule, without)
-            results = run_case(simt, program, kernel, case, schedule)
+            results = run_case(simt, numbered(case), kernel, case, schedule, without=number)
             compare(kernel, case, made_inputs(case), results)
         except (Fault, AssertionError):
             return True
         return False
 
-    count = max(len(barriers(case)) for case in counted)
-    unneeded = {number for number in range(count) if not is_missed(number)}
-    accepted = {n for *of, n in ACCEPTED if of == [kind, kernel.name, schedule.name]}
+    names = {name for case in counted for name in _names(numbered(case).text)}
+    unneeded = {name for name in names if not is_missed(name)}
+    accepted = {name for name in names if (kind, kernel.name, *name) in ACCEPTED}
     assert unneeded == accepted, "take the barrier away, or accept it and say why"

@@ -69,7 +69,9 @@ class Simt:
     def __init__(self, folder: Path) -> None:
         self._objects = folder / "objects"
         self._runtime = ctypes.CDLL(str(folder / RUNTIME), ctypes.RTLD_GLOBAL)
-        self._runtime.simt_begin.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self._runtime.simt_begin.argtypes = [
+            ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int,
+        ]  # fmt: skip
         self._runtime.simt_argument.argtypes = [
             ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int,
         ]  # fmt: skip
@@ -117,12 +119,15 @@ class Simt:
         order: Order = "random",
         *,
         counting: bool = False,
+        without: int | None = None,
     ) -> list[np.ndarray]:
         """What `arrays` hold after the call; those not in `writable`, by index, are inputs.
 
-        Fault where the kernel breaks a rule.
+        An edited text may say `if (simt::stays(7)) statement;` and run `without` number 7. Fault
+        where the kernel breaks a rule.
         """
-        self._runtime.simt_begin(ORDERS.index(order), SEED, counting)
+        left_out = -1 if without is None else without
+        self._runtime.simt_begin(ORDERS.index(order), SEED, counting, left_out)
         placed = [
             self._place(name, array, index in writable)
             for index, (name, array) in enumerate(zip(program.arguments, arrays, strict=True))

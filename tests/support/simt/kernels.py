@@ -26,13 +26,14 @@ def program_of(
     edit: Callable[[str], str] | None = None,
 ) -> Program:
     """The kernel compiled for a case; `edit` changes the device's text."""
-    func = kernel.build(TARGETS[kind], schedule, **case.static)
-    return simt.compile(func, kind, edit) if edit else _unedited(simt, func, kind)
+    return _compiled(simt, kernel.build(TARGETS[kind], schedule, **case.static), kind, edit)
 
 
 @cache  # cases share most functions
-def _unedited(simt: Simt, func: tvm.tirx.PrimFunc, kind: str) -> Program:
-    return simt.compile(func, kind)
+def _compiled(
+    simt: Simt, func: tvm.tirx.PrimFunc, kind: str, edit: Callable[[str], str] | None
+) -> Program:
+    return simt.compile(func, kind, edit)
 
 
 def run_case(
@@ -44,9 +45,10 @@ def run_case(
     order: Order = "random",
     *,
     counting: bool = False,
+    without: int | None = None,
 ) -> list[np.ndarray]:
     """What `support.kernels.compare` takes; Fault where the kernel breaks a rule."""
     target = TARGETS[program.kind]
     call = call_of(kernel, target, made_inputs(case), case.static, schedule)
-    arrays = simt.run(program, call.arrays, call.written, order, counting=counting)
+    arrays = simt.run(program, call.arrays, call.written, order, counting=counting, without=without)
     return call.results(arrays)

@@ -4,7 +4,8 @@
 
 extern "C" {
 
-void simt_begin(int order, uint64_t seed, int counting) {
+void simt_begin(int order, uint64_t seed, int counting, int without) {
+  simt::without = without;
   simt::forget_arrays();
   simt::failed = false;
   simt::place = nullptr;

@@ -33,6 +33,9 @@ constexpr int SHARED = 1, GLOBAL = 2;
 // Waits for every thread of the block. Threads have to meet at the same `site`.
 void barrier(int site, int memories);
 
+// Whether a run is with the statement of this number (harness.py).
+bool stays(int number);
+
 // Waits for every lane in `mask`, the caller among them; then all[i] is what lane i gave, of
 // `size` bytes. `memories` are ordered as by a barrier, among the lanes of a warp.
 void exchange(const char* what, uint32_t mask, int memories, const void* mine, int size, void* all);

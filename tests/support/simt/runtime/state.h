@@ -26,6 +26,7 @@ extern int current;  // the running fiber; -1 while the host runs
 extern bool failed;
 extern std::string error;
 extern uint32_t launched_dynamic;  // bytes of dynamic shared memory
+extern int without;  // the number of a statement that is left out, -1 for none
 
 void set_order(int order, uint64_t seed);  // of threads and blocks: 0 forward, 1 reverse, 2 random
 void to_scheduler();                       // stops the running fiber
