@@ -89,7 +89,7 @@ def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ..
         case("16 tokens, spread", 16, experts=32, top_k=4, hidden=64, intermediate=32),
         case("64 tokens", 64, experts=32, top_k=4, hidden=160, intermediate=160),
         case("70 tokens, most on two experts", 70, experts=3, hidden=576, intermediate=32),
-        case("100 tokens, all on one expert", 100, top_k=1, choose=range(3, 4)),
+        case("100 tokens, all on one expert", 100, top_k=1, hidden=576, choose=range(3, 4)),
         case("150 tokens, steps not full", 150, experts=4, hidden=160, intermediate=160),
         case("300 tokens, all on one expert", 300, top_k=1, hidden=256, choose=range(3, 4)),
         case("600 tokens, 128 experts", 600, experts=128, top_k=4, hidden=64, intermediate=32),

@@ -416,9 +416,9 @@ def _many_tokens(
     def store(given, expert, slot, number, g, sums):
         bias, h = T.meta_var(given[2:])
         unit: T.let = number * UNITS + g
-        h[slot, unit] = swiglu(
-            sums[0] + bias[expert, 2 * unit], sums[1] + bias[expert, 2 * unit + 1], limit
-        )
+        both = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        both[T.ramp(0, 1, 2)] = bias[expert, T.ramp(2 * unit, 1, 2)]
+        h[slot, unit] = swiglu(sums[0] + both[0], sums[1] + both[1], limit)
 
     products = grouped_products(
         inputs, tile.grouped, experts=experts, top_k=top_k, share=top_k, rows=2 * intermediate,
