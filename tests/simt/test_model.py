@@ -13,6 +13,8 @@ from support.simt.model import SimtModel
 from mxforge import Engine, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.formats import Precision
+from mxforge.schedules.cuda.dense import DenseTile
+from mxforge.schedules.moe.grouped_cuda import Grouped
 
 # Sizes that tuned schedules take, kept as small as can be.
 SHAPE = {
@@ -49,6 +51,23 @@ def expected(checkpoint: Path, tokens: np.ndarray) -> np.ndarray:
     artifact = compile_model(checkpoint, "cpu", checkpoint.parent / "artifact", "exact")
     with Engine.load(artifact, context_length=64) as engine:
         return np.stack([engine.logits(list(map(int, row))) for row in tokens])
+
+
+@pytest.mark.slow
+def test_long_prompts_take_products_of_many_tokens(simt, checkpoint):
+    lengths = (110, 90)
+    slots = sum(lengths) * SHAPE["num_experts_per_tok"]
+    assert sum(lengths) >= DenseTile().least
+    assert slots >= Grouped().least * SHAPE["num_local_experts"]
+    tokens = [np.random.default_rng(n).integers(1, SHAPE["vocab_size"], n) for n in lengths]
+    artifact = compile_model(checkpoint, "cpu", checkpoint.parent / "long", "exact")
+    with Engine.load(artifact, context_length=128) as engine:
+        truth = np.concatenate([engine.logits(list(map(int, row))) for row in tokens])
+    opened = HFCheckpoint(checkpoint)
+    model = SimtModel(simt, "cuda", opened, opened.config, Precision(), sequences=2, pages=7)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    logits = model.forward(np.concatenate(tokens), positions, np.repeat([0, 1], lengths))
+    assert error(logits, truth) <= EXACT
 
 
 @pytest.mark.parametrize("kind", ["cuda", "metal"])
