@@ -1,4 +1,5 @@
-"""Speed of an artifact on this machine: prefill, decode, start-up, memory."""
+"""Speed of an artifact on this machine: prefill, decode, start-up, memory; and with which chunks
+and how many sequences it is best."""
 
 from __future__ import annotations
 
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from .engine import Engine, Stream
 from .errors import KVMemoryError, UsageError
 from .kv_layout import PAGE_TOKENS
 from .sampling import SamplingParams
+
+SMALLEST_CHUNK = 32  # prompt tokens a step, of those that a sweep tries
+AS_GOOD = 0.95  # of the highest speed: less memory and shorter steps are worth the rest
 
 
 def measure(
@@ -38,14 +43,7 @@ def measure(
     start to the first token of a 16-token prompt, seconds of loading, peak resident bytes, and
     the samples. Times of prefill and decode are taken after that first request warmed up.
     """
-    for name, value in (
-        ("prompt_tokens", prompt_tokens),
-        ("new_tokens", new_tokens),
-        ("batch", batch),
-        ("repeats", repeats),
-    ):
-        if type(value) is not int or value < 1:
-            raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
+    _check_counts(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repeats=repeats)
     if type(depth) is not int or (depth and depth < PAGE_TOKENS):
         raise UsageError(
             f"depth must be 0 or a whole number of at least {PAGE_TOKENS}, found {depth!r}."
@@ -81,12 +79,110 @@ def measure(
         }
 
 
-class Rounds:
-    """Timed rounds of one engine, which a 16-token prompt has warmed up."""
+def sweep(
+    path: str | Path,
+    *,
+    prompt_tokens: int | None = None,
+    new_tokens: int = 32,
+    most: int | None = None,
+    context_length: int = 8192,
+    threads: int | None = None,
+    repeats: int = 3,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Find how many prompt tokens a step should take, and how many sequences should run at once.
 
-    def __init__(self, engine: Engine, batch: int = 1) -> None:
+    Chunks of powers of two, up to what the artifact was compiled for, are timed with a prompt of
+    `prompt_tokens` (None: of the largest chunk), and so are decoding batches of up to `most`
+    sequences (None: as many as memory allows). `progress` shows a bar on stderr.
+
+    Returns `prefill` and `decode`, a row for each: tokens a second, the seconds that a step takes,
+    and the samples; and `best`, the smallest of each that reaches AS_GOOD of the fastest.
+    Raises as `Engine.load`, and UsageError.
+    """
+    _check_counts(new_tokens=new_tokens, repeats=repeats)
+
+    def load(**limits: int | None) -> Engine:
+        return Engine.load(path, threads=threads, context_length=context_length, **limits)
+
+    def timed(rounds: Rounds, sizes: tuple[int, int], speed: str, size: str, count: int) -> Any:
+        samples = []
+        for _ in range(repeats):
+            samples.append(rounds.take(*sizes)[speed])
+            bar.update()
+        median = statistics.median(samples)
+        return {size: count, speed: median, "step_s": count / median, "samples": samples}
+
+    with tqdm(disable=not progress, desc="sweep") as bar:
+        with load(max_batch=most) as engine:
+            limit, context = engine.manifest.limits.prefill_chunk, engine.context_length
+            length = min(limit, context - 2) if prompt_tokens is None else prompt_tokens
+            _check_counts(prompt_tokens=length)
+            if max(length + 1, PAGE_TOKENS + new_tokens) >= context:
+                raise UsageError(
+                    "prompt_tokens, and new_tokens after a prompt of "
+                    f"{PAGE_TOKENS}, must be less than the context of {context}, found "
+                    f"{length} and {new_tokens}."
+                )
+            batches = _doubled(1, engine.max_batch)
+            chunks = _doubled(SMALLEST_CHUNK, min(limit, length))
+            bar.total = repeats * (len(batches) + len(chunks))
+            told = {
+                "target": engine.target,
+                "numerics": engine.manifest.numerics,
+                "threads": engine.threads,
+                "prompt_tokens": length,
+                "new_tokens": new_tokens,
+                "context_length": context,
+            }
+            decode = []
+            for batch in batches:
+                rounds = Rounds(engine, batch, seed=batch)
+                sizes = (PAGE_TOKENS, new_tokens)
+                decode.append(timed(rounds, sizes, "decode_tok_s", "batch", batch))
+        prefill = []
+        for chunk in chunks:
+            with load(max_batch=1, prefill_chunk=chunk) as engine:
+                sizes = (length, 1)
+                prefill.append(
+                    timed(Rounds(engine), sizes, "prefill_tok_s", "prefill_chunk", chunk)
+                )
+    best = {
+        "prefill_chunk": _smallest(prefill, "prefill_chunk", "prefill_tok_s"),
+        "max_batch": _smallest(decode, "batch", "decode_tok_s"),
+    }
+    return {"prefill": prefill, "decode": decode, "best": best, **told}
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    """Powers of two times `first`, and `last`."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, last]
+
+
+def _smallest(rows: list[dict[str, Any]], size: str, speed: str) -> int:
+    enough = AS_GOOD * max(row[speed] for row in rows)
+    return int(min(row[size] for row in rows if row[speed] >= enough))
+
+
+class Rounds:
+    """Timed rounds of one engine, which a 16-token prompt has warmed up.
+
+    Rounds of one engine have seeds of their own: a prompt that it has seen costs nothing.
+    """
+
+    def __init__(self, engine: Engine, batch: int = 1, seed: int = 0) -> None:
         self._engine, self._batch = engine, batch
-        self._rng = np.random.default_rng(0)
+        self._rng = np.random.default_rng(seed)
         self._pasts: dict[int, list[list[int]]] = {}  # by depth
         greedy = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
         engine.generate(self._prompts(min(16, engine.context_length - 1))[0], greedy)

@@ -124,11 +124,16 @@ def parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "measure speed, memory and start-up")
     _artifact(bench)
     bench.add_argument(
+        "--sweep",
+        action="store_true",
+        help="find how many prompt tokens a step should take, and how many sequences should run "
+        "at once",
+    )
+    bench.add_argument(
         "--prompt-tokens",
         type=int,
-        default=128,
         metavar="N",
-        help="length of each prompt, random tokens (default: %(default)s)",
+        help="length of each prompt, random tokens (default: 128; with --sweep, the largest chunk)",
     )
     bench.add_argument(
         "--new-tokens",
@@ -140,9 +145,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--batch",
         type=int,
-        default=1,
         metavar="N",
-        help="sequences at once (default: %(default)s)",
+        help="sequences at once (default: 1); with --sweep, the most to try (default: as many as "
+        "memory allows)",
     )
     bench.add_argument(
         "--depth",
@@ -389,11 +394,16 @@ def _chat(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from .bench import measure
 
+    if args.sweep:
+        _sweep(args)
+        return
+    prompt_tokens = 128 if args.prompt_tokens is None else args.prompt_tokens
+    batch = 1 if args.batch is None else args.batch
     result = measure(
         args.artifact,
-        prompt_tokens=args.prompt_tokens,
+        prompt_tokens=prompt_tokens,
         new_tokens=args.new_tokens,
-        batch=args.batch,
+        batch=batch,
         depth=args.depth,
         context_length=args.context_length,
         threads=args.threads,
@@ -401,12 +411,46 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(result)
         return
-    print(f"prefill      {result['prefill_tok_s']:10.1f} tok/s  ({args.prompt_tokens} tokens)")
-    print(f"decode       {result['decode_tok_s']:10.1f} tok/s  (batch {args.batch})")
+    print(f"prefill      {result['prefill_tok_s']:10.1f} tok/s  ({prompt_tokens} tokens)")
+    print(f"decode       {result['decode_tok_s']:10.1f} tok/s  (batch {batch})")
     print(f"first token  {result['first_token_s']:10.2f} s      (from process start)")
     print(f"load         {result['load_s']:10.2f} s")
     print(f"memory       {result['peak_rss_bytes'] / 2**30:10.2f} GiB    (peak resident)")
     print(f"on           {result['target']}, {result['threads']} threads")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from .bench import AS_GOOD, sweep
+
+    if args.depth:
+        raise UsageError("--sweep measures at the beginning of a context; leave --depth out.")
+    result = sweep(
+        args.artifact,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        most=args.batch,
+        context_length=args.context_length,
+        threads=args.threads,
+        progress=sys.stderr.isatty(),
+    )
+    if args.json:
+        _print_json(result)
+        return
+    print(f"prompt of {result['prompt_tokens']} tokens")
+    print("tokens a step      tok/s     ms a step")
+    for row in result["prefill"]:
+        speed, step = row["prefill_tok_s"], row["step_s"] * 1e3
+        print(f"{row['prefill_chunk']:13} {speed:10.1f} {step:13.1f}")
+    print("\nsequences          tok/s     ms a step")
+    for row in result["decode"]:
+        speed, step = row["decode_tok_s"], row["step_s"] * 1e3
+        print(f"{row['batch']:9} {speed:14.1f} {step:13.1f}")
+    best = result["best"]
+    print(
+        f"\nThe least that reach {AS_GOOD:.0%} of the highest speeds: --prefill-chunk "
+        f"{best['prefill_chunk']} --max-batch {best['max_batch']}"
+    )
+    print(f"on {result['target']}, {result['threads']} threads")
 
 
 def _inspect(args: argparse.Namespace) -> None:

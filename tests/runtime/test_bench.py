@@ -12,7 +12,7 @@ import pytest
 from support.small import PREFILL_CHUNK
 
 from mxforge import bench
-from mxforge.bench import Rounds, measure
+from mxforge.bench import AS_GOOD, Rounds, measure, sweep
 from mxforge.engine import Engine
 from mxforge.errors import UsageError
 from mxforge.scheduler import Worker
@@ -136,3 +136,74 @@ def test_made_up_pages_hold_computed_content(odd_artifact: Path, workers: list[W
 def test_the_whole_context_can_be_measured(odd_artifact: Path) -> None:
     measure(odd_artifact, prompt_tokens=50, new_tokens=13, batch=4, context_length=64)
     measure(odd_artifact, prompt_tokens=1, new_tokens=1, context_length=3)
+
+
+def test_a_sweep_measures_every_size_once(
+    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks: list[int] = []
+    load = Engine.load
+
+    def noting(*args, prefill_chunk=None, **options):
+        chunks.append(prefill_chunk)
+        return load(*args, prefill_chunk=prefill_chunk, **options)
+
+    monkeypatch.setattr(Engine, "load", noting)
+    result = sweep(odd_artifact, new_tokens=4, context_length=256, repeats=3)
+    json.dumps(result, allow_nan=False)
+    assert [row["batch"] for row in result["decode"]] == [1, 2, 4]
+    listed = [row["prefill_chunk"] for row in result["prefill"]]
+    assert listed == chunks[1:]
+    assert listed[0] == min(32, PREFILL_CHUNK)
+    assert listed[-1] == result["prompt_tokens"] == PREFILL_CHUNK
+    for row in (*result["decode"], *result["prefill"]):
+        assert len(row["samples"]) == 3
+        assert row["step_s"] > 0
+
+
+def test_the_prompts_of_a_sweep_are_new(
+    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an engine has seen costs nothing, and would be timed as if it were fast."""
+    seen: set[tuple[int, ...]] = set()
+
+    def unseen(engine, prompts, new_tokens, depth=0):
+        for prompt in prompts:
+            assert tuple(prompt) not in seen
+            seen.add(tuple(prompt))
+        return {"prefill_tok_s": 1.0, "decode_tok_s": 1.0}
+
+    monkeypatch.setattr(bench, "_sample", unseen)
+    sweep(odd_artifact, new_tokens=4, context_length=256, most=4, repeats=2)
+    assert len(seen) >= 2 * (1 + 2 + 4)
+
+
+def test_the_best_is_the_smallest_that_is_nearly_as_fast(
+    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = {1: 10.0, 2: 100 * AS_GOOD, 4: 100.0}
+
+    def speeds(engine, prompts, new_tokens, depth=0):
+        return {"prefill_tok_s": 50.0, "decode_tok_s": decode[len(prompts)]}
+
+    monkeypatch.setattr(bench, "_sample", speeds)
+    result = sweep(odd_artifact, new_tokens=4, context_length=256)
+    smallest = result["prefill"][0]["prefill_chunk"]
+    assert result["best"] == {"prefill_chunk": smallest, "max_batch": 2}
+    assert [row["step_s"] for row in result["decode"]] == [0.1, 2 / 95, 0.04]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens must be"),
+        ({"new_tokens": 0}, "new_tokens must be"),
+        ({"repeats": 0}, "repeats must be"),
+        ({"most": 5}, "at most 4, as compiled"),
+        ({"prompt_tokens": 64, "context_length": 64}, "less than the context of 64, found 64 and"),
+        ({"new_tokens": 48, "context_length": 64}, "less than the context of 64, found"),
+    ],
+)
+def test_absurd_sweeps_are_refused(odd_artifact: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sweep(odd_artifact, **options)

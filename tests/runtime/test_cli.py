@@ -254,9 +254,23 @@ def test_bench_prints_a_table(text_artifact: Path, capsys: pytest.CaptureFixture
     ]  # fmt: skip
 
 
+def test_a_sweep_names_the_options_to_compile_with(
+    text_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--sweep", "--new-tokens", 2, "--prompt-tokens", 40, "--batch", 2)
+    code, out, err = here(capsys, "bench", text_artifact, *options)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows if len(row) == 3] == ["32", "1", "2"]
+    assert "--prefill-chunk" in out
+    assert "--max-batch" in out
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        ("--sweep", "--depth", "64"),
+        ("--sweep", "--batch", "0"),
         ("--batch", "0"),
         ("--batch", "17"),
         ("--prompt-tokens", "0"),
