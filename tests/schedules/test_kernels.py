@@ -36,7 +36,10 @@ CPU_CASES = [
     for kernel in CPU_KERNELS
     for case in kernel.cases
 ]
-SMALL_CASES = [run for run in CPU_CASES if run.values[1].bytes < 1 << 22]  # emulators are slow
+# Emulators are slow.
+SMALL_CASES = [
+    run for run in CPU_CASES if run.values[1].bytes < 1 << 22 and run.values[1].flops < 1e8
+]
 EVERY_OF_CPUS = [pytest.param(kernel, id=kernel.name) for kernel in CPU_KERNELS]
 AARCH64_LEVELS = [level.name for level in CPU_LEVELS if level.machine == "aarch64"]
 TVM_CUDA = {"kind": "cuda", "arch": "sm_90a"}

@@ -9,21 +9,44 @@ from support.kernels import compare, made_inputs, parameters
 from support.simt.kernels import TARGETS, program_of, run_case
 
 from mxforge.schedules.gpu.items import ONE_THREAD
+from mxforge.schedules.kernel import Case, Kernel, Schedule
 
-QUICK = 1 << 20  # bytes of a case
+QUICK, QUICK_FLOPS = 1 << 20, 1e8  # of a case
 # What a large case may take of memory: its passes, by the fewest for its bytes (docs/simt.md).
 MOST = {"global read": 1.1, "shared read": 1.05, "shared write": 1.05}
+
+
+def slow(case: Case) -> bool:
+    return case.bytes > QUICK or case.flops > QUICK_FLOPS
 
 
 def every_kind(**options: bool) -> list[Any]:
     return [
         run
         for kind, target in TARGETS.items()
-        for run in parameters(target, kind, most=QUICK, **options)
+        for run in parameters(target, kind, slow=slow, **options)
     ]
 
 
-@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), every_kind())
+def by_turns() -> list[Any]:
+    """Every run. Of a quick case in two languages, one by turns waits for --slow."""
+    quick = [run for run in every_kind() if not run.marks]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for run in quick:
+        kind, kernel, case, _ = run.values
+        kinds.setdefault((kernel.name, case.name), []).append(kind)
+    waiting = {(*case, of[i % 2]) for i, (case, of) in enumerate(kinds.items()) if len(of) > 1}
+
+    def marks(kind: str, kernel: Kernel, case: Case, _schedule: Schedule) -> Any:
+        return [pytest.mark.slow] if (kernel.name, case.name, kind) in waiting else []
+
+    return [
+        pytest.param(*run.values, id=run.id, marks=run.marks or marks(*run.values))
+        for run in every_kind()
+    ]
+
+
+@pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), by_turns())
 def test_agrees_with_reference(simt, kind, kernel, case, schedule):
     large = case.bytes > QUICK and schedule.name != ONE_THREAD
     program = program_of(simt, kind, kernel, case, schedule)

@@ -7,7 +7,7 @@ of CUDA and Metal text that runs on the CPU.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,18 +51,21 @@ def runs(target: Target) -> list[tuple[Kernel, Case, Schedule]]:
 
 
 def parameters(
-    target: Target, *first: str, most: float = float("inf"), everyday: bool = False
+    target: Target,
+    *first: str,
+    slow: Callable[[Case], bool] = lambda _case: False,
+    everyday: bool = False,
 ) -> list[Any]:
     """`runs` as parameters of a test, behind the `first`.
 
-    Every day run the best schedule of each case, and cases of no more than `most` bytes. What is
-    neither runs with --full, what is one of both where slow tests run; or never where only those of
+    Every day run the best schedule of each case, and cases that are not `slow`. What is neither
+    runs with --full, what is one of both where slow tests run; or never where only those of
     `everyday` are wanted.
     """
     taken: set[tuple[str, str]] = set()
     found = []
     for kernel, case, schedule in runs(target):
-        reasons = ((kernel.name, case.name) in taken) + (case.bytes > most)
+        reasons = ((kernel.name, case.name) in taken) + slow(case)
         taken.add((kernel.name, case.name))
         if not reasons or not everyday:
             name = ", ".join([*first, run_name(kernel, case, schedule)])
