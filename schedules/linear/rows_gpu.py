@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import tvm
 
-from ..gpu.gemv import BLOCKS, CHUNK_WORDS, PAIR, Chunk, Gemv, GemvTile
+from ..gpu.gemv import BLOCKS, CHUNK_WORDS, PAIR, QUAD, Chunk, Gemv, GemvTile
 from ..gpu.lanes import LANES
+from ..gpu.matrices import MATRICES, Matrices
+from ..gpu.product import STEP, ManyTiles, ProductColumns, ProductRows, product
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from .linear import plus_options
 
 FEWEST = 64  # inputs: with fewer, nearly all of a block's threads would have none
+# Best first: what has matrix units takes them for many tokens.
+TARGETS = tuple(dict.fromkeys((*MATRICES, *((family,) for family in LANES))))
+MANY = ManyTiles()
+GROUP = 64  # rows: a pair of a product's rows is so far apart that stores are whole sectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +43,39 @@ class Chunks:
         words = -(-(k // self.chunk.inputs) // self.chunk.scales)
         return T.decl_buffer((rows, words), "uint32", data=scale.data)
 
+    def product_rows(self, group: int) -> ProductRows:
+        """The same weight, (words, scales), for many tokens."""
+        chunk = self.chunk
+        assert STEP % (PAIR * chunk.inputs) == 0
+
+        @T.inline
+        def load(weights, expert, row, c, words, scale, slot):
+            words[T.ramp(slot * CHUNK_WORDS, 1, CHUNK_WORDS)] = weights[0][
+                row, c, T.ramp(0, 1, CHUNK_WORDS)
+            ]
+            if chunk.scale is not None:
+                scale[slot] = weights[1][row, c // chunk.scales]
+
+        @T.inline
+        def keep_quad(weights, factor, four, keep, at):
+            four[0] = weights[0] * factor
+            four[1] = weights[1] * factor
+            four[2] = weights[2] * factor
+            four[3] = weights[3] * factor
+            keep(at, four, 0)
+
+        @T.inline
+        def put(words, scale, slot, s, c, keep):
+            four = T.sblock_alloc_buffer((QUAD,), "float32", scope="local")
+            for q in T.unroll(chunk.inputs // QUAD):
+                keep_quad(
+                    chunk.quad(words, slot * CHUNK_WORDS, q),
+                    T.float32(1) if chunk.scale is None else chunk.scale(scale[slot], c),
+                    four, keep, chunk.input(c % (STEP // chunk.inputs), q),
+                )  # fmt: skip
+
+        return ProductRows(chunk.inputs, 1, int(chunk.scale is not None), group, load=load, put=put)
+
     def fits(self, tile: GemvTile, *, rows: int, k: int, **_options: bool) -> bool:
         whole = k % (PAIR * self.chunk.inputs) == 0
         return whole and k >= FEWEST and -(-rows // tile.rows) <= BLOCKS
@@ -45,19 +85,58 @@ def rows_a_block(chunks: Chunks, tile: GemvTile) -> tuple[Schedule, ...]:
     """A schedule for each GPU family."""
     return tuple(
         Schedule(
-            f"rows a block, {family}",
-            gpu(family),
-            partial(_build, family, chunks),
+            f"rows a block, {' '.join(features)}",
+            gpu(*features),
+            partial(_build, features, chunks),
             tile,
             chunks.layouts,
             partial(chunks.fits, tile),
         )
-        for family in LANES
+        for features in TARGETS
     )
 
 
+def dense_products(
+    units: Matrices, chunks: Chunks, tiles: ManyTiles, *, rows: int, k: int, group: int, store: Any,
+    eps: float | None = None,
+) -> Any:  # fmt: skip
+    """The T.inline launch(n, x, gain, words, scales, given) for many tokens; gain f32 [k] is of a
+    norm with `eps`, and store(given, token, pair, sums) gets a pair of rows in `group`s."""
+
+    @T.inline
+    def choose(given, by, tokens, span):
+        span[0] = 0
+        span[1] = by * tokens
+        span[2] = T.min(T.Cast("int32", given[0]) - by * tokens, tokens)
+
+    @T.inline
+    def stored(given, expert, number, pair, sums):
+        store(given[1], T.Cast("int64", number), pair, sums)
+
+    of_rows = chunks.product_rows(group)
+    columns = ProductColumns(choose, lambda given, number: number, stored, eps)
+    small, large = (
+        product(
+            units, of_rows, columns, size, all_rows=rows, k=k,
+            blocks=lambda n, tokens: T.ceildiv(n, tokens),
+        )
+        for size in (tiles.small, tiles.large)
+    )  # fmt: skip
+
+    @T.inline
+    def launch(n, x, gain, words, scales, given):
+        weights = T.meta_var((words, scales))
+        both = T.meta_var((n, given))
+        if n < tiles.wide:
+            small(n, x, gain, weights, both)
+        else:
+            large(n, x, gain, weights, both)
+
+    return launch
+
+
 def _build(
-    family: str,
+    features: tuple[str, ...],
     chunks: Chunks,
     arguments: tuple[Tensor, ...],
     *,
@@ -68,7 +147,7 @@ def _build(
 ) -> tvm.tirx.PrimFunc:
     def launch(tokens):
         """`tokens` at a time, each time all weights."""
-        gemv = Gemv(family, chunks.chunk, k, tile, tokens)
+        gemv = Gemv(features[0], chunks.chunk, k, tile, tokens)
         sums, products = gemv.sums, gemv.products
 
         def row(row_tile, r):
@@ -110,13 +189,31 @@ def _build(
 
         return blocks
 
+    units = MATRICES.get(features) if k % STEP == 0 else None
+    of_rows = chunks.product_rows(GROUP)
+
+    @T.inline
+    def store(given, token, pair, sums):
+        for r in T.unroll(2):
+            row: T.let = of_rows.row(pair, r)
+            if row < rows:
+                given[0][token, row] = plus_options(sums[r], given[1], given[2], token, row)
+
     one, some = launch(1), launch(tile.tokens)
+    many = units and dense_products(units, chunks, MANY, rows=rows, k=k, group=GROUP, store=store)
 
     @T.inline
     def body(n, x, weight, y, weight_scale=None, bias=None, residual=None):
         if n == 1:
             one(n, x, weight, weight_scale, y, bias, residual)
-        else:
+        elif (many is None) or n < MANY.least:
             some(n, x, weight, weight_scale, y, bias, residual)
+        else:
+            words = chunks.words(weight, rows, k)
+            if weight_scale is None:
+                many(n, x, None, words, None, (y, bias, residual))
+            else:
+                scales = chunks.scales(weight_scale, rows, k)
+                many(n, x, None, words, scales, (y, bias, residual))
 
     return prim_func(arguments, body)

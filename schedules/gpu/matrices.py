@@ -1,0 +1,85 @@
+"""Matrix units that take fragments from shared memory, in the words of each GPU family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernel import T
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A family's words; functions give TensorIR expressions for all lanes of a warp at once.
+
+    A fragment is rows × depth of W, depth × columns of X or rows × columns of sums, and number i of
+    a buffer that has room for some. Which lane has which element is unknown.
+
+    family: whose words (lanes.py) the rest of a kernel is in
+    lanes: of a warp
+    dtype: of W and X in shared memory; sums are f32
+    scopes: of buffers of fragments: W's, X's, sums
+    pads: elements between two rows of W, two tokens of X and two tokens of sums in shared memory,
+        so that a warp's accesses are to different banks, of steps of 32 inputs and 64 rows of sums
+    fill(sums, i)                      = 0
+    load_w(w, i, element, pitch)       from W [row][input], from `element` on
+    load_x(x, i, element, pitch)       from X [token][input]
+    multiply(sums, i, w, j, x, m)      sums += w · x
+    store(sums, i, element, pitch)     to sums [token][row]
+    """
+
+    family: str
+    rows: int
+    columns: int
+    depth: int
+    lanes: int
+    dtype: str
+    scopes: tuple[str, str, str]
+    pads: tuple[int, int, int]
+    fill: Callable[..., Any]
+    load_w: Callable[..., Any]
+    load_x: Callable[..., Any]
+    multiply: Callable[..., Any]
+    store: Callable[..., Any]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Elements of a fragment."""
+        return (self.rows * self.depth, self.depth * self.columns, self.rows * self.columns)
+
+
+def _metal_load(transposed: bool) -> Callable[..., Any]:
+    def load(to: Any, i: Any, element: Any, pitch: int) -> Any:
+        return T.metal.simdgroup_load(to.data, i, T.address_of(element), pitch, 8, 8, transposed)
+
+    return load
+
+
+# By a family and what a target has to have besides, best first.
+#
+# Apple's GPUs multiply float32 as fast as float16 (half as fast from M3 on, not measured), and need
+# no parts of inputs and no powers of two to be exact.
+MATRICES: dict[tuple[str, ...], Matrices] = {
+    ("metal",): Matrices(
+        family="metal",
+        rows=8,
+        columns=8,
+        depth=8,
+        lanes=32,
+        dtype="float32",
+        scopes=("metal.simdgroup",) * 3,
+        pads=(8, 4, 4),
+        fill=lambda sums, i: T.metal.make_filled_simdgroup_matrix(
+            sums.data, i, T.float32(0), 8, 8
+        ),
+        load_w=_metal_load(False),
+        load_x=_metal_load(True),
+        multiply=lambda sums, i, w, j, x, m: T.metal.simdgroup_multiply_accumulate(
+            sums.data, i, w.data, j, x.data, m, sums.data, i
+        ),
+        store=lambda sums, i, element, pitch: T.metal.simdgroup_store(
+            sums.data, i, T.address_of(element), pitch, 8, 8, True
+        ),
+    ),
+}  # fmt: skip
