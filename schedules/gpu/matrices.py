@@ -18,7 +18,8 @@ class Matrices:
 
     family: whose words (lanes.py) the rest of a kernel is in
     lanes: of a warp
-    dtype: of W and X in shared memory; sums are f32
+    dtype: of W and X in shared memory, float32 or float16; sums are f32
+    parts: numbers of this type whose sum is an input
     scopes: of buffers of fragments: W's, X's, sums
     pads: elements between two rows of W, two tokens of X and two tokens of sums in shared memory,
         so that a warp's accesses are to different banks, of steps of 32 inputs and 64 rows of sums
@@ -35,6 +36,7 @@ class Matrices:
     depth: int
     lanes: int
     dtype: str
+    parts: int
     scopes: tuple[str, str, str]
     pads: tuple[int, int, int]
     fill: Callable[..., Any]
@@ -68,6 +70,7 @@ MATRICES: dict[tuple[str, ...], Matrices] = {
         depth=8,
         lanes=32,
         dtype="float32",
+        parts=1,
         scopes=("metal.simdgroup",) * 3,
         pads=(8, 4, 4),
         fill=lambda sums, i: T.metal.make_filled_simdgroup_matrix(

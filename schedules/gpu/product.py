@@ -6,6 +6,11 @@ and multiply. What the next step needs is on its way to registers meanwhile. Sha
 step, for the less of it a block takes the more blocks there are to fill each other's gaps. The sums
 go through shared memory too: which lane has an element of a fragment is nobody's business.
 
+Matrix units that take float32 multiply W and X as they are. For those that take float16, each row
+and each token is multiplied by a power of two first, which takes its largest element to about 2^14,
+and an input is a sum of two parts. The largest element times 2^-38 is then the most that another
+one loses, but for weights of more than 11 bits and inputs of more than 22.
+
 No sum is added to by two blocks: results repeat.
 """
 
@@ -26,14 +31,17 @@ from .matrices import Matrices
 STEP = 32  # inputs: a block of MXFP4 and of 8-bit weights
 QUADS = STEP // QUAD  # of a token
 WORDS = 4  # u32 that a thread loads of a row at once
+BIAS = 127  # of float32's exponent
+HALF_RANGE = 14  # numbers up to 2^15 are far enough from float16's largest
 
 
 @dataclass(frozen=True)
 class ProductTile(TileConfig):
-    """A block's part of a product, (along rows, along tokens)."""
+    """A block's part of a product."""
 
-    warps: tuple[int, int]  # of a block
-    fragments: tuple[int, int]  # of a warp, whose sums it has in registers
+    rows: int = 64
+    tokens: int = 64
+    warps: tuple[int, int] = (2, 2)  # of a block, along rows and along tokens
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,8 @@ class ManyTiles(TileConfig):
 
     least: int = 16
     wide: int = 48  # from so many on the large tiles
-    small: ProductTile = ProductTile((2, 2), (4, 2))
-    large: ProductTile = ProductTile((2, 2), (4, 4))
+    small: ProductTile = ProductTile(tokens=32)
+    large: ProductTile = ProductTile()
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class ProductRows:
     load(weights, expert, row, c, words, scale, slot): chunk c, to place `slot`
     put(words, scale, slot, s, c, keep): the weights of chunk c, of the s-th of its steps, by
         keep(at, four, i): inputs at … at + 3 of the step are f32 four[i … i + 3]
+    bound(scale, slot, s) -> f32 that none of these is larger than, if scales alone say so
     """
 
     inputs: int
@@ -68,6 +77,7 @@ class ProductRows:
     group: int
     load: Callable[..., Any]
     put: Callable[..., Any]
+    bound: Callable[..., Any] | None = None
 
     @property
     def chunks(self) -> int:
@@ -101,24 +111,13 @@ class ProductColumns:
     eps: float | None = None
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of a block."""
-
-    units: Matrices
-    tile: ProductTile
-
-    @property
-    def rows(self) -> int:
-        return self.tile.warps[0] * self.tile.fragments[0] * self.units.rows
-
-    @property
-    def tokens(self) -> int:
-        return self.tile.warps[1] * self.tile.fragments[1] * self.units.columns
-
-    @property
-    def threads(self) -> int:
-        return self.tile.warps[0] * self.tile.warps[1] * self.units.lanes
+@T.inline
+def power_of_two(largest, factor):
+    """factor f32 [2]: what takes numbers up to `largest` to about 2^14, and back."""
+    exponent: T.let = T.Cast("int32", T.shift_right(T.reinterpret("uint32", largest), T.uint32(23)))
+    biased: T.let = T.min(2 * BIAS + HALF_RANGE - exponent, 2 * BIAS - 1)
+    factor[0] = T.reinterpret("float32", T.shift_left(biased, 23))
+    factor[1] = T.reinterpret("float32", T.shift_left(2 * BIAS - biased, 23))
 
 
 def product(
@@ -130,37 +129,57 @@ def product(
 
     x f32 [.., k]   gain f32 [k] by which the norm multiplies, None where there is none
     """
-    of = Sizes(units, tile)
-    threads, tokens, steps = of.threads, of.tokens, rows.steps
-    token_warps = tile.warps[1]
-    of_w, of_x = tile.fragments
+    tokens, steps, parts = tile.tokens, rows.steps, units.parts
+    row_warps, token_warps = tile.warps
+    threads = row_warps * token_warps * units.lanes
+    of_w, of_x = tile.rows // (row_warps * units.rows), tokens // (token_warps * units.columns)
+    halves = units.dtype == "float16"  # whose range needs powers of two, of a row and of a token
     normed = columns.eps is not None
     all_steps = k // STEP
     all_loads = -(-all_steps // steps)
-    all_chunks = of.rows * rows.chunks
-    all_quads = tokens * QUADS
-    own_chunks, own_quads = all_chunks // threads, all_quads // threads  # of a thread
-    pairs = of.rows // 2
+    all_chunks, all_quads = tile.rows * rows.chunks, tokens * QUADS
+    own_chunks, own_quads = -(-all_chunks // threads), -(-all_quads // threads)  # of a thread
+    # Sums take the place of tiles of the same type; beside others they come a few rows at a time.
+    turns = of_w if halves else 1
+    warp_rows = of_w // turns * units.rows  # of a warp and turn
+    pairs = row_warps * warp_rows // 2  # of a turn
     w_pitch, x_pitch = STEP + units.pads[0], STEP + units.pads[1]
-    sums_pitch = of.rows + units.pads[2]
-    x_at = of.rows * w_pitch
+    sums_pitch = 2 * pairs + units.pads[2]
+    x_at, part_size = tile.rows * w_pitch, tokens * x_pitch
+    tiles_size = x_at + parts * part_size
     squares_at = tokens * sums_pitch
-    elements = max(x_at + tokens * x_pitch, squares_at + normed * all_quads)
+    sums_size = squares_at + normed * all_quads
+    room_size = sums_size if halves else max(sums_size, tiles_size)
+    whole_chunks, whole_quads = all_chunks % threads == 0, all_quads % threads == 0
     assert k % STEP == 0
-    assert all_chunks == own_chunks * threads
-    assert all_quads == own_quads * threads
+    assert of_w * row_warps * units.rows == tile.rows
+    assert of_x * token_warps * units.columns == tokens
     assert threads % QUADS == 0
+    assert threads % rows.chunks == 0
+    assert not halves or all_chunks + all_quads <= sums_size  # what finds the powers
+
+    def tile_row(turn: Any, row: Any) -> Any:
+        """That of a row of a turn."""
+        return row // warp_rows * (of_w * units.rows) + turn * warp_rows + row % warp_rows
+
+    def shared_or(room: Any, size: int, dtype: str) -> Any:
+        return T.sblock_alloc_buffer((size,), dtype, scope="shared") if halves else room
 
     @T.inline
     def work(bx, by, tx, x, gain, weights, given):
-        # Tiles, and later sums.
-        shared = T.sblock_alloc_buffer((elements,), units.dtype, scope="shared")
+        room = T.sblock_alloc_buffer((room_size,), "float32", scope="shared")
+        # Behind powers of two: tiles, and for each row and token what undoes its power.
+        tiles = shared_or(room, tiles_size, units.dtype)
+        undo = shared_or(room, tile.rows + tokens, "float32")
         words = T.sblock_alloc_buffer((own_chunks * WORDS,), "uint32", scope="local")
         scale = T.sblock_alloc_buffer((max(1, own_chunks * rows.scales),), "uint32", scope="local")
         four = T.sblock_alloc_buffer(((own_quads + normed) * QUAD,), "float32", scope="local")
+        rounded = T.sblock_alloc_buffer((QUAD,), units.dtype, scope="local")
         source = T.sblock_alloc_buffer((own_quads,), "int32", scope="local")
         square = T.sblock_alloc_buffer((own_quads,), "float32", scope="local")
-        sums = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        # Powers of two, of a thread's rows and then of its tokens.
+        power = T.sblock_alloc_buffer((own_chunks + own_quads,), "float32", scope="local")
+        pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
         span = T.sblock_alloc_buffer((3,), "int32", scope="local")
         size_w, size_x, size_sums = T.meta_var(units.sizes)
         w = T.sblock_alloc_buffer((of_w * size_w,), units.dtype, scope=units.scopes[0])
@@ -175,10 +194,11 @@ def product(
         def load(number):
             """Weights to registers."""
             for i in T.unroll(own_chunks):
-                at: T.let = (i * threads + tx) // rows.chunks
-                row: T.let = T.min(rows.row(bx * pairs + at // 2, at % 2), all_rows - 1)
+                # A thread without a chunk has another one's again.
+                at: T.let = (i * threads + tx) // rows.chunks % tile.rows
+                row: T.let = rows.row(bx * (tile.rows // 2) + at // 2, at % 2)
                 chunk: T.let = number * rows.chunks + tx % rows.chunks
-                rows.load(weights, span[0], row, chunk, words, scale, i)
+                rows.load(weights, span[0], T.min(row, all_rows - 1), chunk, words, scale, i)
 
         @T.inline
         def fetch(step):
@@ -190,6 +210,12 @@ def product(
                 four[T.ramp(own_quads * QUAD, 1, QUAD)] = gain[T.ramp(at, 1, QUAD)]
 
         @T.inline
+        def multiply_gain(i):
+            if normed:
+                for e in T.unroll(QUAD):
+                    four[i * QUAD + e] = four[i * QUAD + e] * four[own_quads * QUAD + e]
+
+        @T.inline
         def put(number, s):
             """Both to shared memory."""
             for i in T.unroll(own_chunks):
@@ -197,58 +223,142 @@ def product(
 
                 @T.inline
                 def keep(input, values, first):
-                    shared[T.ramp(at + input, 1, QUAD)] = values[T.ramp(first, 1, QUAD)]
+                    if halves:
+                        for e in T.unroll(QUAD):
+                            rounded[e] = T.Cast(units.dtype, values[first + e] * power[i])
+                        tiles[T.ramp(at + input, 1, QUAD)] = rounded[T.ramp(0, 1, QUAD)]
+                    else:
+                        tiles[T.ramp(at + input, 1, QUAD)] = values[T.ramp(first, 1, QUAD)]
 
-                rows.put(words, scale, i, s, number * rows.chunks + tx % rows.chunks, keep)
+                if whole_chunks or i * threads + tx < all_chunks:
+                    chunk: T.let = number * rows.chunks + tx % rows.chunks
+                    rows.put(words, scale, i, s, chunk, keep)
             for i in T.unroll(own_quads):
+                at: T.let = x_at + (i * threads + tx) // QUADS * x_pitch + tx % QUADS * QUAD
                 if normed:
                     for e in T.unroll(QUAD):
                         square[i] = square[i] + four[i * QUAD + e] * four[i * QUAD + e]
-                        four[i * QUAD + e] = four[i * QUAD + e] * four[own_quads * QUAD + e]
-                token: T.let = (i * threads + tx) // QUADS
-                shared[T.ramp(x_at + token * x_pitch + tx % QUADS * QUAD, 1, QUAD)] = four[
-                    T.ramp(i * QUAD, 1, QUAD)
-                ]
+                multiply_gain(i)
+                if whole_quads or i * threads + tx < all_quads:
+                    if halves:
+                        for e in T.unroll(QUAD):
+                            four[i * QUAD + e] = four[i * QUAD + e] * power[own_chunks + i]
+                        for part in T.unroll(parts):
+                            for e in T.unroll(QUAD):
+                                rounded[e] = T.Cast(units.dtype, four[i * QUAD + e])
+                                four[i * QUAD + e] = four[i * QUAD + e] - T.Cast(
+                                    "float32", rounded[e]
+                                )
+                            tiles[T.ramp(at + part * part_size, 1, QUAD)] = rounded[
+                                T.ramp(0, 1, QUAD)
+                            ]
+                    else:
+                        tiles[T.ramp(at, 1, QUAD)] = four[T.ramp(i * QUAD, 1, QUAD)]
 
         @T.inline
         def multiply():
             for d in T.serial(STEP // units.depth):
                 at: T.let = d * units.depth
                 for i in T.unroll(of_w):
-                    units.load_w(w, i, shared[(row0 + i * units.rows) * w_pitch + at], w_pitch)
-                for j in T.unroll(of_x):
-                    units.load_x(
-                        xs, j, shared[x_at + (token0 + j * units.columns) * x_pitch + at], x_pitch
-                    )
-                for i in T.unroll(of_w):
+                    units.load_w(w, i, tiles[(row0 + i * units.rows) * w_pitch + at], w_pitch)
+                for part in T.unroll(parts):
                     for j in T.unroll(of_x):
-                        units.multiply(acc, i * of_x + j, w, i, xs, j)
+                        token: T.let = token0 + j * units.columns
+                        units.load_x(
+                            xs, j, tiles[x_at + part * part_size + token * x_pitch + at], x_pitch
+                        )
+                    for i in T.unroll(of_w):
+                        for j in T.unroll(of_x):
+                            units.multiply(acc, i * of_x + j, w, i, xs, j)
 
         @T.inline
-        def finish(item):
+        def find_powers():
+            """Of each row and token, by its largest element."""
+            for i in T.unroll(own_chunks + own_quads):
+                power[i] = T.float32(0)
+            for number in T.serial(all_loads):
+                load(number)
+                for i in T.unroll(own_chunks):
+
+                    @T.inline
+                    def look(input, values, first):
+                        for e in T.unroll(QUAD):
+                            power[i] = T.max(power[i], T.fabs(values[first + e]))
+
+                    for s in T.unroll(steps):
+                        if all_steps % steps == 0 or number * steps + s < all_steps:
+                            if rows.bound is None:
+                                chunk: T.let = number * rows.chunks + tx % rows.chunks
+                                rows.put(words, scale, i, s, chunk, look)
+                            else:
+                                power[i] = T.max(power[i], rows.bound(scale, i, s))
+            for step in T.serial(all_steps):
+                fetch(step)
+                for i in T.unroll(own_quads):
+                    multiply_gain(i)
+                    for e in T.unroll(QUAD):
+                        power[own_chunks + i] = T.max(
+                            power[own_chunks + i], T.fabs(four[i * QUAD + e])
+                        )
+            for i in T.unroll(own_chunks):
+                if whole_chunks or i * threads + tx < all_chunks:
+                    room[i * threads + tx] = power[i]
+            for i in T.unroll(own_quads):
+                if whole_quads or i * threads + tx < all_quads:
+                    room[all_chunks + i * threads + tx] = power[own_chunks + i]
+            barrier()
+            for i in T.unroll(own_chunks):
+                at: T.let = (i * threads + tx) // rows.chunks % tile.rows
+                power[i] = T.float32(0)
+                for c in T.unroll(rows.chunks):
+                    power[i] = T.max(power[i], room[at * rows.chunks + c])
+                power_of_two(power[i], pair)
+                power[i] = pair[0]
+                if tx % rows.chunks == 0 and (whole_chunks or i * threads + tx < all_chunks):
+                    undo[at] = pair[1]
+            for i in T.unroll(own_quads):
+                at: T.let = (i * threads + tx) // QUADS % tokens
+                power[own_chunks + i] = T.float32(0)
+                for q in T.unroll(QUADS):
+                    power[own_chunks + i] = T.max(
+                        power[own_chunks + i], room[all_chunks + at * QUADS + q]
+                    )
+                power_of_two(power[own_chunks + i], pair)
+                power[own_chunks + i] = pair[0]
+                if tx % QUADS == 0 and (whole_quads or i * threads + tx < all_quads):
+                    undo[tile.rows + at] = pair[1]
+
+        @T.inline
+        def finish(turn, item):
             """A pair of rows of a token."""
             token: T.let = item // pairs
-            pair: T.let = bx * pairs + item % pairs
-            if token < span[2] and rows.row(pair, 0) < all_rows:
-                sums[T.ramp(0, 1, 2)] = shared[T.ramp(token * sums_pitch + item % pairs * 2, 1, 2)]
+            row: T.let = item % pairs * 2  # of the turn's
+            number: T.let = bx * (tile.rows // 2) + tile_row(turn, row) // 2
+            if token < span[2] and rows.row(number, 0) < all_rows:
+                pair[T.ramp(0, 1, 2)] = room[T.ramp(token * sums_pitch + row, 1, 2)]
+                if halves:
+                    for r in T.unroll(2):
+                        pair[r] = pair[r] * undo[tile_row(turn, row) + r] * undo[tile.rows + token]
                 if normed:
                     square[0] = T.float32(0)
                     for q in T.unroll(QUADS):
-                        square[0] = square[0] + shared[squares_at + token * QUADS + q]
+                        square[0] = square[0] + room[squares_at + token * QUADS + q]
                     square[0] = T.float32(1) / T.sqrt(
                         square[0] / T.float32(k) + T.float32(columns.eps)
                     )
                     for r in T.unroll(2):
-                        sums[r] = sums[r] * square[0]
-                columns.store(given, span[0], span[1] + token, pair, sums)
+                        pair[r] = pair[r] * square[0]
+                columns.store(given, span[0], span[1] + token, number, pair)
 
         columns.choose(given, by, tokens, span)
         if span[0] >= 0:  # of all threads of the block
-            load(0)
             for i in T.unroll(own_quads):
                 token: T.let = T.min((i * threads + tx) // QUADS, span[2] - 1)
                 source[i] = columns.source(given, span[1] + token)
                 square[i] = T.float32(0)
+            if halves:
+                find_powers()
+            load(0)
             fetch(0)
             for i in T.unroll(of_w * of_x):
                 units.fill(acc, i)
@@ -265,25 +375,31 @@ def product(
                         if token0 < span[2]:
                             multiply()
                         barrier()  # the tiles are no longer read
-            if token0 < span[2]:
-                for i in T.unroll(of_w):
-                    for j in T.unroll(of_x):
-                        token: T.let = token0 + j * units.columns
-                        units.store(
-                            acc, i * of_x + j,
-                            shared[token * sums_pitch + row0 + i * units.rows], sums_pitch,
-                        )  # fmt: skip
             if normed:
                 for i in T.unroll(own_quads):
-                    shared[squares_at + i * threads + tx] = square[i]
-            barrier()
-            for i in T.serial(tokens * pairs // threads):
-                finish(i * threads + tx)
+                    if whole_quads or i * threads + tx < all_quads:
+                        room[squares_at + i * threads + tx] = square[i]
+            for turn in T.unroll(turns):
+                if token0 < span[2]:
+                    for i in T.unroll(of_w // turns):
+                        for j in T.unroll(of_x):
+                            token: T.let = token0 + j * units.columns
+                            row: T.let = warp // token_warps * warp_rows + i * units.rows
+                            units.store(
+                                acc, (turn * (of_w // turns) + i) * of_x + j,
+                                room[token * sums_pitch + row], sums_pitch,
+                            )  # fmt: skip
+                barrier()
+                for i in T.serial(-(-tokens * pairs // threads)):
+                    finish(turn, i * threads + tx)
+                if turn < turns - 1:
+                    barrier()
 
     @T.inline
     def launch(n, x, gain, weights, given):
         # Blocks that read the same inputs follow each other.
-        for some in T.thread_binding(-(-rows.pairs(all_rows) // pairs), thread="blockIdx.x"):
+        tiles_of_rows = T.meta_var(-(-rows.pairs(all_rows) // (tile.rows // 2)))
+        for some in T.thread_binding(tiles_of_rows, thread="blockIdx.x"):
             for group in T.thread_binding(blocks(n, tokens), thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     with T.sblock("product"):

@@ -79,6 +79,8 @@ class Simt:
         self._runtime.simt_end.restype = ctypes.c_char_p
         self._runtime.simt_place.restype = ctypes.c_void_p
         self._runtime.simt_cost.restype = ctypes.c_uint64
+        self._runtime.simt_operations.argtypes = [ctypes.c_char_p]
+        self._runtime.simt_operations.restype = ctypes.c_uint64
         # TVM's host code selects the device that its tensors name.
         tvm_ffi.register_global_func("__tvm_set_device", lambda *_: None, override=True)
 
@@ -149,6 +151,10 @@ class Simt:
             for shared, memory in enumerate(MEMORIES)
             for write, access in enumerate(ACCESSES)
         }
+
+    def operations(self, name: str) -> int:
+        """How often warps did what has this name, as simd_sum has, in a run that was `counting`."""
+        return self._runtime.simt_operations(name.encode())
 
     def _place(self, name: str, array: np.ndarray, writable: bool) -> np.ndarray:
         address = self._runtime.simt_argument(name.encode(), array.nbytes, array.itemsize, writable)

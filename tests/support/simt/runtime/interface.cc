@@ -12,6 +12,7 @@ void simt_begin(int order, uint64_t seed, int counting, int without) {
   simt::error.clear();
   simt::set_order(order, seed);
   simt::begin_costs(counting);
+  simt::begin_operations();
 }
 
 // Memory for an argument; NULL where there is no room.
@@ -28,4 +29,7 @@ const void* simt_place() { return simt::failed ? simt::place : nullptr; }
 // Of all accesses of one kind: what = 0 requests of warps, 1 passes (global: sectors), 2 the fewest
 // passes that could do, 3 bytes.
 uint64_t simt_cost(int shared, int write, int what) { return simt::cost_of(shared, write, what); }
+
+// How often warps did what has this name.
+uint64_t simt_operations(const char* what) { return simt::operations_of(what); }
 }

@@ -43,6 +43,8 @@ extern std::vector<Clock> warp_clocks;  // of each warp: go on at its own barrie
 
 // ---- warp.cc
 
+void begin_operations();
+uint64_t operations_of(const char* what);  // how often warps did it, where they are counted
 void begin_warps(int threads);
 std::string who_waits(int thread);  // for the report of a deadlock
 

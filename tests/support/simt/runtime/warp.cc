@@ -1,6 +1,7 @@
 // Operations of a warp: each lane gives a value and waits; then all have the values of all.
 #include <algorithm>
 #include <list>
+#include <map>
 
 #include "state.h"
 
@@ -17,6 +18,7 @@ struct Meeting {
 };
 
 std::vector<std::list<Meeting>> meetings;  // of each warp
+std::map<std::string, uint64_t> operations;  // of the run, by their names
 
 Meeting& join(const char* what, uint32_t mask) {
   auto& under_way = meetings[warp_of(current)];
@@ -28,6 +30,9 @@ Meeting& join(const char* what, uint32_t mask) {
 }
 
 }  // namespace
+
+void begin_operations() { operations.clear(); }
+uint64_t operations_of(const char* what) { return operations[what]; }
 
 void begin_warps(int threads) {
   warp_clocks.assign(warp_of(threads - 1) + 1, {});
@@ -52,6 +57,7 @@ void exchange(const char* what, uint32_t mask, int memories, const void* mine, i
   memcpy(m.given[lane_index()], mine, size);
   m.arrived |= 1u << lane_index();
   if (m.arrived == mask) {
+    if (counting) operations[what]++;
     if (mask == every)  // a part of a warp is not ordered: that can only hide nothing
       for (int memory : {SHARED, GLOBAL})
         if (memories & memory) warp_clocks[warp].of[memory]++;
