@@ -22,7 +22,7 @@ from .mxfp4 import (
     WORDS,
     ExpertRows,
     ExpertsTile,
-    half_weight,
+    scaled,
     unpack,
 )
 
@@ -169,7 +169,7 @@ class ChosenExperts:
                                     ),
                                     four,
                                 )
-                                scaled(weight, four, factor, r)
+                                scaled(weight, four, factor[r])
                                 for t in T.unroll(tokens):
                                     for e in T.unroll(EIGHT):
                                         acc[t * ROWS + r] = (
@@ -213,16 +213,3 @@ class ChosenExperts:
                     barrier()
 
         return visit
-
-
-@T.inline
-def scaled(weight, four, factor, r):
-    """weight f32 [8] = the unpacked word times factor[r]."""
-    weight[0] = half_weight(four[0], 0) * factor[r]
-    weight[1] = half_weight(four[1], 0) * factor[r]
-    weight[2] = half_weight(four[0], 1) * factor[r]
-    weight[3] = half_weight(four[1], 1) * factor[r]
-    weight[4] = half_weight(four[0], 2) * factor[r]
-    weight[5] = half_weight(four[1], 2) * factor[r]
-    weight[6] = half_weight(four[0], 3) * factor[r]
-    weight[7] = half_weight(four[1], 3) * factor[r]

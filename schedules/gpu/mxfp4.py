@@ -37,6 +37,7 @@ from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import scale_value
 from ..kernel import Layout, T, TileConfig
 from .lanes import WARP
+from .product import STEP, ProductRows
 
 PAIR = 2  # threads, and the blocks of 32 that they share
 WORDS = 4  # of a thread, for a row
@@ -149,11 +150,65 @@ def half_weight(four: Any, n: int) -> Any:
     return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half)))
 
 
+@T.inline
+def scaled(weight, four, factor):
+    """weight f32 [8] = an unpacked word times a factor."""
+    weight[0] = half_weight(four[0], 0) * factor
+    weight[1] = half_weight(four[1], 0) * factor
+    weight[2] = half_weight(four[0], 1) * factor
+    weight[3] = half_weight(four[1], 1) * factor
+    weight[4] = half_weight(four[0], 2) * factor
+    weight[5] = half_weight(four[1], 2) * factor
+    weight[6] = half_weight(four[0], 3) * factor
+    weight[7] = half_weight(four[1], 3) * factor
+
+
 def _plus_products(total: Any, four: Any, x: Any, at: Any) -> Any:
     """`total` plus unpacked weights times x[at : at + 8]."""
     for n in range(EIGHT):
         total = total + half_weight(four[n % 2], n // 2) * x[at + n]
     return total
+
+
+def product_rows(rows: int, group: int) -> ProductRows:
+    """Weights (blocks, scales) as packed for blocks of so many rows, in products of many tokens:
+    UNIT times their sums. So no scale takes a weight beyond float32."""
+
+    def scale_of(scale: Any, slot: Any, s: Any, row: Any) -> Any:
+        """Of the s-th block of a pair."""
+        byte = T.shift_right(scale[slot * PAIR + s], T.Cast("uint32", row % SCALES * 8))
+        return scale_value(T.bitwise_and(byte, _u32(255)))
+
+    @T.inline
+    def load(weights, expert, row, c, words, scale, slot):
+        words[T.ramp(slot * WORDS, 1, WORDS)] = weights[0][
+            expert, row // rows, row % rows, c, T.ramp(0, 1, WORDS)
+        ]
+        for i in T.unroll(PAIR):
+            scale[slot * PAIR + i] = weights[1][
+                expert, row // rows, c // PAIR, i * (rows // SCALES) + row % rows // SCALES
+            ]
+
+    @T.inline
+    def put(words, scale, slot, s, row, c, keep):
+        four = T.sblock_alloc_buffer((2,), "uint32", scope="local")
+        eight = T.sblock_alloc_buffer((EIGHT,), "float32", scope="local")
+        factor: T.let = scale_of(scale, slot, s, row)
+        for v in T.unroll(WORDS // PAIR):
+            unpack(words[slot * WORDS + s * (WORDS // PAIR) + v], four)
+            scaled(eight, four, factor)
+            for j in T.unroll(EIGHT // QUAD):
+                keep((v * (EIGHT // QUAD) + j) * PAIR * QUAD + c % PAIR * QUAD, eight, j * QUAD)
+
+    return ProductRows(
+        inputs=BLOCK,
+        steps=PAIR * BLOCK // STEP,
+        scales=PAIR,
+        group=group,
+        load=load,
+        put=put,
+        bound=lambda scale, slot, s, row: T.float32(6 / UNIT) * scale_of(scale, slot, s, row),
+    )
 
 
 # -- a block of threads ----------------------------------------------------------------------------

@@ -66,9 +66,9 @@ class ProductRows:
     scales: u32 that belong to them
     group: rows 2p and 2p + 1 of a tile are rows i and i + group/2 of a group of W's
     load(weights, expert, row, c, words, scale, slot): chunk c, to place `slot`
-    put(words, scale, slot, s, c, keep): the weights of chunk c, of the s-th of its steps, by
-        keep(at, four, i): inputs at … at + 3 of the step are f32 four[i … i + 3]
-    bound(scale, slot, s) -> f32 that none of these is larger than, if scales alone say so
+    put(words, scale, slot, s, row, c, keep): the weights of such a chunk, of the s-th of its steps,
+        by keep(at, four, i): inputs at … at + 3 of the step are f32 four[i … i + 3]
+    bound(scale, slot, s, row) -> f32 that none of these is larger than, if scales alone say so
     """
 
     inputs: int
@@ -165,6 +165,11 @@ def product(
     def shared_or(room: Any, size: int, dtype: str) -> Any:
         return T.sblock_alloc_buffer((size,), dtype, scope="shared") if halves else room
 
+    def row_of(bx: Any, chunk: Any) -> Any:
+        """The row of one of a block's chunks. Behind the last chunk are the first again."""
+        at = chunk // rows.chunks % tile.rows
+        return T.min(rows.row(bx * (tile.rows // 2) + at // 2, at % 2), all_rows - 1)
+
     @T.inline
     def work(bx, by, tx, x, gain, weights, given):
         room = T.sblock_alloc_buffer((room_size,), "float32", scope="shared")
@@ -194,11 +199,9 @@ def product(
         def load(number):
             """Weights to registers."""
             for i in T.unroll(own_chunks):
-                # A thread without a chunk has another one's again.
-                at: T.let = (i * threads + tx) // rows.chunks % tile.rows
-                row: T.let = rows.row(bx * (tile.rows // 2) + at // 2, at % 2)
+                row: T.let = row_of(bx, i * threads + tx)
                 chunk: T.let = number * rows.chunks + tx % rows.chunks
-                rows.load(weights, span[0], T.min(row, all_rows - 1), chunk, words, scale, i)
+                rows.load(weights, span[0], row, chunk, words, scale, i)
 
         @T.inline
         def fetch(step):
@@ -232,7 +235,7 @@ def product(
 
                 if whole_chunks or i * threads + tx < all_chunks:
                     chunk: T.let = number * rows.chunks + tx % rows.chunks
-                    rows.put(words, scale, i, s, chunk, keep)
+                    rows.put(words, scale, i, s, row_of(bx, i * threads + tx), chunk, keep)
             for i in T.unroll(own_quads):
                 at: T.let = x_at + (i * threads + tx) // QUADS * x_pitch + tx % QUADS * QUAD
                 if normed:
@@ -289,9 +292,12 @@ def product(
                         if all_steps % steps == 0 or number * steps + s < all_steps:
                             if rows.bound is None:
                                 chunk: T.let = number * rows.chunks + tx % rows.chunks
-                                rows.put(words, scale, i, s, chunk, look)
+                                row: T.let = row_of(bx, i * threads + tx)
+                                rows.put(words, scale, i, s, row, chunk, look)
                             else:
-                                power[i] = T.max(power[i], rows.bound(scale, i, s))
+                                power[i] = T.max(
+                                    power[i], rows.bound(scale, i, s, row_of(bx, i * threads + tx))
+                                )
             for step in T.serial(all_steps):
                 fetch(step)
                 for i in T.unroll(own_quads):

@@ -65,7 +65,7 @@ class Chunks:
             keep(at, four, 0)
 
         @T.inline
-        def put(words, scale, slot, s, c, keep):
+        def put(words, scale, slot, s, row, c, keep):
             four = T.sblock_alloc_buffer((QUAD,), "float32", scope="local")
             for q in T.unroll(chunk.inputs // QUAD):
                 keep_quad(

@@ -12,9 +12,11 @@ from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import BlockSums
-from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
-from ..kernel import T, Tensor, prim_func
+from ..gpu.matrices import MATRICES, Matrices
+from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile, product_rows
+from ..kernel import Size, T, Tensor, f32, prim_func
 from .experts_gpu import FEW, schedules
+from .grouped_gpu import MANY, grouped_products, mixture, scratch
 
 # By what a target has besides, best first.
 TILES = {
@@ -68,24 +70,31 @@ def elements(
 
 
 def _rows(
-    family: str,
+    features: tuple[str, ...],
     arguments: tuple[Tensor, ...],
     *,
+    experts: int,
     top_k: int,
     hidden: int,
     intermediate: int,
     tile: ExpertsTile,
-    **_experts: int,
 ) -> tvm.tirx.PrimFunc:
-    one = _one(family, tile, top_k, hidden, intermediate)
-    several = _several(family, tile, top_k, hidden, intermediate)
+    one = _one(features[0], tile, top_k, hidden, intermediate)
+    several = _several(features[0], tile, top_k, hidden, intermediate)
+    units = MATRICES.get(features)
+    many = units and _many(units, tile, experts, top_k, hidden, intermediate)
 
     @T.inline
-    def body(n, h, ids, weights, blocks, scales, bias, residual, y):
+    def body(
+        n, h, ids, weights, blocks, scales, bias, residual, y, outputs=None, begins=None,
+        by_expert=None,
+    ):  # fmt: skip
         if n == 1:
             one(n, h, ids, weights, blocks, scales, bias, residual, y)
-        else:
+        elif (many is None) or n * top_k < MANY.least * experts:
             several(n, h, ids, weights, blocks, scales, bias, residual, y)
+        else:
+            many(n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs)
 
     return prim_func(arguments, body)
 
@@ -196,4 +205,38 @@ def _several(family: str, tile: ExpertsTile, top_k: int, hidden: int, intermedia
     return several
 
 
-SCHEDULES = schedules(_rows, TILES)
+def _many(
+    units: Matrices, tile: ExpertsTile, experts: int, top_k: int, hidden: int, intermediate: int
+) -> Any:
+    """The launches for many tokens: the outputs of all slots, then their mixture."""
+    # Pairs of rows so far apart that stores are whole sectors.
+    rows = product_rows(tile.rows, MANY.large.rows)
+
+    @T.inline
+    def store(given, expert, slot, pair, sums):
+        bias, outputs = T.meta_var(given[2:])
+        for r in T.unroll(2):
+            row: T.let = rows.row(pair, r)
+            if row < hidden:
+                outputs[slot, row] = T.float32(UNIT) * sums[r] + bias[expert, row]
+
+    products = grouped_products(
+        units, rows, experts=experts, top_k=top_k, share=1, all_rows=hidden, k=intermediate,
+        store=store,
+    )  # fmt: skip
+    mix = mixture(top_k, hidden)
+
+    @T.inline
+    def launch(n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs):
+        products(n, h, ids, (blocks, scales), (begins, by_expert, bias, outputs))
+        mix(n, outputs, weights, residual, y)
+
+    return launch
+
+
+def _scratch(*, experts: int, top_k: int, hidden: int, **_: int) -> tuple[Tensor, ...]:
+    slots = Size("n", top_k)
+    return (f32("outputs", slots, hidden), *scratch(slots, experts))
+
+
+SCHEDULES = schedules(_rows, TILES, _scratch)

@@ -12,9 +12,11 @@ from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import LANES, BlockSums
-from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile
-from ..kernel import T, Tensor, prim_func
+from ..gpu.matrices import MATRICES, Matrices
+from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile, product_rows
+from ..kernel import Size, T, Tensor, prim_func
 from .experts_gpu import FEW, schedules
+from .grouped_gpu import MANY, grouped_products, scratch
 from .swiglu import swiglu
 
 # By what a target has besides, best first.
@@ -81,25 +83,29 @@ def elements(
 
 
 def _rows(
-    family: str,
+    features: tuple[str, ...],
     arguments: tuple[Tensor, ...],
     *,
+    experts: int,
     top_k: int,
     hidden: int,
     intermediate: int,
     limit: float,
     tile: ExpertsTile,
-    **_experts: int,
 ) -> tvm.tirx.PrimFunc:
-    one = _one(family, tile, top_k, hidden, intermediate, limit)
-    several = _several(family, tile, top_k, hidden, intermediate, limit)
+    one = _one(features[0], tile, top_k, hidden, intermediate, limit)
+    several = _several(features[0], tile, top_k, hidden, intermediate, limit)
+    units = MATRICES.get(features)
+    many = units and _many(units, tile, experts, top_k, hidden, intermediate, limit)
 
     @T.inline
-    def body(n, x, ids, blocks, scales, bias, h):
+    def body(n, x, ids, blocks, scales, bias, h, begins=None, by_expert=None):
         if n == 1:
             one(n, x, ids, blocks, scales, bias, h)
-        else:
+        elif (many is None) or n * top_k < MANY.least * experts:
             several(n, x, ids, blocks, scales, bias, h)
+        else:
+            many(n, x, ids, (blocks, scales), (begins, by_expert, bias, h))
 
     return prim_func(arguments, body)
 
@@ -198,4 +204,29 @@ def _several(
     return several
 
 
-SCHEDULES = schedules(_rows, TILES)
+def _many(
+    units: Matrices, tile: ExpertsTile, experts: int, top_k: int, hidden: int, intermediate: int,
+    limit: float,
+) -> Any:  # fmt: skip
+    """The launches for many tokens."""
+
+    @T.inline
+    def store(given, expert, slot, unit, sums):
+        bias, h = T.meta_var(given[2:])
+        begin = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        begin[T.ramp(0, 1, 2)] = bias[expert, T.ramp(2 * unit, 1, 2)]
+        h[slot, unit] = swiglu(
+            T.float32(UNIT) * sums[0] + begin[0], T.float32(UNIT) * sums[1] + begin[1], limit
+        )
+
+    return grouped_products(
+        units, product_rows(tile.rows, 2), experts=experts, top_k=top_k, share=top_k,
+        all_rows=2 * intermediate, k=hidden, store=store,
+    )  # fmt: skip
+
+
+def _scratch(*, experts: int, top_k: int, **_: float) -> tuple[Tensor, ...]:
+    return scratch(Size("n", top_k), experts)
+
+
+SCHEDULES = schedules(_rows, TILES, _scratch)

@@ -146,7 +146,8 @@ def _shown(name: str) -> str:
 
 def _metal_call(function: DeviceFunction) -> str:
     pointers = [_argument(i, d) for i, d in enumerate(function.parameters) if d == "handle"]
-    scalars = [_argument(i, d) for i, d in enumerate(function.parameters) if d != "handle"]
+    # In braces, as one of 32 bits is the first of an array of two.
+    scalars = [f"{{{_argument(i, d)}}}" for i, d in enumerate(function.parameters) if d != "handle"]
     given = [*pointers, *(["scalars"] if scalars else [])]
     given += ["Index{simt::block_index()}", "Index{simt::thread_index()}"]
     declared = f"{function.name}_args_t scalars{{{', '.join(scalars)}}};" if scalars else ""
