@@ -1,4 +1,5 @@
-"""`qkv_insert` on GPUs without matrix units of ours: some rows a block (gpu/gemv.py).
+"""`qkv_insert` on GPUs but CUDA's newer ones: some rows a block (gpu/gemv.py), and for many tokens
+a product of tiles where there are matrix units (gpu/product.py).
 
 The norm needs no pass of its own: qkv = W·(x · norm_weight) / rms(x), and each block adds up the
 squares beside the products. Half of a block's rows are neighbours in one head, the others what
@@ -16,9 +17,11 @@ from mxforge.kv_layout import PAGE_TOKENS
 from ..formats.kv import KV
 from ..gpu.gemv import Gemv, GemvTile
 from ..gpu.lanes import LANES
+from ..gpu.matrices import MATRICES
+from ..gpu.product import STEP
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from ..linear import bf16_gpu, i8_f32_gpu
-from ..linear.rows_gpu import Chunks
+from ..linear.rows_gpu import MANY, TARGETS, Chunks, dense_products
 from .kv_insert_gpu import insertion, rotation
 from .pages import physical_page
 
@@ -33,7 +36,7 @@ THREADS256 = ("threads256",)
 
 
 def _build(
-    family: str,
+    features: tuple[str, ...],
     chunks: Chunks,
     arguments: tuple[Tensor, ...],
     *,
@@ -71,16 +74,23 @@ def _build(
         return row_tile // head_tiles * head_dim + r // pairs * half + i
 
     @T.inline
-    def complete(pair, out, parts, sums, squares, first, t, bias, cos_sin, head, i):
-        """pair: elements i and i + D/2 of a head, from the block's sums `first` and `pairs` on."""
+    def complete(pair, t, bias, cos_sin, head, i):
+        """pair: elements i and i + D/2 of a head, from their normed sums."""
+        pair[0] = pair[0] + bias[head * head_dim + i]
+        pair[1] = pair[1] + bias[head * head_dim + half + i]
+        if head < heads + kv_heads:
+            rotate(pair, cos_sin, t, i)
+
+    @T.inline
+    def total(pair, out, parts, sums, squares, first, t, bias, cos_sin, head, i):
+        """pair: the same from the block's sums `first` and `pairs` on."""
         sums.total(parts, squares, out)
         pair[2] = T.float32(1) / T.sqrt(out[0] / T.float32(hidden) + T.float32(eps))
         sums.total(parts, first, out)
-        pair[0] = out[0] * pair[2] + bias[head * head_dim + i]
+        pair[0] = out[0] * pair[2]
         sums.total(parts, first + pairs, out)
-        pair[1] = out[0] * pair[2] + bias[head * head_dim + half + i]
-        if head < heads + kv_heads:
-            rotate(pair, cos_sin, t, i)
+        pair[1] = out[0] * pair[2]
+        complete(pair, t, bias, cos_sin, head, i)
 
     @T.inline
     def store(pair, kv, q, page, slot, t, head, i):
@@ -95,7 +105,7 @@ def _build(
 
     def launch(tokens):
         """`tokens` at a time, each time all weights."""
-        gemv = Gemv(family, chunks.chunk, hidden, tile, tokens, normed=True)
+        gemv = Gemv(features[0], chunks.chunk, hidden, tile, tokens, normed=True)
         sums, products = gemv.sums, gemv.products
 
         def token(token_tile, n, t):
@@ -121,7 +131,7 @@ def _build(
                     head: T.let = tile_of_turn // head_tiles
                     i: T.let = tile_of_turn % head_tiles * pairs + tx % pairs
                     if t < n:
-                        complete(
+                        total(
                             pair, out, parts, sums, gemv.squares + tx // pairs,
                             tx // pairs * tile.rows + tx % pairs, t, bias, cos_sin, head, i,
                         )  # fmt: skip
@@ -179,23 +189,49 @@ def _build(
 
         return blocks
 
+    def launch_many(units):
+        @T.inline
+        def completed(others, t, number, sums):
+            complete(sums, t, others[0], others[1], number // half, number % half)
+
+        @T.inline
+        def stored(others, t, number, sums):
+            positions, token_seq, page_table, first_page, kv, q = T.meta_var(others[2:])
+            if not scaled:
+                completed(others, t, number, sums)
+            page: T.let = physical_page(
+                page_table, first_page, token_seq[t], positions[t] // PAGE_TOKENS
+            )
+            store(sums, kv, q, page, positions[t] % PAGE_TOKENS, t, number // half, number % half)
+
+        return dense_products(
+            units, chunks, MANY, rows=all_heads * head_dim, k=hidden, group=head_dim, eps=eps,
+            store=stored, complete=completed if scaled else None,
+        )  # fmt: skip
+
     one, some = launch(1), launch(tile.tokens)
+    units = MATRICES.get(features) if hidden % STEP == 0 else None
+    if units and scaled and (units.dtype != "float32" or MANY.large.rows % head_dim):
+        units = None  # whose heads are not whole in a tile's sums
+    many = units and launch_many(units)
 
     @T.inline
     def body(
         n, x, norm_weight, weight, bias, cos_sin, positions, token_seq, page_table, first_page,
         kv, q, weight_scale=None,
     ):  # fmt: skip
+        others = T.meta_var((bias, cos_sin, positions, token_seq, page_table, first_page, kv, q))
         if n == 1:
-            one(
-                n, x, norm_weight, weight, weight_scale,
-                (bias, cos_sin, positions, token_seq, page_table, first_page, kv, q),
-            )  # fmt: skip
+            one(n, x, norm_weight, weight, weight_scale, others)
+        elif (many is None) or n < MANY.least:
+            some(n, x, norm_weight, weight, weight_scale, others)
         else:
-            some(
-                n, x, norm_weight, weight, weight_scale,
-                (bias, cos_sin, positions, token_seq, page_table, first_page, kv, q),
-            )  # fmt: skip
+            words = chunks.words(weight, all_heads * head_dim, hidden)
+            if weight_scale is None:
+                many(n, x, norm_weight, words, None, others)
+            else:
+                scales = chunks.scales(weight_scale, all_heads * head_dim, hidden)
+                many(n, x, norm_weight, words, scales, others)
 
     return prim_func(arguments, body)
 
@@ -220,15 +256,16 @@ def _fits(
 def _schedules(chunks: Chunks) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(
-            f"rows a block{', whole heads where scales are' * scaled}, {family}",
-            gpu(family, *(THREADS256 if scaled and family == "vulkan" else ())),
-            partial(_build, family, chunks),
+            f"rows a block{', whole heads where scales are' * scaled}, {' '.join(features)}",
+            gpu(*features, *(THREADS256 if scaled and features[0] == "vulkan" else ())),
+            partial(_build, features, chunks),
             tile,
             chunks.layouts,
             partial(_fits, chunks, tile, scaled),
         )
         for tile, scaled, families in ((TILE, False, LANES), (SCALED_TILE, True, SCALED_FAMILIES))
-        for family in families
+        for features in TARGETS
+        if features[0] in families
     )
 
 

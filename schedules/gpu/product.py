@@ -100,15 +100,18 @@ class ProductColumns:
     choose(given, by, tokens, span): span i32 [3] = the expert of block `by`, -1 where it has none,
         the number of its first token, and how many it has, `tokens` at most
     source(given, number) -> the row of X that is token `number`'s
-    store(given, expert, number, pair, sums): sums f32 [2], of a token and of a pair of rows, of
-        which the second may not be one of W's
+    store(given, expert, number, pair, sums): sums f32 [2 or 3], of a token and of a pair of rows,
+        of which the second may not be one of W's
     eps: of the norm that X gets first, if any
+    complete(given, expert, number, pair, sums): where store needs the largest magnitude of the
+        pair's group, sums[2]: what has to be done to sums[0] and [1] before
     """
 
     choose: Callable[..., Any]
     source: Callable[..., Any]
     store: Callable[..., Any]
     eps: float | None = None
+    complete: Callable[..., Any] | None = None
 
 
 @T.inline
@@ -135,6 +138,7 @@ def product(
     of_w, of_x = tile.rows // (row_warps * units.rows), tokens // (token_warps * units.columns)
     halves = units.dtype == "float16"  # whose range needs powers of two, of a row and of a token
     normed = columns.eps is not None
+    grouped = columns.complete is not None
     all_steps = k // STEP
     all_loads = -(-all_steps // steps)
     all_chunks, all_quads = tile.rows * rows.chunks, tokens * QUADS
@@ -152,6 +156,7 @@ def product(
     room_size = sums_size if halves else max(sums_size, tiles_size)
     whole_chunks, whole_quads = all_chunks % threads == 0, all_quads % threads == 0
     assert k % STEP == 0
+    assert not grouped or (tile.rows % rows.group == 0 and turns == 1)
     assert of_w * row_warps * units.rows == tile.rows
     assert of_x * token_warps * units.columns == tokens
     assert threads % QUADS == 0
@@ -162,8 +167,9 @@ def product(
         """That of a row of a turn."""
         return row // warp_rows * (of_w * units.rows) + turn * warp_rows + row % warp_rows
 
-    def shared_or(room: Any, size: int, dtype: str) -> Any:
-        return T.sblock_alloc_buffer((size,), dtype, scope="shared") if halves else room
+    def own_or(own: bool, room: Any, size: int, dtype: str = "float32") -> Any:
+        """Shared memory of its own, or `room`."""
+        return T.sblock_alloc_buffer((size,), dtype, scope="shared") if own else room
 
     def row_of(bx: Any, chunk: Any) -> Any:
         """The row of one of a block's chunks. Behind the last chunk are the first again."""
@@ -174,8 +180,9 @@ def product(
     def work(bx, by, tx, x, gain, weights, given):
         room = T.sblock_alloc_buffer((room_size,), "float32", scope="shared")
         # Behind powers of two: tiles, and for each row and token what undoes its power.
-        tiles = shared_or(room, tiles_size, units.dtype)
-        undo = shared_or(room, tile.rows + tokens, "float32")
+        tiles = own_or(halves, room, tiles_size, units.dtype)
+        undo = own_or(halves, room, tile.rows + tokens)
+        peaks = own_or(grouped, room, tokens * pairs)  # largest magnitudes of pairs
         words = T.sblock_alloc_buffer((own_chunks * WORDS,), "uint32", scope="local")
         scale = T.sblock_alloc_buffer((max(1, own_chunks * rows.scales),), "uint32", scope="local")
         four = T.sblock_alloc_buffer(((own_quads + normed) * QUAD,), "float32", scope="local")
@@ -184,7 +191,7 @@ def product(
         square = T.sblock_alloc_buffer((own_quads,), "float32", scope="local")
         # Powers of two, of a thread's rows and then of its tokens.
         power = T.sblock_alloc_buffer((own_chunks + own_quads,), "float32", scope="local")
-        pair = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        pair = T.sblock_alloc_buffer((2 + grouped,), "float32", scope="local")
         span = T.sblock_alloc_buffer((3,), "int32", scope="local")
         size_w, size_x, size_sums = T.meta_var(units.sizes)
         w = T.sblock_alloc_buffer((of_w * size_w,), units.dtype, scope=units.scopes[0])
@@ -335,7 +342,7 @@ def product(
                     undo[tile.rows + at] = pair[1]
 
         @T.inline
-        def finish(turn, item):
+        def take(turn, item, use):
             """A pair of rows of a token."""
             token: T.let = item // pairs
             row: T.let = item % pairs * 2  # of the turn's
@@ -354,7 +361,22 @@ def product(
                     )
                     for r in T.unroll(2):
                         pair[r] = pair[r] * square[0]
-                columns.store(given, span[0], span[1] + token, number, pair)
+                if grouped:
+                    columns.complete(given, span[0], span[1] + token, number, pair)
+                use(item, number, span[1] + token)
+
+        @T.inline
+        def store(item, number, token):
+            if grouped:
+                pair[2] = T.float32(0)
+                first: T.let = item // (rows.group // 2) * (rows.group // 2)
+                for i in T.serial(rows.group // 2):
+                    pair[2] = T.max(pair[2], peaks[first + i])
+            columns.store(given, span[0], token, number, pair)
+
+        @T.inline
+        def leave_peak(item, number, token):
+            peaks[item] = T.max(T.fabs(pair[0]), T.fabs(pair[1]))
 
         columns.choose(given, by, tokens, span)
         if span[0] >= 0:  # of all threads of the block
@@ -396,8 +418,12 @@ def product(
                                 room[token * sums_pitch + row], sums_pitch,
                             )  # fmt: skip
                 barrier()
+                if grouped:
+                    for i in T.serial(-(-tokens * pairs // threads)):
+                        take(turn, i * threads + tx, leave_peak)
+                    barrier()
                 for i in T.serial(-(-tokens * pairs // threads)):
-                    finish(turn, i * threads + tx)
+                    take(turn, i * threads + tx, store)
                 if turn < turns - 1:
                     barrier()
 

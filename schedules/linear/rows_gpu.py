@@ -98,10 +98,11 @@ def rows_a_block(chunks: Chunks, tile: GemvTile) -> tuple[Schedule, ...]:
 
 def dense_products(
     units: Matrices, chunks: Chunks, tiles: ManyTiles, *, rows: int, k: int, group: int, store: Any,
-    eps: float | None = None,
+    eps: float | None = None, complete: Any = None,
 ) -> Any:  # fmt: skip
     """The T.inline launch(n, x, gain, words, scales, given) for many tokens; gain f32 [k] is of a
-    norm with `eps`, and store(given, token, pair, sums) gets a pair of rows in `group`s."""
+    norm with `eps`. store and complete(given, token, pair, sums) get pairs of rows in `group`s;
+    see `ProductColumns`."""
 
     @T.inline
     def choose(given, by, tokens, span):
@@ -113,8 +114,14 @@ def dense_products(
     def stored(given, expert, number, pair, sums):
         store(given[1], T.Cast("int64", number), pair, sums)
 
+    @T.inline
+    def completed(given, expert, number, pair, sums):
+        complete(given[1], T.Cast("int64", number), pair, sums)
+
     of_rows = chunks.product_rows(group)
-    columns = ProductColumns(choose, lambda given, number: number, stored, eps)
+    columns = ProductColumns(
+        choose, lambda given, number: number, stored, eps, completed if complete else None
+    )
     small, large = (
         product(
             units, of_rows, columns, size, all_rows=rows, k=k,
