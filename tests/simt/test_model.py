@@ -14,6 +14,8 @@ from mxforge import Engine, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.formats import Precision
 from mxforge.schedules.cuda.dense import DenseTile
+from mxforge.schedules.linear import rows_gpu
+from mxforge.schedules.moe import grouped_gpu
 from mxforge.schedules.moe.grouped_cuda import Grouped
 
 # Sizes that tuned schedules take, kept as small as can be.
@@ -53,18 +55,27 @@ def expected(checkpoint: Path, tokens: np.ndarray) -> np.ndarray:
         return np.stack([engine.logits(list(map(int, row))) for row in tokens])
 
 
+# Of each family: from how many tokens on, and slots an expert.
+MANY = {
+    "cuda": (DenseTile().least, Grouped().least),
+    "metal": (rows_gpu.MANY.least, grouped_gpu.MANY.least),
+}
+
+
 @pytest.mark.slow
-def test_long_prompts_take_products_of_many_tokens(simt, checkpoint):
+@pytest.mark.parametrize("kind", MANY)
+def test_long_prompts_take_products_of_many_tokens(simt, kind, checkpoint):
     lengths = (110, 90)
     slots = sum(lengths) * SHAPE["num_experts_per_tok"]
-    assert sum(lengths) >= DenseTile().least
-    assert slots >= Grouped().least * SHAPE["num_local_experts"]
+    least_tokens, least_slots = MANY[kind]
+    assert sum(lengths) >= least_tokens
+    assert slots >= least_slots * SHAPE["num_local_experts"]
     tokens = [np.random.default_rng(n).integers(1, SHAPE["vocab_size"], n) for n in lengths]
-    artifact = compile_model(checkpoint, "cpu", checkpoint.parent / "long", "exact")
+    artifact = compile_model(checkpoint, "cpu", checkpoint.parent / f"long-{kind}", "exact")
     with Engine.load(artifact, context_length=128) as engine:
         truth = np.concatenate([engine.logits(list(map(int, row))) for row in tokens])
     opened = HFCheckpoint(checkpoint)
-    model = SimtModel(simt, "cuda", opened, opened.config, Precision(), sequences=2, pages=7)
+    model = SimtModel(simt, kind, opened, opened.config, Precision(), sequences=2, pages=7)
     positions = np.concatenate([np.arange(n) for n in lengths])
     logits = model.forward(np.concatenate(tokens), positions, np.repeat([0, 1], lengths))
     assert error(logits, truth) <= EXACT
