@@ -56,6 +56,7 @@ class Device:
     subgroup_size: tuple[int, int]  # smallest, largest
     subgroup_operations: tuple[str, ...]
     features: tuple[str, ...]
+    matrices: tuple[str, ...]  # products of cooperative matrices: "16x16x16 float16 float16 …"
     usable: bool
     reason: str  # why it is not usable
 
@@ -146,7 +147,7 @@ def check(device_id: int = 0) -> Device:
 def _device(fields: dict[str, Any]) -> Device:
     fields = dict(fields)
     fields["heaps"] = tuple(Heap(**heap) for heap in fields["heaps"])
-    for name in ("subgroup_size", "subgroup_operations", "features"):
+    for name in ("subgroup_size", "subgroup_operations", "features", "matrices"):
         fields[name] = tuple(fields[name])
     return Device(**fields)
 

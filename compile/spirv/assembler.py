@@ -16,6 +16,7 @@ from .encoding import (
     EXECUTION_MODEL_GL_COMPUTE,
     MAGIC,
     MEMORY_GLSL450,
+    MEMORY_VULKAN,
     VERSION,
     Capability,
     Decoration,
@@ -141,7 +142,9 @@ class Assembler:
             _append(words, Op.EXTENSION, *_string(extension))
         if self._glsl:
             _append(words, Op.EXT_INST_IMPORT, self._glsl, *_string("GLSL.std.450"))
-        _append(words, Op.MEMORY_MODEL, ADDRESSING_PHYSICAL_STORAGE_BUFFER_64, MEMORY_GLSL450)
+        is_vulkan = Capability.VULKAN_MEMORY_MODEL in self.capabilities
+        memory = MEMORY_VULKAN if is_vulkan else MEMORY_GLSL450
+        _append(words, Op.MEMORY_MODEL, ADDRESSING_PHYSICAL_STORAGE_BUFFER_64, memory)
         _append(
             words,
             Op.ENTRY_POINT,

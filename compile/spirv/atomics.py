@@ -53,6 +53,8 @@ def _target(x: Expressions, expr: Any, dtype: DType) -> tuple[Pointer | Element,
         if dtype.bits == 64:
             x.b.requirements.capability(Capability.INT64_ATOMICS)
             x.b.requirements.features.add("shaderBufferInt64Atomics")
+        if x.b.vulkan_memory:
+            x.b.requirements.capability(Capability.VULKAN_MEMORY_MODEL_DEVICE_SCOPE)
         return pointer, x.b.word(Scope.DEVICE)
     if pointer.array.storage is not StorageClass.WORKGROUP or pointer.array.element != dtype:
         raise Refusal(

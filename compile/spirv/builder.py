@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from .assembler import Assembler
 from .dtypes import BOOL, I32, U32, U64, DType, Value, widths
-from .encoding import ALIGNED, UNROLL, BuiltIn, Decoration, Glsl, Op, StorageClass
+from .encoding import (
+    ALIGNED,
+    NON_PRIVATE_POINTER,
+    UNROLL,
+    BuiltIn,
+    Decoration,
+    Glsl,
+    Op,
+    StorageClass,
+)
 from .errors import Refusal
 from .requirements import Requirements
 
@@ -31,9 +40,13 @@ class Builder:
 
     `reachable` is False between a terminator (return, break, continue) and the next block:
     whatever would be written there is dead and must not be.
+
+    vulkan_memory: under Vulkan's own memory model, what threads exchange is told by each access
+    and barrier, and no longer by decorations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vulkan_memory: bool = False) -> None:
+        self.vulkan_memory = vulkan_memory
         self.assembler = Assembler()
         self.requirements = Requirements(self.assembler)
         self.reachable = True
@@ -43,6 +56,7 @@ class Builder:
         self._builtins: dict[BuiltIn, int] = {}
         # (type, parameters, whether coherent) -> struct with nothing else in it
         self._blocks: dict[tuple[int, frozenset[int], bool], int] = {}
+        self._arrays: dict[int, int] = {}  # type -> array of unknown length
 
     # Types
 
@@ -199,27 +213,51 @@ class Builder:
             self._builtins[builtin] = variable
         return self._builtins[builtin]
 
-    def load(self, type_id: int, pointer: int, alignment: int = 0) -> int:
-        operands = (ALIGNED, alignment) if alignment else ()
+    def load(self, type_id: int, pointer: int, alignment: int = 0, exchanged: bool = False) -> int:
+        """exchanged: other threads write there."""
+        operands = self.access(alignment, exchanged)
         return self.assembler.value(Op.LOAD, type_id, pointer, *operands)
 
-    def store(self, pointer: int, value: int, alignment: int = 0) -> None:
-        operands = (ALIGNED, alignment) if alignment else ()
-        self.assembler.emit(Op.STORE, pointer, value, *operands)
+    def store(self, pointer: int, value: int, alignment: int = 0, exchanged: bool = False) -> None:
+        """exchanged: other threads read there."""
+        self.assembler.emit(Op.STORE, pointer, value, *self.access(alignment, exchanged))
+
+    def access(self, alignment: int, exchanged: bool) -> tuple[int, ...]:
+        """The memory operands of a load or store."""
+        mask = NON_PRIVATE_POINTER if exchanged and self.vulkan_memory else 0
+        if alignment:
+            return mask | ALIGNED, alignment
+        return (mask,) if mask else ()
 
     def device_pointer(
-        self, address: int, type_id: int, parameters: frozenset[int], coherent: bool = False
+        self,
+        address: int,
+        type_id: int,
+        parameters: frozenset[int],
+        coherent: bool = False,
+        stride: int = 0,
     ) -> int:
         """A pointer into the global memory of these parameters of the kernel, from a 64-bit
-        address; coherent, threads may exchange values there.
+        address; coherent, threads may exchange values there. With a stride, in bytes, it is to the
+        first element of an array.
 
         Through a struct of one member, as compilers of GLSL have it: only a member can be
         coherent, and the validation layers check no address that comes without an OpAccessChain.
         """
-        block = self.block_pointer(address, self._block_of(type_id, parameters, coherent))
+        member = self._array_of(type_id, stride) if stride else type_id
+        block = self.block_pointer(address, self._block_of(member, parameters, coherent))
         pointer_type = self.pointer_type(StorageClass.PHYSICAL_STORAGE_BUFFER, type_id)
         first = self.constant(I32, 0).id
-        return self.assembler.value(Op.ACCESS_CHAIN, pointer_type, block, first)
+        path = (first, first) if stride else (first,)
+        return self.assembler.value(Op.ACCESS_CHAIN, pointer_type, block, *path)
+
+    def _array_of(self, type_id: int, stride: int) -> int:
+        """An array of unknown length; a type has one stride."""
+        if type_id not in self._arrays:
+            array = self.assembler.type(Op.TYPE_RUNTIME_ARRAY, type_id, distinct=True)
+            self.assembler.decorate(array, Decoration.ARRAY_STRIDE, stride)
+            self._arrays[type_id] = array
+        return self._arrays[type_id]
 
     def block_pointer(self, address: int, block: int) -> int:
         """A pointer to a struct, decorated as a block, from a 64-bit address."""
@@ -240,7 +278,7 @@ class Builder:
             block = self.assembler.type(Op.TYPE_STRUCT, type_id, distinct=True)
             self.assembler.decorate(block, Decoration.BLOCK)
             self.assembler.decorate_member(block, 0, Decoration.OFFSET, 0)
-            if coherent:
+            if coherent and not self.vulkan_memory:
                 self.assembler.decorate_member(block, 0, Decoration.COHERENT)
             self._blocks[key] = block
         return self._blocks[key]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm.ir import PointerType
 
-from . import arithmetic, atomics, subgroups
+from . import arithmetic, atomics, matrices, subgroups
 from .convert import cast, reinterpret
 from .dtypes import BOOL, I32, U32, U64, DType, Value
 from .encoding import PACKED_VECTOR_FORMAT_4X8BIT, Capability, Glsl, Op
@@ -355,6 +355,7 @@ CALLS: dict[str, CallWriter] = {
     "tirx.tvm_warp_shuffle_down": subgroups.shuffle("down"),
     "tirx.tvm_warp_shuffle_xor": subgroups.shuffle("xor"),
     "tirx.tvm_warp_activemask": subgroups.active_mask,
+    **matrices.CALLS,
     "tirx.tvm_thread_allreduce": _not_here(
         "tvm_thread_allreduce",
         "the loads, stores and barriers that TVM lowers it to",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAGIC = b"MXFSPIRV"
-VERSION = 2
+VERSION = 3
 _HEADER = struct.Struct("<8sII")
 
 

@@ -1,4 +1,4 @@
-"""The numbers of SPIR-V 1.5 that the generator uses, and no others.
+"""The numbers of SPIR-V 1.5 and its extensions that the generator uses, and no others.
 
 Names are those of the specification in upper case: OpTypeInt is `Op.TYPE_INT`.
 """
@@ -26,6 +26,7 @@ class Op(IntEnum):
     TYPE_FLOAT = 22
     TYPE_VECTOR = 23
     TYPE_ARRAY = 28
+    TYPE_RUNTIME_ARRAY = 29
     TYPE_STRUCT = 30
     TYPE_POINTER = 32
     TYPE_FUNCTION = 33
@@ -138,6 +139,10 @@ class Op(IntEnum):
     S_DOT = 4450
     U_DOT = 4451
     SU_DOT = 4452
+    TYPE_COOPERATIVE_MATRIX = 4456
+    COOPERATIVE_MATRIX_LOAD = 4457
+    COOPERATIVE_MATRIX_STORE = 4458
+    COOPERATIVE_MATRIX_MUL_ADD = 4459
 
 
 class Capability(IntEnum):
@@ -157,9 +162,12 @@ class Capability(IntEnum):
     GROUP_NON_UNIFORM_SHUFFLE = 65
     STORAGE_BUFFER_16BIT_ACCESS = 4433
     STORAGE_BUFFER_8BIT_ACCESS = 4448
+    VULKAN_MEMORY_MODEL = 5345
+    VULKAN_MEMORY_MODEL_DEVICE_SCOPE = 5346
     PHYSICAL_STORAGE_BUFFER_ADDRESSES = 5347
     DOT_PRODUCT = 6019
     DOT_PRODUCT_INPUT_4X8BIT_PACKED = 6018
+    COOPERATIVE_MATRIX = 6022
 
 
 class StorageClass(IntEnum):
@@ -177,6 +185,7 @@ class Decoration(IntEnum):
 
     SPEC_ID = 1
     BLOCK = 2
+    ARRAY_STRIDE = 6
     BUILT_IN = 11
     COHERENT = 23
     NON_WRITABLE = 24
@@ -210,6 +219,16 @@ class Semantics(IntEnum):
     ACQUIRE_RELEASE = 8
     UNIFORM_MEMORY = 64
     WORKGROUP_MEMORY = 256
+    MAKE_AVAILABLE = 0x2000
+    MAKE_VISIBLE = 0x4000
+
+
+class MatrixUse(IntEnum):
+    """Which operand of a product a cooperative matrix is."""
+
+    A = 0
+    B = 1
+    ACCUMULATOR = 2
 
 
 class GroupOperation(IntEnum):
@@ -241,8 +260,10 @@ class Glsl(IntEnum):
 
 ADDRESSING_PHYSICAL_STORAGE_BUFFER_64 = 5348
 MEMORY_GLSL450 = 1
+MEMORY_VULKAN = 3
 EXECUTION_MODEL_GL_COMPUTE = 5
 EXECUTION_MODE_LOCAL_SIZE = 17
-ALIGNED = 2  # memory operand
+ALIGNED = 2  # memory operands
+NON_PRIVATE_POINTER = 0x20
 UNROLL = 1  # loop control
 PACKED_VECTOR_FORMAT_4X8BIT = 0

@@ -105,9 +105,15 @@ def generate_kernel(name: str, function: Any) -> KernelCode:
         raise refusal.of(name) from None
 
 
-def _generate(name: str, function: Any, exchanged: frozenset[int] = frozenset()) -> KernelCode:
-    """Parameters that threads exchange values in are known at the end: then a second time."""
-    b = Builder()
+def _generate(
+    name: str,
+    function: Any,
+    exchanged: frozenset[int] = frozenset(),
+    vulkan_memory: bool = False,
+) -> KernelCode:
+    """Parameters that threads exchange values in, and the memory model, are known at the end:
+    then a second time."""
+    b = Builder(vulkan_memory)
     b.requirements.capability(Capability.SHADER)
     b.requirements.capability(Capability.PHYSICAL_STORAGE_BUFFER_ADDRESSES)
     launch = _launch_parameters(function)
@@ -122,8 +128,9 @@ def _generate(name: str, function: Any, exchanged: frozenset[int] = frozenset())
     expressions = Expressions(scope, CALLS)
     Statements(expressions, threads.index).write(function.body)
     b.leave()
-    if memory.exchanged != exchanged:
-        return _generate(name, function, memory.exchanged)
+    is_vulkan = Capability.VULKAN_MEMORY_MODEL in b.assembler.capabilities
+    if (memory.exchanged, is_vulkan) != (exchanged, vulkan_memory):
+        return _generate(name, function, memory.exchanged, is_vulkan)
     # As TVM's CUDA code with `__restrict__`: TVM has it that no two parameters share memory.
     if (function.attrs or {}).get("tirx.noalias", False):
         b.promise_read_only(memory.written)

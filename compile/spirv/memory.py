@@ -129,7 +129,9 @@ class Memory:
         if isinstance(root, Array):
             type_id = b.type_id(dtype)
             pointers = self._elements(buffer, root, index)
-            return b.from_lanes(dtype, [b.load(type_id, pointer) for pointer in pointers])
+            shared = root.storage is StorageClass.WORKGROUP
+            lanes = [b.load(type_id, pointer, exchanged=shared) for pointer in pointers]
+            return b.from_lanes(dtype, lanes)
         self.read |= root.parameters
         stored = _stored(dtype)
         b.requirements.storage(stored)
@@ -140,7 +142,7 @@ class Memory:
         for access in self._accesses(buffer, root, index):
             type_id = b.type_id(stored, access.width)
             pointer = self._device_pointer(root, access.address, type_id)
-            loaded = b.load(type_id, pointer, access.alignment)
+            loaded = b.load(type_id, pointer, access.alignment, self.is_exchanged(root))
             if access.width > 1:
                 parts.append(loaded)
             else:
@@ -158,7 +160,7 @@ class Memory:
         if isinstance(root, Array):
             pointers = self._elements(buffer, root, index)
             for pointer, lane in zip(pointers, b.lanes(value), strict=True):
-                b.store(pointer, lane)
+                b.store(pointer, lane, exchanged=root.storage is StorageClass.WORKGROUP)
             return
         self.written |= root.parameters
         stored = _stored(value.dtype)
@@ -174,16 +176,21 @@ class Memory:
             else:
                 lanes = lanes or b.lanes(value)
                 content = lanes[position]
-            b.store(pointer, content, access.alignment)
+            b.store(pointer, content, access.alignment, self.is_exchanged(root))
             position += access.width
 
-    def element_pointer(self, pointer: Pointer | Element, dtype: DType) -> int:
-        """SPIR-V's pointer to one scalar, for atomic operations."""
+    def element_pointer(
+        self, pointer: Pointer | Element, dtype: DType, *, array: bool = False
+    ) -> int:
+        """SPIR-V's pointer to one scalar, for atomic operations; for matrices, to the first one of
+        an array."""
         b = self._b
         if isinstance(pointer, Pointer):
-            b.requirements.storage(_stored(dtype))
-            self._require(pointer, _stored(dtype).bytes)
-            return self._device_pointer(pointer, pointer.address, b.type_id(_stored(dtype)))
+            stored = _stored(dtype)
+            b.requirements.storage(stored)
+            self._require(pointer, stored.bytes)
+            stride = stored.bytes if array else 0
+            return self._device_pointer(pointer, pointer.address, b.type_id(stored), stride)
         return self._chain(pointer.array, self._narrow(pointer.index).id)
 
     def offset(self, pointer: Pointer, index: Value, size: int, divisor: int = 1) -> Pointer:
@@ -194,9 +201,13 @@ class Memory:
 
     # Global memory
 
-    def _device_pointer(self, root: Pointer, address: int, type_id: int) -> int:
-        coherent = bool(root.parameters & self._coherent)
-        return self._b.device_pointer(address, type_id, root.parameters, coherent)
+    def _device_pointer(self, root: Pointer, address: int, type_id: int, stride: int = 0) -> int:
+        coherent = self.is_exchanged(root)
+        return self._b.device_pointer(address, type_id, root.parameters, coherent, stride)
+
+    def is_exchanged(self, root: Pointer) -> bool:
+        """Whether threads exchange values in this memory (`coherent`)."""
+        return bool(root.parameters & self._coherent)
 
     def _require(self, pointer: Pointer, alignment: int) -> None:
         """An access through `pointer`: what was added to the parameter is aligned no less."""

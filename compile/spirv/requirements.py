@@ -7,7 +7,7 @@ device and names what is missing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .assembler import Assembler
@@ -25,6 +25,9 @@ _FEATURES: dict[Capability, str] = {
     Capability.STORAGE_BUFFER_16BIT_ACCESS: "storageBuffer16BitAccess",
     Capability.PHYSICAL_STORAGE_BUFFER_ADDRESSES: "bufferDeviceAddress",
     Capability.DOT_PRODUCT: "shaderIntegerDotProduct",
+    Capability.COOPERATIVE_MATRIX: "cooperativeMatrix",
+    Capability.VULKAN_MEMORY_MODEL: "vulkanMemoryModel",
+    Capability.VULKAN_MEMORY_MODEL_DEVICE_SCOPE: "vulkanMemoryModelDeviceScope",
 }
 # The bits of VkSubgroupFeatureFlags, by their names in lower case.
 _SUBGROUP_OPERATIONS: dict[Capability, str] = {
@@ -35,7 +38,10 @@ _SUBGROUP_OPERATIONS: dict[Capability, str] = {
     Capability.GROUP_NON_UNIFORM_SHUFFLE: "shuffle",
 }
 # A SPIR-V extension and the device extension that brings it.
-_DEVICE_EXTENSIONS = {"SPV_KHR_integer_dot_product": "VK_KHR_shader_integer_dot_product"}
+_DEVICE_EXTENSIONS = {
+    "SPV_KHR_integer_dot_product": "VK_KHR_shader_integer_dot_product",
+    "SPV_KHR_cooperative_matrix": "VK_KHR_cooperative_matrix",
+}
 
 _ARITHMETIC: dict[tuple[str, int], Capability] = {
     ("integer", 8): Capability.INT8,
@@ -43,6 +49,22 @@ _ARITHMETIC: dict[tuple[str, int], Capability] = {
     ("integer", 64): Capability.INT64,
     ("float", 64): Capability.FLOAT64,
 }
+
+
+@dataclass(frozen=True, order=True)
+class MatrixProduct:
+    """A product of cooperative matrices, a [m, k] · b [k, n] + c [m, n], by one subgroup.
+
+    a, b, c, result: dtypes of the elements
+    """
+
+    m: int
+    n: int
+    k: int
+    a: str
+    b: str
+    c: str
+    result: str
 
 
 @dataclass
@@ -54,6 +76,7 @@ class Requirements:
     extensions: set[str] = field(default_factory=set)
     subgroup_operations: set[str] = field(default_factory=set)
     subgroup_size: int | None = None
+    products: set[MatrixProduct] = field(default_factory=set)
 
     def capability(self, capability: Capability) -> None:
         self.assembler.capabilities.add(capability)
@@ -90,6 +113,12 @@ class Requirements:
         if narrow or (dtype.bits == 64 and not dtype.is_float):
             self.features.add("shaderSubgroupExtendedTypes")
 
+    def matrices(self) -> None:
+        """Cooperative matrices, which are there under Vulkan's memory model alone."""
+        self.capability(Capability.COOPERATIVE_MATRIX)
+        self.capability(Capability.VULKAN_MEMORY_MODEL)
+        self.extension("SPV_KHR_cooperative_matrix")
+
     def complete(self) -> None:
         """The code is written: does it compute in float16?"""
         if _computes_in_float16(self.assembler):
@@ -102,6 +131,7 @@ class Requirements:
             "extensions": sorted(self.extensions),
             "subgroup_operations": sorted(self.subgroup_operations),
             "subgroup_size": self.subgroup_size,
+            "matrices": [asdict(product) for product in sorted(self.products)],
         }
 
 
@@ -114,7 +144,7 @@ def _computes_in_float16(assembler: Assembler) -> bool:
         elif op == Op.TYPE_POINTER:
             if words[2] in types and words[1] != StorageClass.PHYSICAL_STORAGE_BUFFER:
                 return True
-        elif op == Op.TYPE_ARRAY:
+        elif op in (Op.TYPE_ARRAY, Op.TYPE_RUNTIME_ARRAY, Op.TYPE_COOPERATIVE_MATRIX):
             if words[1] in types:
                 return True
         elif words[0] in types and op != Op.TYPE_STRUCT:  # a constant

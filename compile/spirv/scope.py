@@ -9,6 +9,7 @@ from .alignment import Divisors
 from .builder import Builder
 from .dtypes import Value
 from .errors import Refusal
+from .matrices import Fragments
 from .memory import Buffer, Element, Memory, Pointer
 
 Meaning = Value | Pointer | Element
@@ -27,6 +28,7 @@ class Scope:
     divisors: Divisors = field(default_factory=Divisors)
     meanings: dict[int, Meaning] = field(default_factory=dict)
     buffers: dict[int, Buffer] = field(default_factory=dict)
+    fragments: dict[int, Fragments] = field(default_factory=dict)
 
     def is_live(self, variable: Any) -> bool:
         return hash(variable) in self.live

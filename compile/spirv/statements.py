@@ -11,7 +11,7 @@ from typing import Any
 from tvm.ir import prim
 from tvm.tirx import stmt as tir
 
-from . import arithmetic
+from . import arithmetic, matrices
 from .alignment import power_of_two_in
 from .dtypes import Value
 from .encoding import StorageClass
@@ -73,10 +73,10 @@ class Statements:
         if not self._scope.is_live(variable):
             return
         scope = str(variable.ty.storage_scope)
-        if scope not in _STORAGE:
+        if scope not in (*_STORAGE, *matrices.USES):
             raise Refusal(
                 f"the buffer {variable.name} in the scope {scope!r}",
-                "the scopes shared and local",
+                f"the scopes shared, local, {', '.join(matrices.USES)}",
                 "Allocate it with scope='shared'."
                 if scope == "shared.dyn"
                 else "Allocate it in one of these, or pass global memory as a parameter.",
@@ -89,6 +89,10 @@ class Statements:
                 "a constant size",
                 "Allocate the largest size that can occur.",
             )
+        if scope in matrices.USES:
+            fragments = matrices.allocate(scope, variable.name, dtype, length)
+            self._scope.fragments[hash(variable)] = fragments
+            return
         array = self._scope.memory.allocate(_STORAGE[scope], dtype, length, variable.name)
         self._scope.buffers[hash(variable)] = Buffer(dtype, array)
 

@@ -3,7 +3,8 @@
 TIR's warp shuffles name the warp size they are written for; it becomes a requirement on the
 device's subgroup size, and that subgroups are full: Vulkan grants it to blocks whose size in x is
 a multiple of the subgroup's, and others are refused. The functions of `FUNCTIONS`, called with
-T.call_extern and named as in GLSL, work for any subgroup size.
+T.call_extern and named as in GLSL, work for any subgroup size; subgroupRequireSize, the one that
+GLSL does not have, states the size.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def storage_sync(x: Expressions, call: Any) -> None:
         b.requirements.capability(Capability.GROUP_NON_UNIFORM)
     execution = b.word(Scope.WORKGROUP if scope == "shared" else Scope.SUBGROUP)
     semantics = Semantics.ACQUIRE_RELEASE | Semantics.WORKGROUP_MEMORY | Semantics.UNIFORM_MEMORY
+    if b.vulkan_memory:
+        semantics |= Semantics.MAKE_AVAILABLE | Semantics.MAKE_VISIBLE
     x.scope.memory.has_barrier = True
     b.assembler.emit(Op.CONTROL_BARRIER, execution, execution, b.word(semantics))
 
@@ -55,17 +58,17 @@ def _builtin(x: Expressions, builtin: BuiltIn) -> Value:
 
 
 def _require_size(x: Expressions, expr: Any) -> None:
-    if type(expr) is not prim.IntImm:
+    if type(expr) is not prim.IntImm or int(expr.value) <= 0:
         raise Refusal(
-            f"a warp shuffle for warps of {expr} lanes",
-            "a constant warp size",
+            f"subgroups of {expr} lanes",
+            "a constant subgroup size",
             "Name the subgroup size that the kernel is written for.",
         )
     size, requirements = int(expr.value), x.b.requirements
     if requirements.subgroup_size not in (None, size):
         raise Refusal(
-            f"shuffles for warps of {requirements.subgroup_size} and of {size} lanes",
-            "one warp size in a kernel",
+            f"code for subgroups of {requirements.subgroup_size} and of {size} lanes",
+            "one subgroup size in a kernel",
             "Write all shuffles for the same size.",
         )
     requirements.subgroup_size = size
@@ -76,10 +79,16 @@ def _require_size(x: Expressions, expr: Any) -> None:
 def check_block(requirements: Requirements, threads_in_x: int) -> None:
     """Refusal where full subgroups are required of a block that has none; 0: known at launch."""
     size = requirements.subgroup_size
+    if requirements.products and size is None:
+        raise Refusal(
+            "products of matrices by subgroups of any size",
+            'T.call_extern("int32", "subgroupRequireSize", size)',
+            "State how many threads of the block work on a matrix together.",
+        )
     if size is not None and threads_in_x % size != 0:
         raise Refusal(
-            f"warp shuffles for {size} lanes in blocks of {threads_in_x} threads in x",
-            f"a multiple of {size} threads in x, which fills the warps",
+            f"code for subgroups of {size} lanes in blocks of {threads_in_x} threads in x",
+            f"a multiple of {size} threads in x, which fills them",
             "Bind more threads to threadIdx.x, or use the subgroup functions of any size.",
         )
 
@@ -220,6 +229,12 @@ def _number(builtin: BuiltIn) -> Any:
     return write
 
 
+def _state_size(x: Expressions, call: Any, arguments: list[Any]) -> Value:
+    """The size that the kernel is written for, and that the device then has to give it."""
+    _require_size(x, arguments[0])
+    return cast(x.b, x.value(arguments[0]), x.dtype(call))
+
+
 FUNCTIONS: dict[str, Any] = {
     **{
         f"{prefix}{name}": _reduction(name, mode)
@@ -230,6 +245,7 @@ FUNCTIONS: dict[str, Any] = {
     "subgroupAny": _vote(Op.GROUP_NON_UNIFORM_ANY),
     "subgroupElect": _elect,
     "subgroupBroadcastFirst": _broadcast_first,
+    "subgroupRequireSize": _state_size,
     "subgroupSize": _number(BuiltIn.SUBGROUP_SIZE),
     "subgroupInvocation": _number(BuiltIn.SUBGROUP_LOCAL_INVOCATION_ID),
     "subgroupCount": _number(BuiltIn.NUM_SUBGROUPS),

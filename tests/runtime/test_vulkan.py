@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.vulkan_device import AFFINE, DYNAMIC, SPIN, VulkanDevice, kernel, pointer, scalar
+from support.vulkan_device import (
+    AFFINE,
+    DYNAMIC,
+    SPIN,
+    VulkanDevice,
+    kernel,
+    pointer,
+    scalar,
+    spirv,
+)
 
+UNHEARD_OF = {  # a product that no device has
+    "m": 48, "n": 48, "k": 48,
+    "a": "float16", "b": "float16", "c": "float32", "result": "float32",
+}  # fmt: skip
 DEFAULTS = {
     "direct_copies": 1,
     "batch_commands": 256,
@@ -413,6 +428,7 @@ def test_threads_share_the_device(device: VulkanDevice) -> None:
     ({"extensions": ["VK_XYZ_none"]}, "extension VK_XYZ_none"),
     ({"subgroup_operations": ["telepathy"]}, r"subgroup operation telepathy \(it has .*basic.*\)"),
     ({"subgroup_size": 1000}, r"subgroup size 1000 \(it has"),
+    ({"matrices": [UNHEARD_OF]}, r"matrices 48x48x48 float16 float16 float32 float32 \(it has "),
 ])  # fmt: skip
 def test_missing_requirements_are_named(device: VulkanDevice, needs: Any, message: str) -> None:
     requirements = {**AFFINE["requirements"], **needs}
@@ -420,6 +436,37 @@ def test_missing_requirements_are_named(device: VulkanDevice, needs: Any, messag
     a = device.empty([64])
     with pytest.raises(RuntimeError, match=f"Kernel affine cannot run on .*{message}"):
         function(a, a, 1, 1.0, 0.0, 1, 64)
+
+
+def test_a_module_runs_without_the_variants_that_the_device_lacks(device: VulkanDevice) -> None:
+    """Whose code the driver never sees: that of this one is not for drivers."""
+    requirements = {**AFFINE["requirements"], "matrices": [UNHEARD_OF], "subgroup_size": 4}
+    code = spirv(AFFINE["code"]) + struct.pack("<I", 1 << 16 | 0xFFFF)  # no such instruction
+    variant = {**AFFINE, "name": "variant", "code": code, "requirements": requirements}
+    module = device.module(AFFINE, variant)
+    a, b = device.tensor(np.ones(64, np.float32)), device.empty([64])
+    module["affine"](a, b, 64, 2.0, 1.0, 1, 64)
+    assert (device.numpy(b) == 3).all()
+    device.hook("check")(module, 0)
+    (told,) = json.loads(device.hook("variants")(module, 0))
+    assert told["kernel"] == "variant"
+    assert told["matrices"] == ["48x48x48 float16 float16 float32 float32"]
+    assert told["subgroup_size"] == 4
+    assert told["why_not"].startswith("Kernel variant cannot run on vulkan:0 ")
+    with pytest.raises(RuntimeError, match="Kernel variant cannot run on vulkan:0"):
+        module["variant"](a, b, 64, 2.0, 1.0, 1, 64)
+
+
+def test_the_device_says_what_it_multiplies(device: VulkanDevice) -> None:
+    from mxforge.vulkan import check
+
+    multiplies = device.hook("multiplies")
+    (least, most), matrices = check().subgroup_size, check().matrices
+    for product in matrices:
+        assert re.fullmatch(r"\d+x\d+x\d+( \w+){4}", product)
+        assert multiplies(product, most) == 1
+        assert multiplies(product, 2 * most) == multiplies(product, least // 2) == 0
+    assert multiplies("48x48x48 float16 float16 float32 float32", most) == 0
 
 
 def test_too_much_shared_memory_is_refused(device: VulkanDevice) -> None:

@@ -59,7 +59,7 @@ def test_a_module_is_saved_as_it_was_read(vulkan: VulkanDevice) -> None:
     (b"", "it has 0 bytes"),
     (HEADER + b"\1\0", "10 bytes, less than its header"),
     (b"\x7fELF" + bytes(60), "does not begin with MXFSPIRV"),
-    (packed(b"{}", version=1), "version 1, and this runtime reads version 2"),
+    (packed(b"{}", version=1), "version 1, and this runtime reads version 3"),
     (HEADER + struct.pack("<II", VERSION, 1 << 31), "2147483648 bytes, but 0 are there"),
     (HEADER + struct.pack("<II", VERSION, 3) + b"{} ", "3 bytes"),
     (packed(b"{"), "JSON cannot be read"),
@@ -104,6 +104,8 @@ def test_damaged_bytes_are_refused(vulkan: VulkanDevice, data: bytes, message: s
     ("kernels.0.requirements", None, "requirements should be an object"),
     ("kernels.0.requirements.features", [1], "should be a text"),
     ("kernels.0.requirements.subgroup_size", "8", "should be an integer"),
+    ("kernels.0.requirements.matrices", [8], "should be an object"),
+    ("kernels.0.requirements.matrices", [{"m": 1 << 20}], "outside 0 to 65536"),
 ])  # fmt: skip
 def test_wrong_fields_are_named(vulkan: VulkanDevice, path: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

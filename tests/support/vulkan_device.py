@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 HEADER = b"MXFSPIRV"
-VERSION = 2
+VERSION = 3
 PREAMBLE = """#version 460
 #extension GL_EXT_buffer_reference : require
 #extension GL_EXT_shader_explicit_arithmetic_types : require
@@ -90,7 +90,7 @@ def kernel(name: str, source: str, arguments: Sequence[dict[str, Any]], **fields
         "shared_bytes": 0,
         "requirements": {
             "features": ["bufferDeviceAddress"], "extensions": [], "subgroup_operations": [],
-            "subgroup_size": None, **fields.pop("requirements", {}),
+            "subgroup_size": None, "matrices": [], **fields.pop("requirements", {}),
         },
         **fields,
     }  # fmt: skip

@@ -67,9 +67,7 @@ const std::vector<Feature> kFeatures = {
     MXFORGE_VULKAN_FEATURE(workgroup_layout, workgroupMemoryExplicitLayout8BitAccess),
     MXFORGE_VULKAN_FEATURE(workgroup_layout, workgroupMemoryExplicitLayout16BitAccess),
     MXFORGE_VULKAN_FEATURE(uniform_control_flow, shaderSubgroupUniformControlFlow),
-#ifdef VK_KHR_cooperative_matrix
     MXFORGE_VULKAN_FEATURE(cooperative_matrix, cooperativeMatrix),
-#endif
 };
 
 #undef MXFORGE_VULKAN_FEATURE
@@ -138,10 +136,7 @@ void FeatureChain::Link(uint32_t api_version, const std::set<std::string>& exten
   add(uniform_control_flow,
       VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SHADER_SUBGROUP_UNIFORM_CONTROL_FLOW_FEATURES_KHR,
       has("VK_KHR_shader_subgroup_uniform_control_flow"));
-#ifdef VK_KHR_cooperative_matrix
-  add(cooperative_matrix, VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR,
-      has("VK_KHR_cooperative_matrix"));
-#endif
+  add(cooperative_matrix, kCooperativeMatrixFeatures, has("VK_KHR_cooperative_matrix"));
 }
 
 const std::vector<Feature>& FeatureTable() { return kFeatures; }

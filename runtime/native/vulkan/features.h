@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "loader.h"
+#include "matrices.h"
 
 namespace mxforge {
 namespace vulkan {
@@ -32,9 +33,7 @@ struct FeatureChain {
   VkPhysicalDeviceShaderAtomicFloat2FeaturesEXT atomic_float2{};
   VkPhysicalDeviceWorkgroupMemoryExplicitLayoutFeaturesKHR workgroup_layout{};
   VkPhysicalDeviceShaderSubgroupUniformControlFlowFeaturesKHR uniform_control_flow{};
-#ifdef VK_KHR_cooperative_matrix
-  VkPhysicalDeviceCooperativeMatrixFeaturesKHR cooperative_matrix{};
-#endif
+  CooperativeMatrixFeatures cooperative_matrix{};
 
   FeatureChain() = default;
   FeatureChain(const FeatureChain&) = delete;  // the links point into the object

@@ -38,6 +38,12 @@ json::Array TextArray(const Texts& texts) {
   return array;
 }
 
+json::Array TextArray(const std::vector<MatrixProduct>& products) {
+  json::Array array;
+  for (const MatrixProduct& each : products) array.push_back(String(each.Text()));
+  return array;
+}
+
 json::Object Described(const PhysicalDevice& device) {
   json::Array heaps;
   for (uint32_t i = 0; i < device.memory.memoryHeapCount; ++i) {
@@ -67,6 +73,7 @@ json::Object Described(const PhysicalDevice& device) {
                             static_cast<int64_t>(device.max_subgroup_size)});
   described.Set(String("subgroup_operations"), TextArray(device.subgroup_operations));
   described.Set(String("features"), TextArray(device.features));
+  described.Set(String("matrices"), TextArray(device.products));
   described.Set(String("usable"), device.unusable.empty());
   described.Set(String("reason"), String(device.unusable));
   return described;
@@ -167,12 +174,36 @@ void Simulate(int id, const String& event, int64_t count) {
   }
 }
 
+/*! \brief Call with every module of kind "vulkan" among this one and those that it imports. */
+template <typename Visit>
+void VisitModules(const ffi::Module& module, const Visit& visit) {
+  if (std::string(module->kind()) == "vulkan") {
+    visit(static_cast<ModuleNode*>(const_cast<ffi::ModuleObj*>(module.operator->())));
+  }
+  for (const ffi::Any& each : module->imports()) VisitModules(each.cast<ffi::Module>(), visit);
+}
+
 /*! \brief Throw where the device cannot run kernels of the module, or of one that it imports. */
 void Check(const ffi::Module& module, int id) {
-  if (std::string(module->kind()) == "vulkan") {
-    static_cast<ModuleNode*>(const_cast<ffi::ModuleObj*>(module.operator->()))->Check(id);
-  }
-  for (const ffi::Any& each : module->imports()) Check(each.cast<ffi::Module>(), id);
+  VisitModules(module, [id](ModuleNode* each) { each->Check(id); });
+}
+
+/*! \brief The kernels of which the host launches those that the device can run, and which it can. */
+String Variants(const ffi::Module& module, int id) {
+  const Core& core = Device::Get(id)->core();
+  json::Array variants;
+  VisitModules(module, [&](ModuleNode* each) {
+    for (const KernelInfo& kernel : each->kernels()) {
+      if (!kernel.IsVariant()) continue;
+      json::Object variant;
+      variant.Set(String("kernel"), String(kernel.name));
+      variant.Set(String("matrices"), TextArray(kernel.products));
+      variant.Set(String("subgroup_size"), static_cast<int64_t>(kernel.subgroup_size));
+      variant.Set(String("why_not"), String(WhyNot(core, kernel)));
+      variants.push_back(variant);
+    }
+  });
+  return json::Stringify(variants);
 }
 
 void Profile(int id, bool on) {
@@ -304,6 +335,12 @@ TVM_FFI_STATIC_INIT_BLOCK() {
                   [](ffi::PackedArgs, ffi::Any* result) { *result = TheDeviceAPI(); })
       .def("mxforge.vulkan.module", &LoadModule)
       .def("mxforge.vulkan.check", &Check)
+      .def("mxforge.vulkan.variants", &Variants)
+      .def("mxforge.vulkan.multiplies",
+           [](const String& product, int64_t size) {
+             const PhysicalDevice& device = Instance::Get().Chosen(Device::CurrentId());
+             return device.Multiplies(product, static_cast<uint32_t>(size)) ? 1 : 0;
+           })
       .def("mxforge.vulkan.devices", &Devices)
       .def("mxforge.vulkan.statistics", &StatisticsOf)
       .def("mxforge.vulkan.configure", &Configure)

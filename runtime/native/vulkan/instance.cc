@@ -17,6 +17,11 @@ const char* const kChoiceVariable = "MXFORGE_VULKAN_DEVICE";
 // What every kernel of the generator and this runtime itself stand on.
 const char* const kNeeded[] = {"bufferDeviceAddress", "shaderInt64", "timelineSemaphore"};
 
+// What kernels of matrices of float16 need beside their products.
+const char* const kForMatrices[] = {"cooperativeMatrix", "vulkanMemoryModel",
+                                    "computeFullSubgroups", "shaderFloat16",
+                                    "storageBuffer16BitAccess"};
+
 bool EnvironmentHas(const char* name, const char* part) {
   const char* value = std::getenv(name);
   return value != nullptr && std::strstr(value, part) != nullptr;
@@ -63,6 +68,20 @@ std::string VersionText(uint32_t version) {
   return std::to_string(VK_API_VERSION_MAJOR(version)) + "." +
          std::to_string(VK_API_VERSION_MINOR(version)) + "." +
          std::to_string(VK_API_VERSION_PATCH(version));
+}
+
+bool PhysicalDevice::GrantsSubgroupSize(uint32_t size) const {
+  if (min_subgroup_size == size && max_subgroup_size == size) return true;
+  return features.count("subgroupSizeControl") != 0 && compute_can_require_subgroup_size &&
+         min_subgroup_size <= size && size <= max_subgroup_size && (size & (size - 1)) == 0;
+}
+
+bool PhysicalDevice::Multiplies(const std::string& product, uint32_t size) const {
+  const auto has = [this](const char* feature) { return features.count(feature) != 0; };
+  return std::all_of(std::begin(kForMatrices), std::end(kForMatrices), has) &&
+         GrantsSubgroupSize(size) &&
+         std::any_of(products.begin(), products.end(),
+                     [&product](const MatrixProduct& each) { return each.Text() == product; });
 }
 
 Instance& Instance::Get() {
@@ -231,6 +250,10 @@ PhysicalDevice Instance::Describe(VkPhysicalDevice handle) const {
   functions_.GetPhysicalDeviceFeatures2(handle, &chain.core);
   for (const Feature& feature : FeatureTable()) {
     if (feature.in(chain) != VK_FALSE) device.features.insert(feature.name);
+  }
+
+  if (device.features.count("cooperativeMatrix") != 0) {
+    device.products = ProductsOf(global_.GetInstanceProcAddr, handle_, handle);
   }
 
   auto memory = Struct<VkPhysicalDeviceMemoryProperties2>(

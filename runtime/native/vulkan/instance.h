@@ -33,6 +33,7 @@ struct PhysicalDevice {
   std::set<std::string> extensions;
   std::set<std::string> features;
   std::set<std::string> subgroup_operations;
+  std::vector<MatrixProduct> products;  // of matrices, by one subgroup
   uint32_t subgroup_size = 0;
   uint32_t min_subgroup_size = 0;
   uint32_t max_subgroup_size = 0;
@@ -47,6 +48,12 @@ struct PhysicalDevice {
   bool Holds(const VkMemoryHeap& heap) const {
     return IsUnified() || (heap.flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT) != 0;
   }
+
+  /*! \brief Whether compute kernels may count on subgroups of this size. */
+  bool GrantsSubgroupSize(uint32_t size) const;
+
+  /*! \brief Whether kernels for subgroups of this size find matrices with this text here. */
+  bool Multiplies(const std::string& product, uint32_t size) const;
 
   /*! \brief Memory is the host's own: what the host writes needs no copy. */
   bool IsUnified() const {

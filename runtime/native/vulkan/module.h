@@ -42,6 +42,7 @@ class ModuleNode final : public tvm::ffi::ModuleObj {
   void Launch(size_t kernel, const TVMFFIAny* arguments, int count);
   /*! \brief Throw where the device lacks what a kernel requires, as the first launch would. */
   void Check(int device_id);
+  const std::vector<KernelInfo>& kernels() const { return kernels_; }
 
  private:
   static constexpr int kMostDevices = 16;

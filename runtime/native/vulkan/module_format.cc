@@ -15,11 +15,12 @@ namespace {
 namespace ffi = tvm::ffi;
 
 constexpr char kModuleMagic[] = {'M', 'X', 'F', 'S', 'P', 'I', 'R', 'V'};
-constexpr uint32_t kModuleVersion = 2;
+constexpr uint32_t kModuleVersion = 3;
 constexpr size_t kHeaderBytes = 16;
 constexpr uint32_t kMaxPushConstants = 128;       // what every device has
 constexpr uint32_t kMaxArgumentBytes = 64 << 10;  // far beyond any kernel
 constexpr uint32_t kMaxAlignment = 4096;          // far beyond any access
+constexpr uint32_t kMaxMatrix = 1 << 16;          // far beyond any device's
 constexpr int kMaxDepth = 32;                     // of the JSON; the parser recurses
 constexpr uint32_t kSpirvMagic = 0x07230203;
 constexpr size_t kSpirvHeaderWords = 5;
@@ -193,6 +194,13 @@ void CheckCode(const std::vector<uint32_t>& code, const std::string& path) {
   if (!entry) Corrupt(path + ".code has no compute entry point \"main\"");
 }
 
+MatrixProduct ParseProduct(const ffi::Any& value, const std::string& path) {
+  const Fields fields(value, path);
+  const auto size = [&](const char* name) { return fields.Number(name, kMaxMatrix); };
+  return {size("m"),        size("n"),        size("k"),       fields.Text("a"),
+          fields.Text("b"), fields.Text("c"), fields.Text("result")};
+}
+
 KernelInfo ParseKernel(const ffi::Any& value, const std::string& path, std::string_view spirv) {
   const Fields fields(value, path);
   KernelInfo kernel;
@@ -250,6 +258,9 @@ KernelInfo ParseKernel(const ffi::Any& value, const std::string& path, std::stri
   kernel.subgroup_operations = needs.Texts("subgroup_operations");
   if (needs.Get("subgroup_size").type_index() != ffi::TypeIndex::kTVMFFINone) {
     kernel.subgroup_size = needs.Number("subgroup_size", 1024);
+  }
+  for (const ffi::Any& product : needs.List("matrices")) {
+    kernel.products.push_back(ParseProduct(product, needs.Path("matrices")));
   }
   return kernel;
 }

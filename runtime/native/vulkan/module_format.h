@@ -3,7 +3,7 @@
  * \brief The serialized form of a module: SPIR-V and what is to be known about it.
  *
  *   8 bytes  "MXFSPIRV"
- *   u32      version, 2
+ *   u32      version, 3
  *   u32      bytes of the JSON text, padded with blanks to a multiple of 4
  *   JSON     {"kernels": [...]}, one object a kernel; see KernelInfo
  *   SPIR-V   modules one after another, each 4-aligned
@@ -18,6 +18,8 @@
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "matrices.h"
 
 namespace mxforge {
 namespace vulkan {
@@ -68,7 +70,12 @@ struct KernelInfo {
   std::vector<std::string> extensions;
   std::vector<std::string> subgroup_operations;
   uint32_t subgroup_size = 0;  // 0: any
+  std::vector<MatrixProduct> products;  // of cooperative matrices
   bool full_subgroups = false;  // a thread in every lane: the feature computeFullSubgroups
+
+  /*! \brief Whether it is one of several variants, of which the host takes what the device has:
+   * devices differ in their matrices. All others run everywhere, or the module does not. */
+  bool IsVariant() const { return !products.empty(); }
 
   bool HasDynamicSize() const {
     return local_size[0] == 0 || local_size[1] == 0 || local_size[2] == 0;

@@ -20,40 +20,47 @@ const std::string* Intern(const std::string& name) {
   return &*names->insert(name).first;
 }
 
-void CheckSize(const Core& core, const KernelInfo& kernel, const Pipelines::LocalSize& size) {
-  const VkPhysicalDeviceLimits& limits = core.physical.limits;
+/*! \brief Throw what is wrong, if anything. */
+void Require(const std::string& why_not) {
+  if (!why_not.empty()) TVM_FFI_THROW(RuntimeError) << why_not;
+}
+
+/*! \brief Why blocks of this size do not run; empty where they do. */
+std::string WrongSize(const Core& core, const KernelInfo& kernel,
+                      const Pipelines::LocalSize& size) {
+  const PhysicalDevice& device = core.physical;
+  const VkPhysicalDeviceLimits& limits = device.limits;
+  const std::string subject = "Kernel " + kernel.name + " has blocks of ";
   uint64_t threads = 1;
   for (int axis = 0; axis < 3; ++axis) {
     threads *= size[axis];
     if (size[axis] <= limits.maxComputeWorkGroupSize[axis]) continue;
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << size[axis]
-                                << " threads in " << "xyz"[axis] << ", more than the "
-                                << limits.maxComputeWorkGroupSize[axis] << " that "
-                                << core.Label() << " allows; use smaller blocks.";
+    return subject + std::to_string(size[axis]) + " threads in " + "xyz"[axis] +
+           ", more than the " + std::to_string(limits.maxComputeWorkGroupSize[axis]) + " that " +
+           core.Label() + " allows; use smaller blocks.";
   }
   if (threads > limits.maxComputeWorkGroupInvocations) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << threads
-                                << " threads, more than the "
-                                << limits.maxComputeWorkGroupInvocations << " that "
-                                << core.Label() << " allows; use smaller blocks.";
+    return subject + std::to_string(threads) + " threads, more than the " +
+           std::to_string(limits.maxComputeWorkGroupInvocations) + " that " + core.Label() +
+           " allows; use smaller blocks.";
   }
-  const PhysicalDevice& device = core.physical;
   const uint32_t lanes = kernel.subgroup_size != 0 ? kernel.subgroup_size : device.subgroup_size;
   if (kernel.full_subgroups && size[0] % lanes != 0) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << size[0]
-                                << " threads in x, but needs full subgroups, a multiple of "
-                                << lanes << " threads on " << core.Label() << ".";
+    return subject + std::to_string(size[0]) +
+           " threads in x, but needs full subgroups, a multiple of " + std::to_string(lanes) +
+           " threads on " + core.Label() + ".";
   }
   const uint64_t subgroups = device.max_workgroup_subgroups;
   if (kernel.subgroup_size != 0 && subgroups != 0 && threads > subgroups * kernel.subgroup_size) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " has blocks of " << threads
-                                << " threads, more than " << subgroups << " subgroups of "
-                                << kernel.subgroup_size << ", the most that " << core.Label()
-                                << " allows; use smaller blocks.";
+    return subject + std::to_string(threads) + " threads, more than " +
+           std::to_string(subgroups) + " subgroups of " + std::to_string(kernel.subgroup_size) +
+           ", the most that " + core.Label() + " allows; use smaller blocks.";
   }
+  return "";
 }
 
-void CheckRequirements(const Core& core, const KernelInfo& kernel) {
+/*! \brief What the device lacks, with commas between. */
+std::string Missing(const Core& core, const KernelInfo& kernel) {
   const PhysicalDevice& device = core.physical;
   std::string missing;
   const auto miss = [&missing](const std::string& what) {
@@ -78,18 +85,15 @@ void CheckRequirements(const Core& core, const KernelInfo& kernel) {
     }
     miss("subgroup operation " + name + " (it has " + (has.empty() ? "none" : has) + ")");
   }
-  if (kernel.subgroup_size != 0) {
-    const uint32_t size = kernel.subgroup_size;
-    const bool fixed = device.min_subgroup_size == size && device.max_subgroup_size == size;
-    const bool control = device.features.count("subgroupSizeControl") != 0 &&
-                         device.compute_can_require_subgroup_size &&
-                         device.min_subgroup_size <= size && size <= device.max_subgroup_size &&
-                         (size & (size - 1)) == 0;
-    if (!fixed && !control) {
-      miss("subgroup size " + std::to_string(size) + " (it has " +
-           std::to_string(device.min_subgroup_size) + " to " +
-           std::to_string(device.max_subgroup_size) + ")");
-    }
+  if (kernel.subgroup_size != 0 && !device.GrantsSubgroupSize(kernel.subgroup_size)) {
+    miss("subgroup size " + std::to_string(kernel.subgroup_size) + " (it has " +
+         std::to_string(device.min_subgroup_size) + " to " +
+         std::to_string(device.max_subgroup_size) + ")");
+  }
+  for (const MatrixProduct& product : kernel.products) {
+    const auto& has = device.products;
+    if (std::find(has.begin(), has.end(), product) != has.end()) continue;
+    miss("matrices " + product.Text() + " (it has " + ProductTexts(has) + ")");
   }
   const uint32_t shared = device.limits.maxComputeSharedMemorySize;
   if (kernel.shared_bytes > shared) {
@@ -101,21 +105,26 @@ void CheckRequirements(const Core& core, const KernelInfo& kernel) {
     miss(std::to_string(push) + " bytes of push constants (it has " +
          std::to_string(device.limits.maxPushConstantsSize) + ")");
   }
-  if (!missing.empty()) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " cannot run on " << core.Label()
-                                << ", which lacks: " << missing
-                                << "; compile for a profile that the device meets: "
-                                   "vulkan:minimum asks for least.";
-  }
-  if (!kernel.HasDynamicSize()) {
-    CheckSize(core, kernel, {kernel.local_size[0], kernel.local_size[1], kernel.local_size[2]});
-  }
+  return missing;
 }
 
 }  // namespace
 
+std::string WhyNot(const Core& core, const KernelInfo& kernel) {
+  const std::string missing = Missing(core, kernel);
+  if (!missing.empty()) {
+    return "Kernel " + kernel.name + " cannot run on " + core.Label() + ", which lacks: " + missing +
+           "; compile for a profile that the device meets: vulkan:minimum asks for least.";
+  }
+  if (kernel.HasDynamicSize()) return "";
+  return WrongSize(core, kernel,
+                   {kernel.local_size[0], kernel.local_size[1], kernel.local_size[2]});
+}
+
 void CheckKernels(const Core& core, const std::vector<KernelInfo>& kernels) {
-  for (const KernelInfo& kernel : kernels) CheckRequirements(core, kernel);
+  for (const KernelInfo& kernel : kernels) {
+    if (!kernel.IsVariant()) Require(WhyNot(core, kernel));
+  }
 }
 
 Pipelines::Pipelines(Core* core, PipelineCache* cache, const std::vector<KernelInfo>* kernels)
@@ -180,6 +189,7 @@ void Pipelines::CreateAll() {
     for (size_t i = next++; i < prepared_.size(); i = next++) {
       try {
         const KernelInfo& kernel = (*kernels_)[i];
+        if (kernel.IsVariant() && !WhyNot(*core_, kernel).empty()) continue;
         auto info = Struct<VkShaderModuleCreateInfo>(VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO);
         info.codeSize = kernel.code.size() * sizeof(uint32_t);
         info.pCode = kernel.code.data();
@@ -245,7 +255,9 @@ VkPipeline Pipelines::Create(size_t index, const LocalSize& size) {
   const VkResult result = core_->call.CreateComputePipelines(core_->handle, cache_->handle(), 1,
                                                              &info, nullptr, &pipeline);
   if (result != VK_SUCCESS) {
-    core_->Check(result, ("vkCreateComputePipelines for kernel " + kernel.name).c_str());
+    const std::string what =
+        "vkCreateComputePipelines for kernel " + kernel.name + " on " + core_->Label();
+    core_->Check(result, what.c_str());
     TVM_FFI_THROW(RuntimeError) << "The driver of " << core_->Label() << " does not compile kernel "
                                 << kernel.name << " (" << ResultName(result) << ").";
   }
@@ -255,6 +267,7 @@ VkPipeline Pipelines::Create(size_t index, const LocalSize& size) {
 VkPipeline Pipelines::Get(size_t kernel, const LocalSize& size) {
   Prepared& each = prepared_[kernel];
   if (each.fixed != VK_NULL_HANDLE) return each.fixed;
+  if (each.shader == VK_NULL_HANDLE) Require(WhyNot(*core_, (*kernels_)[kernel]));
   VkPipeline made = VK_NULL_HANDLE;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -262,7 +275,7 @@ VkPipeline Pipelines::Get(size_t kernel, const LocalSize& size) {
       if (known == size) return pipeline;
     }
     core_->EnsureAlive();
-    CheckSize(*core_, (*kernels_)[kernel], size);
+    Require(WrongSize(*core_, (*kernels_)[kernel], size));
     made = Create(kernel, size);
     each.by_size.emplace_back(size, made);
   }

@@ -20,12 +20,19 @@
 namespace mxforge {
 namespace vulkan {
 
-/*! \brief Throw an error that names the kernel and what the device lacks for it, if anything. */
+/*! \brief What the device lacks for a kernel, naming both; empty where it can run it. */
+std::string WhyNot(const Core& core, const KernelInfo& kernel);
+
+/*! \brief Throw an error that names the kernel and what the device lacks for it, if anything.
+ *
+ * A variant that the device cannot run is none that the host launches there.
+ */
 void CheckKernels(const Core& core, const std::vector<KernelInfo>& kernels);
 
 /*! \brief Checks what the kernels require, then creates their pipelines, several at a time.
  *
- * Kernels whose block size is known only at launch get a pipeline for each size when it comes.
+ * Of variants that the device cannot run the driver gets to see nothing: some end the process where
+ * they meet a matrix that they do not know. Kernels whose block size is known only at launch get a pipeline for each size when it comes.
  */
 class Pipelines {
  public:

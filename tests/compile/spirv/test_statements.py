@@ -298,7 +298,9 @@ def test_warp_shuffles_need_full_subgroups(threads_in_x, fits):
     if fits:
         assert generate(module)
         return
-    message = f"for 32 lanes in blocks of {threads_in_x} threads in x; expected a multiple of 32"
+    message = (
+        f"subgroups of 32 lanes in blocks of {threads_in_x} threads in x; expected a multiple of 32"
+    )
     with pytest.raises(VulkanCodegenError, match=message):
         generate(module)
 

@@ -236,6 +236,7 @@ def test_capabilities_and_features_only_when_used():
         "extensions": [],
         "subgroup_operations": [],
         "subgroup_size": None,
+        "matrices": [],
     }
     kernel, text = only(elementwise([lambda x: x + x], ["float16"], "float16", 32))
     assert kernel.reflection["requirements"]["features"] == [
