@@ -494,6 +494,9 @@ def _devices(args: argparse.Namespace) -> None:
             print(f"{'':11} not usable: {device.problem}")
         elif device.features:
             print(textwrap.indent(textwrap.fill(" ".join(device.features), 88), " " * 12))
+        if device.kind == "vulkan" and not device.problem:
+            matrices = ", ".join(device.matrices) or "none: kernels run without"
+            print(textwrap.indent(textwrap.fill(f"matrices: {matrices}", 88), " " * 12))
 
 
 def _diff(args: argparse.Namespace) -> None:

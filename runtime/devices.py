@@ -19,6 +19,8 @@ class Device:
     index           its number among those of its kind
     memory_bytes    what the device has; of the CPU, what is available now; None: unknown
     features        what code can be compiled for: instruction sets, architecture, Vulkan features
+    matrices        the products of cooperative matrices of a Vulkan device, m×n×k and the dtypes of
+                    a, b, c and the result; where it has none of an artifact's, kernels run without
     problem         why it cannot be used; empty where it can
     """
 
@@ -28,6 +30,7 @@ class Device:
     memory_bytes: int | None = None
     features: tuple[str, ...] = ()
     problem: str = ""
+    matrices: tuple[str, ...] = ()
 
 
 def devices() -> list[Device]:
@@ -54,6 +57,7 @@ def _vulkan() -> list[Device]:
             sum(heap.bytes for heap in device.heaps if heap.device_local),
             device.features,
             "" if device.usable else device.reason,
+            device.matrices,
         )
         for device in found
     ]

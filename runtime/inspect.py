@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from . import vulkan
 from .artifact import choose_library, read_manifest
-from .errors import ArtifactTargetError, UsageError, needs_compiler
+from .errors import ArtifactTargetError, UsageError, VulkanError, needs_compiler
 from .manifest import Manifest
 
 
@@ -20,10 +21,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     configs = (path / "config.json", path / "original" / "config.json")
     if any(file.is_file() for file in configs) and not (path / "manifest.json").is_file():
         return _checkpoint(path)
-    return _artifact(read_manifest(path))
+    return _artifact(path, read_manifest(path))
 
 
-def _artifact(manifest: Manifest) -> dict[str, Any]:
+def _artifact(path: Path, manifest: Manifest) -> dict[str, Any]:
     here, problem = None, ""
     try:
         here = choose_library(manifest).target
@@ -49,7 +50,27 @@ def _artifact(manifest: Manifest) -> dict[str, Any]:
         },
         "libraries": [asdict(library) for library in manifest.libraries],
         "kernels": [asdict(kernel) for kernel in manifest.kernels],
+        "variants": _variants(path, manifest),
     }
+
+
+def _variants(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Kernels of cooperative matrices, and which of them the first Vulkan device here runs."""
+    if manifest.target.kind != "vulkan":
+        return []
+    try:
+        library = path / choose_library(manifest).file
+        found = vulkan.variants(library)
+    except (ArtifactTargetError, UsageError, VulkanError) as error:
+        return [{"kernel": "all", "matrices": (), "runs_here": f"unknown: {error}"}]
+    return [
+        {
+            "kernel": variant.kernel,
+            "matrices": (*variant.matrices, f"by subgroups of {variant.subgroup_size}"),
+            "runs_here": variant.why_not or "runs here",
+        }
+        for variant in found
+    ]
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -61,6 +61,17 @@ class Device:
     reason: str  # why it is not usable
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A kernel of cooperative matrices. Its schedule has several of them and one without matrices,
+    and launches the first that the device can run."""
+
+    kernel: str
+    matrices: tuple[str, ...]  # as a device's
+    subgroup_size: int
+    why_not: str  # why the device cannot run it
+
+
 def library_path() -> Path:
     """The native library: MXFORGE_VULKAN_LIBRARY, or the one that was built into the package."""
     chosen = os.environ.get("MXFORGE_VULKAN_LIBRARY")
@@ -142,6 +153,14 @@ def check(device_id: int = 0) -> Device:
     except RuntimeError as error:
         raise VulkanError(_last_line(error)) from error
     raise VulkanError(f"vulkan:{device_id} does not exist here.")
+
+
+def variants(library: Path, device_id: int = 0) -> tuple[Variant, ...]:
+    """The variants in an artifact's library; VulkanError where vulkan:n cannot be used."""
+    check(device_id)
+    module = tvm_ffi.load_module(str(library))
+    described = json.loads(function("variants")(module, device_id))
+    return tuple(Variant(**{**each, "matrices": tuple(each["matrices"])}) for each in described)
 
 
 def _device(fields: dict[str, Any]) -> Device:
