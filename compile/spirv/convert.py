@@ -30,7 +30,8 @@ def cast(b: Builder, value: Value, to: DType) -> Value:
         return b.select(value, b.constant(to, 1), b.constant(to, 0))
     if source.is_float:
         if to.is_float:
-            return b.op(Op.F_CONVERT, to, value)
+            # Exact, or Mesa leaves out a way to float16 and back.
+            return b.op(Op.F_CONVERT, to, value, exact=to.bits < source.bits)
         return _float_to_integer(b, value, to)
     if to.is_float:
         return b.op(Op.CONVERT_S_TO_F if source.is_signed else Op.CONVERT_U_TO_F, to, value)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tvm
 from support.matrix_programs import LAVAPIPE, needs_matrices, needs_tools, product
-from support.spirv_programs import disassembled, generate, kernels, lowered, run, unpack
+from support.spirv_programs import disassembled, generate, kernels, lowered, results, run, unpack
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import stmt
@@ -261,3 +261,11 @@ def test_a_matrix_that_the_device_lacks_is_named_before_the_driver_sees_it():
         r"32x32x32 float16 float16 float32 float32 \(it has ",
     ):
         run(function, a, a, np.zeros(64 * 64, np.float32))
+
+
+def test_what_a_float16_leaves_of_a_number_is_not_optimized_away():
+    """Of which the second part of an input is made. Mesa 26 takes the way to float16 and back for
+    nothing, unless it is told that the rounding counts."""
+    x = np.random.default_rng(1).standard_normal(64).astype(np.float32)
+    half = results([lambda v: v - T.Cast("float32", T.Cast("float16", v))], [x], "float32")[0]
+    np.testing.assert_array_equal(half, x - x.astype(np.float16).astype(np.float32))
