@@ -28,6 +28,9 @@ class Matrices:
     load_x(x, i, element, pitch)       from X [token][input]
     multiply(sums, i, w, j, x, m)      sums += w · x
     store(sums, i, element, pitch)     to sums [token][row]
+    warps: of a block of 64 rows and 64 tokens, along these
+    there()                            for the host: whether the device has them; None where all do
+    otherwise: taken where it does not; None where there are no others
     """
 
     family: str
@@ -44,6 +47,9 @@ class Matrices:
     load_x: Callable[..., Any]
     multiply: Callable[..., Any]
     store: Callable[..., Any]
+    warps: tuple[int, int] = (2, 2)
+    there: Callable[[], Any] | None = None
+    otherwise: Matrices | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -56,6 +62,75 @@ def _metal_load(transposed: bool) -> Callable[..., Any]:
         return T.metal.simdgroup_load(to.data, i, T.address_of(element), pitch, 8, 8, transposed)
 
     return load
+
+
+Shape = tuple[int, int, int]  # rows, columns, depth
+
+
+def _cooperative_load(layout: str, shape: Shape) -> Callable[..., Any]:
+    def load(to: Any, i: Any, element: Any, pitch: int) -> Any:
+        return T.tvm_load_matrix_sync(to.data, *shape, i, T.address_of(element), pitch, layout)
+
+    return load
+
+
+def _cooperative(*shapes: tuple[Shape, int, tuple[int, int]]) -> Matrices:
+    """Cooperative matrices of float16 into float32: shape, lanes and warps, best first."""
+    (shape, lanes, warps), *others = shapes
+    product = "x".join(map(str, shape)) + " float16 float16 float32 float32"
+
+    @T.inline
+    def fill(sums, i):
+        T.evaluate(T.call_extern("int32", "subgroupRequireSize", lanes))
+        T.evaluate(T.tvm_fill_fragment(sums.data, *shape, i, T.float32(0)))
+
+    return Matrices(
+        family="vulkan",
+        rows=shape[0],
+        columns=shape[1],
+        depth=shape[2],
+        lanes=lanes,
+        dtype="float16",
+        parts=2,
+        scopes=("wmma.matrix_a", "wmma.matrix_b", "wmma.accumulator"),
+        pads=(8, 8, 4),
+        fill=fill,
+        load_w=_cooperative_load("row_major", shape),
+        load_x=_cooperative_load("col_major", shape),
+        multiply=lambda sums, i, w, j, x, m: T.tvm_mma_sync(
+            sums.data, i, w.data, j, x.data, m, sums.data, i
+        ),
+        store=lambda sums, i, element, pitch: T.tvm_store_matrix_sync(
+            sums.data, *shape, i, T.address_of(element), pitch, "col_major"
+        ),
+        warps=warps,
+        there=lambda: T.call_packed("mxforge.vulkan.multiplies", product, lanes) == 1,
+        otherwise=_cooperative(*others) if others else None,
+    )
+
+
+def first_there(
+    units: Matrices, launch_of: Callable[[Matrices], Any], without: Any
+) -> Callable[..., Any]:
+    """The T.inline launch(given) of the first of `units` and its others that the device has.
+
+    launch_of(units) makes its T.inline launch(given); without(given) is for devices without any
+    """
+    own = launch_of(units)
+    if units.there is None:
+        return own
+    rest = without
+    if units.otherwise is not None:
+        rest = first_there(units.otherwise, launch_of, without)
+
+    @T.inline
+    def launch(given):
+        if units.there():
+            own(given)
+        else:
+            rest(given)
+
+    return launch
 
 
 # By a family and what a target has to have besides, best first.
@@ -84,5 +159,13 @@ MATRICES: dict[tuple[str, ...], Matrices] = {
         store=lambda sums, i, element, pitch: T.metal.simdgroup_store(
             sums.data, i, T.address_of(element), pitch, 8, 8, True
         ),
+    ),
+    # Devices differ: NVIDIA's, and AMD's from RDNA3 on; Intel's from Battlemage and from Alchemist
+    # on; lavapipe's on a CPU.
+    ("vulkan", "threads256"): _cooperative(
+        ((16, 16, 16), 32, (2, 2)),
+        ((8, 16, 16), 16, (4, 2)),
+        ((8, 8, 16), 8, (4, 4)),
+        ((8, 8, 8), 8, (4, 4)),
     ),
 }  # fmt: skip

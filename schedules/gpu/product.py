@@ -19,7 +19,7 @@ No sum is added to by two blocks: results repeat.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..kernel import T, TileConfig
@@ -56,6 +56,12 @@ class ManyTiles(TileConfig):
     small: ProductTile = ProductTile(tokens=32)
     large: ProductTile = ProductTile()
 
+    def on(self, units: Matrices) -> ManyTiles:
+        """Of one size alone where each is compiled for the matrices of several devices."""
+        small, large = (replace(tile, warps=units.warps) for tile in (self.small, self.large))
+        wide = self.wide if units.there is None else self.least
+        return replace(self, wide=wide, small=small, large=large)
+
 
 @dataclass(frozen=True)
 class ProductRows:
@@ -69,6 +75,7 @@ class ProductRows:
     put(words, scale, slot, s, row, c, keep): the weights of such a chunk, of the s-th of its steps,
         by keep(at, four, i): inputs at … at + 3 of the step are f32 four[i … i + 3]
     bound(scale, slot, s, row) -> f32 that none of these is larger than, if scales alone say so
+    parts: float16 whose sum is a weight, but for a power of two a row
     """
 
     inputs: int
@@ -78,6 +85,7 @@ class ProductRows:
     load: Callable[..., Any]
     put: Callable[..., Any]
     bound: Callable[..., Any] | None = None
+    parts: int = 1
 
     @property
     def chunks(self) -> int:
@@ -137,6 +145,7 @@ def product(
     threads = row_warps * token_warps * units.lanes
     of_w, of_x = tile.rows // (row_warps * units.rows), tokens // (token_warps * units.columns)
     halves = units.dtype == "float16"  # whose range needs powers of two, of a row and of a token
+    w_parts = rows.parts if halves else 1
     normed = columns.eps is not None
     grouped = columns.complete is not None
     all_steps = k // STEP
@@ -149,8 +158,9 @@ def product(
     pairs = row_warps * warp_rows // 2  # of a turn
     w_pitch, x_pitch = STEP + units.pads[0], STEP + units.pads[1]
     sums_pitch = 2 * pairs + units.pads[2]
-    x_at, part_size = tile.rows * w_pitch, tokens * x_pitch
-    tiles_size = x_at + parts * part_size
+    w_size, x_size = tile.rows * w_pitch, tokens * x_pitch  # of a part
+    x_at = w_parts * w_size
+    tiles_size = x_at + parts * x_size
     squares_at = tokens * sums_pitch
     sums_size = squares_at + normed * all_quads
     room_size = sums_size if halves else max(sums_size, tiles_size)
@@ -186,6 +196,7 @@ def product(
         words = T.sblock_alloc_buffer((own_chunks * WORDS,), "uint32", scope="local")
         scale = T.sblock_alloc_buffer((max(1, own_chunks * rows.scales),), "uint32", scope="local")
         four = T.sblock_alloc_buffer(((own_quads + normed) * QUAD,), "float32", scope="local")
+        rest = T.sblock_alloc_buffer((QUAD,), "float32", scope="local")
         rounded = T.sblock_alloc_buffer((QUAD,), units.dtype, scope="local")
         source = T.sblock_alloc_buffer((own_quads,), "int32", scope="local")
         square = T.sblock_alloc_buffer((own_quads,), "float32", scope="local")
@@ -226,6 +237,17 @@ def product(
                     four[i * QUAD + e] = four[i * QUAD + e] * four[own_quads * QUAD + e]
 
         @T.inline
+        def keep_parts(values, first, factor, count, at, size):
+            """Four numbers as sums of so many others."""
+            for e in T.unroll(QUAD):
+                rest[e] = values[first + e] * factor
+            for part in T.unroll(count):
+                for e in T.unroll(QUAD):
+                    rounded[e] = T.Cast(units.dtype, rest[e])
+                    rest[e] = rest[e] - T.Cast("float32", rounded[e])
+                tiles[T.ramp(at + part * size, 1, QUAD)] = rounded[T.ramp(0, 1, QUAD)]
+
+        @T.inline
         def put(number, s):
             """Both to shared memory."""
             for i in T.unroll(own_chunks):
@@ -234,9 +256,7 @@ def product(
                 @T.inline
                 def keep(input, values, first):
                     if halves:
-                        for e in T.unroll(QUAD):
-                            rounded[e] = T.Cast(units.dtype, values[first + e] * power[i])
-                        tiles[T.ramp(at + input, 1, QUAD)] = rounded[T.ramp(0, 1, QUAD)]
+                        keep_parts(values, first, power[i], w_parts, at + input, w_size)
                     else:
                         tiles[T.ramp(at + input, 1, QUAD)] = values[T.ramp(first, 1, QUAD)]
 
@@ -251,35 +271,31 @@ def product(
                 multiply_gain(i)
                 if whole_quads or i * threads + tx < all_quads:
                     if halves:
-                        for e in T.unroll(QUAD):
-                            four[i * QUAD + e] = four[i * QUAD + e] * power[own_chunks + i]
-                        for part in T.unroll(parts):
-                            for e in T.unroll(QUAD):
-                                rounded[e] = T.Cast(units.dtype, four[i * QUAD + e])
-                                four[i * QUAD + e] = four[i * QUAD + e] - T.Cast(
-                                    "float32", rounded[e]
-                                )
-                            tiles[T.ramp(at + part * part_size, 1, QUAD)] = rounded[
-                                T.ramp(0, 1, QUAD)
-                            ]
+                        keep_parts(four, i * QUAD, power[own_chunks + i], parts, at, x_size)
                     else:
                         tiles[T.ramp(at, 1, QUAD)] = four[T.ramp(i * QUAD, 1, QUAD)]
+
+        @T.inline
+        def multiply_parts(at, w_part, count):
+            """One part of W by the first parts of X."""
+            for i in T.unroll(of_w):
+                row: T.let = row0 + i * units.rows
+                units.load_w(w, i, tiles[w_part * w_size + row * w_pitch + at], w_pitch)
+            for part in T.unroll(count):
+                for j in T.unroll(of_x):
+                    token: T.let = token0 + j * units.columns
+                    units.load_x(xs, j, tiles[x_at + part * x_size + token * x_pitch + at], x_pitch)
+                for i in T.unroll(of_w):
+                    for j in T.unroll(of_x):
+                        units.multiply(acc, i * of_x + j, w, i, xs, j)
 
         @T.inline
         def multiply():
             for d in T.serial(STEP // units.depth):
                 at: T.let = d * units.depth
-                for i in T.unroll(of_w):
-                    units.load_w(w, i, tiles[(row0 + i * units.rows) * w_pitch + at], w_pitch)
-                for part in T.unroll(parts):
-                    for j in T.unroll(of_x):
-                        token: T.let = token0 + j * units.columns
-                        units.load_x(
-                            xs, j, tiles[x_at + part * part_size + token * x_pitch + at], x_pitch
-                        )
-                    for i in T.unroll(of_w):
-                        for j in T.unroll(of_x):
-                            units.multiply(acc, i * of_x + j, w, i, xs, j)
+                multiply_parts(at, 0, parts)
+                if w_parts > 1:  # two second parts would add less than is lost anyway
+                    multiply_parts(at, 1, 1)
 
         @T.inline
         def find_powers():

@@ -11,7 +11,7 @@ import tvm
 
 from ..gpu.gemv import BLOCKS, CHUNK_WORDS, PAIR, QUAD, Chunk, Gemv, GemvTile
 from ..gpu.lanes import LANES
-from ..gpu.matrices import MATRICES, Matrices
+from ..gpu.matrices import MATRICES, Matrices, first_there
 from ..gpu.product import STEP, ManyTiles, ProductColumns, ProductRows, product
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from .linear import plus_options
@@ -74,7 +74,10 @@ class Chunks:
                     four, keep, chunk.input(c % (STEP // chunk.inputs), q),
                 )  # fmt: skip
 
-        return ProductRows(chunk.inputs, 1, int(chunk.scale is not None), group, load=load, put=put)
+        return ProductRows(
+            chunk.inputs, 1, int(chunk.scale is not None), group, load=load, put=put,
+            parts=1 if chunk.scale is None else 2,
+        )  # fmt: skip
 
     def fits(self, tile: GemvTile, *, rows: int, k: int, **_options: bool) -> bool:
         whole = k % (PAIR * self.chunk.inputs) == 0
@@ -134,7 +137,7 @@ def dense_products(
     def launch(n, x, gain, words, scales, given):
         weights = T.meta_var((words, scales))
         both = T.meta_var((n, given))
-        if n < tiles.wide:
+        if (tiles.least < tiles.wide) and (n < tiles.wide):
             small(n, x, gain, weights, both)
         else:
             large(n, x, gain, weights, both)
@@ -207,7 +210,29 @@ def _build(
                 given[0][token, row] = plus_options(sums[r], given[1], given[2], token, row)
 
     one, some = launch(1), launch(tile.tokens)
-    many = units and dense_products(units, chunks, MANY, rows=rows, k=k, group=GROUP, store=store)
+
+    @T.inline
+    def without(given):
+        some(*given)
+
+    def with_units(units):
+        products = dense_products(
+            units, chunks, MANY.on(units), rows=rows, k=k, group=GROUP, store=store
+        )
+
+        @T.inline
+        def launch(given):
+            n, x, weight, weight_scale, y, bias, residual = T.meta_var(given)
+            words = chunks.words(weight, rows, k)
+            if weight_scale is None:
+                products(n, x, None, words, None, (y, bias, residual))
+            else:
+                scales = chunks.scales(weight_scale, rows, k)
+                products(n, x, None, words, scales, (y, bias, residual))
+
+        return launch
+
+    many = units and first_there(units, with_units, without)
 
     @T.inline
     def body(n, x, weight, y, weight_scale=None, bias=None, residual=None):
@@ -216,11 +241,6 @@ def _build(
         elif (many is None) or n < MANY.least:
             some(n, x, weight, weight_scale, y, bias, residual)
         else:
-            words = chunks.words(weight, rows, k)
-            if weight_scale is None:
-                many(n, x, None, words, None, (y, bias, residual))
-            else:
-                scales = chunks.scales(weight_scale, rows, k)
-                many(n, x, None, words, scales, (y, bias, residual))
+            many((n, x, weight, weight_scale, y, bias, residual))
 
     return prim_func(arguments, body)

@@ -122,19 +122,20 @@ def grouped_products(
         store(given, expert, given[1][number], pair, sums)
 
     columns = ProductColumns(choose, lambda given, number: given[1][number] // share, stored)
+    tiles = MANY.on(units)
     small, large = (
         product(
             units, rows, columns, tile, all_rows=all_rows, k=k,
             blocks=lambda n, tokens: n * top_k // tokens + experts,
         )
-        for tile in (MANY.small, MANY.large)
+        for tile in (tiles.small, tiles.large)
     )  # fmt: skip
     sort = sorting(experts, top_k)
 
     @T.inline
     def launch(n, x, ids, weights, given):
         sort(n, ids, given[0], given[1])
-        if n * top_k < MANY.wide * experts:
+        if (tiles.least < tiles.wide) and (n * top_k < tiles.wide * experts):
             small(n, x, None, weights, given)
         else:
             large(n, x, None, weights, given)

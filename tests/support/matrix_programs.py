@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import re
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from support.spirv_programs import device
+from support.spirv_programs import device, knows_matrices
 from support.vulkan_device import unavailable
 from tvm import tirx
 from tvm.script import tirx as T
@@ -27,12 +24,9 @@ def needs_matrices() -> None:
         unavailable("vulkan:0 has no cooperative matrices; run with scripts/test --mesa")
 
 
-@functools.cache
 def needs_tools() -> None:
     """Skip where spirv-val does not know cooperative matrices."""
-    found = subprocess.run(["spirv-val", "--version"], capture_output=True, text=True).stdout
-    year = re.search(r"v(\d{4})\.", found)
-    if year is None or int(year.group(1)) < 2024:
+    if not knows_matrices():
         unavailable("this spirv-val is too old; run with scripts/test --mesa")
 
 
