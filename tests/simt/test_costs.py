@@ -26,8 +26,17 @@ BANKS = {
 }
 
 
-def cost(simt, body: str, what: str) -> Cost:
-    program = compile_body(simt, "cuda", body)
+FRAGMENT = "threadgroup float a_ptr[288];\n  simdgroup_float8x8 m;\n  simdgroup_load(m, a_ptr, "
+FRAGMENTS = {
+    "8);": Cost(requests=2, passes=4, ideal=4, bytes=512),
+    "36);": Cost(requests=2, passes=8, ideal=4, bytes=512),
+    "8, 0, true);": Cost(requests=4, passes=8, ideal=4, bytes=512),
+    "36, 0, true);": Cost(requests=4, passes=4, ideal=4, bytes=512),
+}
+
+
+def cost(simt, body: str, what: str, kind: str = "cuda") -> Cost:
+    program = compile_body(simt, kind, body)
     x = np.zeros(64, np.float32)
     simt.run(program, [x, x], {1}, counting=True)
     return simt.costs()[what]
@@ -41,6 +50,13 @@ def test_sectors(simt, body):
 @pytest.mark.parametrize("body", list(BANKS))
 def test_bank_passes(simt, body):
     assert cost(simt, SHARED + body, "shared write") == BANKS[body]
+
+
+@pytest.mark.parametrize("rest", list(FRAGMENTS))
+def test_bank_passes_of_fragments(simt, rest):
+    assert cost(simt, FRAGMENT + rest, "shared read", "metal") == FRAGMENTS[rest]
+    assert simt.operations("simdgroup_load") == 2  # one of each warp
+    assert simt.operations("simdgroup_store") == 0
 
 
 def test_broadcast_is_one_pass(simt):
