@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mxforge.schedules.gpu.matrices import MATRICES, Matrices
-from mxforge.schedules.gpu.product import STEP, ManyTiles, ProductTile
+from mxforge.schedules.gpu.product import ManyTiles, ProductTile
 from mxforge.schedules.kernel import Size, T, Tensor, f32, prim_func, scheduled
 from mxforge.schedules.linear.bf16_gpu import CHUNK, CHUNKS
 from mxforge.schedules.linear.rows_gpu import dense_products
@@ -85,20 +85,18 @@ def test_norm_of_the_inputs(simt, name):
 
 
 @pytest.mark.parametrize("name", UNITS)
-@pytest.mark.parametrize(("n", "tile"), [(32, TILES.small), (30, TILES.small), (64, TILES.large)])
+@pytest.mark.parametrize(("n", "tile"), [(10, TILES.small), (30, TILES.small), (64, TILES.large)])
 def test_as_many_products_of_fragments_as_on_paper(simt, name, n, tile: ProductTile):
     units = UNITS[name]
     run(simt, name, *operands(n))
-    fragments = tile.rows // units.rows * (tile.tokens // units.columns)
-    blocks = -(-ROWS // tile.rows) * -(-n // tile.tokens)
-    steps = K // STEP * (STEP // units.depth)
-    products = blocks * steps * fragments * units.parts
+    row_warps, token_warps = tile.warps
+    of_w = tile.rows // row_warps // units.rows
+    of_x = tile.tokens // token_warps // units.columns
+    busy = row_warps * -(-n // (tile.tokens // token_warps))  # warps that have tokens
+    depths = -(-ROWS // tile.rows) * busy * K // units.depth
+    products = depths * of_w * of_x * units.parts
     assert simt.operations("simdgroup_multiply_accumulate") == products
-    loads = blocks * steps * (
-        tile.rows // units.rows * tile.warps[1]
-        + tile.tokens // units.columns * tile.warps[0] * units.parts
-    )  # fmt: skip
-    assert simt.operations("simdgroup_load") == loads
+    assert simt.operations("simdgroup_load") == depths * (of_w + of_x * units.parts)
     for what in ("shared read", "shared write"):
         cost = simt.costs()[what]
         assert cost.passes <= (1.05 if units is METAL else 2) * cost.ideal
