@@ -189,10 +189,10 @@ def product(
     @T.inline
     def work(bx, by, tx, x, gain, weights, given):
         room = T.sblock_alloc_buffer((room_size,), "float32", scope="shared")
-        # Behind powers of two: tiles, and for each row and token what undoes its power.
-        tiles = own_or(halves, room, tiles_size, units.dtype)
-        undo = own_or(halves, room, tile.rows + tokens)
+        # One array may be all of these; the last of their names is its own.
+        undo = own_or(halves, room, tile.rows + tokens)  # powers of two, of rows and tokens
         peaks = own_or(grouped, room, tokens * pairs)  # largest magnitudes of pairs
+        tiles = own_or(halves, room, tiles_size, units.dtype)
         words = T.sblock_alloc_buffer((own_chunks * WORDS,), "uint32", scope="local")
         scale = T.sblock_alloc_buffer((max(1, own_chunks * rows.scales),), "uint32", scope="local")
         four = T.sblock_alloc_buffer(((own_quads + normed) * QUAD,), "float32", scope="local")
