@@ -1,4 +1,7 @@
-"""Dense layers on GPUs, some rows a block of threads (gpu/gemv.py), for formats of f32 inputs."""
+"""Dense layers on GPUs, some rows a block of threads (gpu/gemv.py), for formats of f32 inputs.
+
+Where there are matrix units, many tokens are multiplied by tiles of them (gpu/product.py).
+"""
 
 from __future__ import annotations
 

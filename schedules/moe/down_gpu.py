@@ -1,4 +1,7 @@
-"""`down` on GPUs: some rows a block, or one thread an output element, weights as stored."""
+"""`down` on GPUs: some rows a block; or one thread an output element, weights as stored.
+
+Many tokens are products of tiles of them where there are matrix units (grouped_gpu.py).
+"""
 
 # ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)
 
