@@ -1,10 +1,11 @@
 // What a Vulkan driver says of the code that it makes of kernels. Nothing is run, so that drivers
 // on Mesa's drm shims, without a GPU, do.
 //
-//   pipeline_statistics < LIST
+//   pipeline_statistics WORD < LIST
 //
 // LIST has a line for each kernel: a name, bytes of push constants, the subgroup size that it
-// needs (0: any), 1 where subgroups have to be full, and the path of its SPIR-V.
+// needs (0: any), 1 where subgroups have to be full, 1 where instructions with WORD in their name
+// are counted, and the path of its SPIR-V.
 //
 // Prints, separated by tabs, `device NAME DRIVER`, then `begin NAME` before each kernel and
 // `statistic NAME EXECUTABLE WHAT VALUE` or `failed NAME WHY` after it. A driver that dies in the
@@ -23,7 +24,11 @@
 #include <string>
 #include <vector>
 
+#include "matrices.h"  // of the runtime
+
 namespace {
+
+constexpr const char* kMatrices = "VK_KHR_cooperative_matrix";
 
 PFN_vkGetInstanceProcAddr get_instance_proc;
 VkInstance instance = VK_NULL_HANDLE;
@@ -49,11 +54,13 @@ int fail(const std::string& what) {
 
 struct Kernel {
   std::string name, path;
-  uint32_t push_bytes = 0, subgroup_size = 0, full = 0;
+  uint32_t push_bytes = 0, subgroup_size = 0, full = 0, counted = 0;
 };
 
 class Device {
  public:
+  explicit Device(const char* word) : word_(word) {}
+
   bool open() {
     uint32_t count = 1;  // the environment names one driver
     VkResult result = VK(vkEnumeratePhysicalDevices)(instance, &count, &physical_);
@@ -78,6 +85,13 @@ class Device {
         VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PIPELINE_EXECUTABLE_PROPERTIES_FEATURES_KHR, &v13);
     auto features = of_type<VkPhysicalDeviceFeatures2>(
         VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, &statistics);
+    auto matrices = of_type<mxforge::vulkan::CooperativeMatrixFeatures>(
+        mxforge::vulkan::kCooperativeMatrixFeatures);
+    std::vector<const char*> extensions{VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME};
+    if (offers(kMatrices)) {
+      extensions.push_back(kMatrices);
+      v11.pNext = &matrices;
+    }
     VK(vkGetPhysicalDeviceFeatures2)(physical_, &features);
     if (!statistics.pipelineExecutableInfo) return false;
     features.features.robustBufferAccess = VK_FALSE;  // as the runtime has it
@@ -87,12 +101,11 @@ class Device {
         of_type<VkDeviceQueueCreateInfo>(VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO);
     queue.queueCount = 1;
     queue.pQueuePriorities = &priority;
-    const char* extension = VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME;
     auto info = of_type<VkDeviceCreateInfo>(VK_STRUCTURE_TYPE_DEVICE_CREATE_INFO, &features);
     info.queueCreateInfoCount = 1;
     info.pQueueCreateInfos = &queue;
-    info.enabledExtensionCount = 1;
-    info.ppEnabledExtensionNames = &extension;
+    info.enabledExtensionCount = static_cast<uint32_t>(extensions.size());
+    info.ppEnabledExtensionNames = extensions.data();
     return VK(vkCreateDevice)(physical_, &info, nullptr, &device_) == VK_SUCCESS;
   }
 
@@ -127,6 +140,7 @@ class Device {
     auto info =
         of_type<VkComputePipelineCreateInfo>(VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO);
     info.flags = VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR;
+    if (kernel.counted) info.flags |= VK_PIPELINE_CREATE_CAPTURE_INTERNAL_REPRESENTATIONS_BIT_KHR;
     info.layout = layout;
     info.stage = of_type<VkPipelineShaderStageCreateInfo>(
         VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO);
@@ -141,12 +155,23 @@ class Device {
     if (VkResult result = VK(vkCreateComputePipelines)(device_, VK_NULL_HANDLE, 1, &info, nullptr,
                                                        &pipeline))
       return "vkCreateComputePipelines returned " + std::to_string(result);
-    print(kernel.name, pipeline);
+    print(kernel, pipeline);
     return "";
   }
 
  private:
-  void print(const std::string& name, VkPipeline pipeline) {
+  bool offers(const char* extension) {
+    uint32_t count = 0;
+    auto list = VK(vkEnumerateDeviceExtensionProperties);
+    list(physical_, nullptr, &count, nullptr);
+    std::vector<VkExtensionProperties> offered(count);
+    list(physical_, nullptr, &count, offered.data());
+    for (const auto& each : offered)
+      if (std::strcmp(each.extensionName, extension) == 0) return true;
+    return false;
+  }
+
+  void print(const Kernel& kernel, VkPipeline pipeline) {
     auto which = of_type<VkPipelineInfoKHR>(VK_STRUCTURE_TYPE_PIPELINE_INFO_KHR);
     which.pipeline = pipeline;
     uint32_t count = 0;
@@ -169,9 +194,37 @@ class Device {
                      VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_STATISTIC_KHR));
       read(device_, &one, &found, statistics.data());
       for (const auto& statistic : statistics)
-        std::cout << "statistic\t" << name << "\t" << executables[index].name << "\t"
+        std::cout << "statistic\t" << kernel.name << "\t" << executables[index].name << "\t"
                   << statistic.name << "\t" << value(statistic) << "\n";
+      if (kernel.counted)
+        std::cout << "statistic\t" << kernel.name << "\t" << executables[index].name << "\t"
+                  << word_ << "\t" << lines_with_word(one) << "\n";
     }
+  }
+
+  // Of the last representation that is a text: what the GPU gets.
+  size_t lines_with_word(const VkPipelineExecutableInfoKHR& one) {
+    uint32_t count = 0;
+    auto read = VK(vkGetPipelineExecutableInternalRepresentationsKHR);
+    read(device_, &one, &count, nullptr);
+    std::vector<VkPipelineExecutableInternalRepresentationKHR> found(
+        count, of_type<VkPipelineExecutableInternalRepresentationKHR>(
+                   VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INTERNAL_REPRESENTATION_KHR));
+    read(device_, &one, &count, found.data());
+    std::vector<std::vector<char>> texts;
+    for (auto& each : found) {
+      texts.emplace_back(each.dataSize);
+      each.pData = texts.back().data();
+    }
+    read(device_, &one, &count, found.data());
+    for (uint32_t i = count; i-- > 0;) {
+      if (!found[i].isText) continue;
+      std::istringstream text(std::string(texts[i].data(), strnlen(texts[i].data(), texts[i].size())));
+      size_t lines = 0;
+      for (std::string line; std::getline(text, line);) lines += line.find(word_) != line.npos;
+      return lines;
+    }
+    return 0;
   }
 
   static std::string value(const VkPipelineExecutableStatisticKHR& statistic) {
@@ -187,6 +240,7 @@ class Device {
     }
   }
 
+  const std::string word_;
   VkPhysicalDevice physical_ = VK_NULL_HANDLE;
   VkDevice device_ = VK_NULL_HANDLE;
   VkPhysicalDeviceSubgroupSizeControlProperties sizes_{};
@@ -194,7 +248,8 @@ class Device {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc != 2) return fail("expected the word of instructions that are counted");
   std::cout << std::unitbuf;
   void* library = dlopen("libvulkan.so.1", RTLD_NOW);
   if (library == nullptr) return fail(dlerror());
@@ -206,13 +261,13 @@ int main() {
   info.pApplicationInfo = &application;
   if (VkResult result = VK(vkCreateInstance)(&info, nullptr, &instance))
     return fail("vkCreateInstance returned " + std::to_string(result));
-  Device device;
+  Device device(argv[1]);
   if (!device.open()) return fail("there is no device with statistics of pipelines");
 
   for (std::string line; std::getline(std::cin, line);) {
     std::istringstream fields(line);
     Kernel kernel;
-    fields >> kernel.name >> kernel.push_bytes >> kernel.subgroup_size >> kernel.full;
+    fields >> kernel.name >> kernel.push_bytes >> kernel.subgroup_size >> kernel.full >> kernel.counted;
     std::getline(fields >> std::ws, kernel.path);
     std::cout << "begin\t" << kernel.name << "\n";
     std::string problem = device.compile(kernel);

@@ -106,6 +106,11 @@ COLUMNS = (
     ("cycles", "Cycles", "the compiler's estimate; never compared across compilers or GPUs"),
     ("wide_loads", "Loads of 128 bits", "of global memory, beside those of any width"),
     (
+        "matrix_instructions",
+        "Matrix instructions",
+        "of the whole kernel, loops once, in kernels that multiply matrices",
+    ),
+    (
         "instructions_a_weight",
         "Instructions a weight",
         "of a thread, all that one token executes, in kernels that multiply weights on tensor "

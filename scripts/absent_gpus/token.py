@@ -406,6 +406,8 @@ def _value(expression: Any, values: Mapping[Any, int]) -> int:
         return values[expression] if expression in values else values[expression.name]
     if kind == "Cast":
         return _value(expression.value, values)
+    if kind == "Call":  # whether the card has matrices: it has the first that is asked for
+        return 1
     if kind == "Select":
         taken = _value(expression.condition, values)
         return _value(expression.true_value if taken else expression.false_value, values)
