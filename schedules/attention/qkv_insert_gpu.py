@@ -17,7 +17,7 @@ from mxforge.kv_layout import PAGE_TOKENS
 from ..formats.kv import KV
 from ..gpu.gemv import Gemv, GemvTile
 from ..gpu.lanes import LANES
-from ..gpu.matrices import MATRICES, first_there
+from ..gpu.matrices import MATRICES, unless_there
 from ..gpu.product import STEP
 from ..kernel import Schedule, T, Tensor, gpu, prim_func
 from ..linear import bf16_gpu, i8_f32_gpu
@@ -204,33 +204,16 @@ def _build(
             )
             store(sums, kv, q, page, positions[t] % PAGE_TOKENS, t, number // half, number % half)
 
-        products = dense_products(
-            units, chunks, MANY.on(units), rows=all_heads * head_dim, k=hidden, group=head_dim,
-            eps=eps, store=stored, complete=completed if scaled else None,
+        return dense_products(
+            units, chunks, MANY, rows=all_heads * head_dim, k=hidden, group=head_dim, eps=eps,
+            store=stored, complete=completed if scaled else None,
         )  # fmt: skip
-
-        @T.inline
-        def launch(given):
-            n, x, norm_weight, weight, weight_scale, others = T.meta_var(given)
-            words = chunks.words(weight, all_heads * head_dim, hidden)
-            if weight_scale is None:
-                products(n, x, norm_weight, words, None, others)
-            else:
-                scales = chunks.scales(weight_scale, all_heads * head_dim, hidden)
-                products(n, x, norm_weight, words, scales, others)
-
-        return launch
 
     one, some = launch(1), launch(tile.tokens)
     units = MATRICES.get(features) if hidden % STEP == 0 else None
     if units and scaled and (units.dtype != "float32" or MANY.large.rows % head_dim):
         units = None  # whose heads are not whole in a tile's sums
-
-    @T.inline
-    def without(given):
-        some(*given)
-
-    many = units and first_there(units, launch_many, without)
+    many = units and launch_many(units)
 
     @T.inline
     def body(
@@ -240,10 +223,15 @@ def _build(
         others = T.meta_var((bias, cos_sin, positions, token_seq, page_table, first_page, kv, q))
         if n == 1:
             one(n, x, norm_weight, weight, weight_scale, others)
-        elif (many is None) or n < MANY.least:
+        elif (many is None) or unless_there(units, n < MANY.least):
             some(n, x, norm_weight, weight, weight_scale, others)
         else:
-            many((n, x, norm_weight, weight, weight_scale, others))
+            words = chunks.words(weight, all_heads * head_dim, hidden)
+            if weight_scale is None:
+                many(n, x, norm_weight, words, None, others)
+            else:
+                scales = chunks.scales(weight_scale, all_heads * head_dim, hidden)
+                many(n, x, norm_weight, words, scales, others)
 
     return prim_func(arguments, body)
 

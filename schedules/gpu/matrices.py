@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from ..kernel import T
@@ -50,6 +51,12 @@ class Matrices:
     warps: tuple[int, int] = (2, 2)
     there: Callable[[], Any] | None = None
     otherwise: Matrices | None = None
+
+    def others(self) -> Iterator[Matrices]:
+        """What is taken instead, best first."""
+        if self.otherwise is not None:
+            yield self.otherwise
+            yield from self.otherwise.others()
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -109,28 +116,12 @@ def _cooperative(*shapes: tuple[Shape, int, tuple[int, int]]) -> Matrices:
     )
 
 
-def first_there(
-    units: Matrices, launch_of: Callable[[Matrices], Any], without: Any
-) -> Callable[..., Any]:
-    """The T.inline launch(given) of the first of `units` and its others that the device has.
-
-    launch_of(units) makes its T.inline launch(given); without(given) is for devices without any
-    """
-    own = launch_of(units)
-    if units.there is None:
-        return own
-    rest = without
-    if units.otherwise is not None:
-        rest = first_there(units.otherwise, launch_of, without)
-
-    @T.inline
-    def launch(given):
-        if units.there():
-            own(given)
-        else:
-            rest(given)
-
-    return launch
+def unless_there(units: Matrices | None, condition: Any) -> Any:
+    """For the host: the condition, or that the device has none of `units` and its others."""
+    if units is None:
+        return condition
+    asked = [one.there() for one in (units, *units.others()) if one.there is not None]
+    return T.Or(condition, T.Not(reduce(T.Or, asked))) if asked else condition
 
 
 # By a family and what a target has to have besides, best first.

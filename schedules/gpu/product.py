@@ -56,12 +56,6 @@ class ManyTiles(TileConfig):
     small: ProductTile = ProductTile(tokens=32)
     large: ProductTile = ProductTile()
 
-    def on(self, units: Matrices) -> ManyTiles:
-        """Of one size alone where each is compiled for the matrices of several devices."""
-        small, large = (replace(tile, warps=units.warps) for tile in (self.small, self.large))
-        wide = self.wide if units.there is None else self.least
-        return replace(self, wide=wide, small=small, large=large)
-
 
 @dataclass(frozen=True)
 class ProductRows:
@@ -453,5 +447,36 @@ def product(
                     with T.sblock("product"):
                         vx, vy, tx = T.axis.remap("SSS", [some, group, thread])
                         work(vx, T.Cast("int32", vy), tx, x, gain, weights, given)
+
+    return launch
+
+
+def products(
+    units: Matrices, tiles: ManyTiles, make: Callable[[Matrices, ProductTile], Any]
+) -> Callable[..., Any]:
+    """The T.inline launch(few, given) of make(units, tile), a T.inline that takes what is `given`:
+    for the first of `units` and its others that the device has, which has one. The small tile is
+    for few tokens; it is left out where there are others, each of which would have two."""
+    small, large = (
+        make(units, replace(tile, warps=units.warps)) for tile in (tiles.small, tiles.large)
+    )
+    rest = None if units.otherwise is None else products(units.otherwise, tiles, make)
+
+    @T.inline
+    def own(few, given):
+        if (units.there is None) and few:
+            small(*given)
+        else:
+            large(*given)
+
+    if rest is None:
+        return own
+
+    @T.inline
+    def launch(few, given):
+        if units.there():
+            own(few, given)
+        else:
+            rest(few, given)
 
     return launch

@@ -14,8 +14,8 @@ import tvm
 
 from ..gpu.gemv import BLOCKS, CHUNK_WORDS, PAIR, QUAD, Chunk, Gemv, GemvTile
 from ..gpu.lanes import LANES
-from ..gpu.matrices import MATRICES, Matrices, first_there
-from ..gpu.product import STEP, ManyTiles, ProductColumns, ProductRows, product
+from ..gpu.matrices import MATRICES, Matrices, unless_there
+from ..gpu.product import STEP, ManyTiles, ProductColumns, ProductRows, product, products
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from .linear import plus_options
 
@@ -128,22 +128,18 @@ def dense_products(
     columns = ProductColumns(
         choose, lambda given, number: number, stored, eps, completed if complete else None
     )
-    small, large = (
-        product(
-            units, of_rows, columns, size, all_rows=rows, k=k,
+
+    def make(units, tile):
+        return product(
+            units, of_rows, columns, tile, all_rows=rows, k=k,
             blocks=lambda n, tokens: T.ceildiv(n, tokens),
-        )
-        for size in (tiles.small, tiles.large)
-    )  # fmt: skip
+        )  # fmt: skip
+
+    multiply = products(units, tiles, make)
 
     @T.inline
     def launch(n, x, gain, words, scales, given):
-        weights = T.meta_var((words, scales))
-        both = T.meta_var((n, given))
-        if (tiles.least < tiles.wide) and (n < tiles.wide):
-            small(n, x, gain, weights, both)
-        else:
-            large(n, x, gain, weights, both)
+        multiply(n < tiles.wide, (n, x, gain, (words, scales), (n, given)))
 
     return launch
 
@@ -214,36 +210,20 @@ def _build(
 
     one, some = launch(1), launch(tile.tokens)
 
-    @T.inline
-    def without(given):
-        some(*given)
-
-    def with_units(units):
-        products = dense_products(
-            units, chunks, MANY.on(units), rows=rows, k=k, group=GROUP, store=store
-        )
-
-        @T.inline
-        def launch(given):
-            n, x, weight, weight_scale, y, bias, residual = T.meta_var(given)
-            words = chunks.words(weight, rows, k)
-            if weight_scale is None:
-                products(n, x, None, words, None, (y, bias, residual))
-            else:
-                scales = chunks.scales(weight_scale, rows, k)
-                products(n, x, None, words, scales, (y, bias, residual))
-
-        return launch
-
-    many = units and first_there(units, with_units, without)
+    many = units and dense_products(units, chunks, MANY, rows=rows, k=k, group=GROUP, store=store)
 
     @T.inline
     def body(n, x, weight, y, weight_scale=None, bias=None, residual=None):
         if n == 1:
             one(n, x, weight, weight_scale, y, bias, residual)
-        elif (many is None) or n < MANY.least:
+        elif (many is None) or unless_there(units, n < MANY.least):
             some(n, x, weight, weight_scale, y, bias, residual)
         else:
-            many((n, x, weight, weight_scale, y, bias, residual))
+            words = chunks.words(weight, rows, k)
+            if weight_scale is None:
+                many(n, x, None, words, None, (y, bias, residual))
+            else:
+                scales = chunks.scales(weight_scale, rows, k)
+                many(n, x, None, words, scales, (y, bias, residual))
 
     return prim_func(arguments, body)

@@ -15,7 +15,7 @@ from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import BlockSums
-from ..gpu.matrices import MATRICES, Matrices, first_there
+from ..gpu.matrices import MATRICES, Matrices, unless_there
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile, product_rows
 from ..kernel import Size, T, Tensor, f32, prim_func
 from .experts_gpu import FEW, schedules
@@ -85,14 +85,7 @@ def _rows(
     one = _one(features[0], tile, top_k, hidden, intermediate)
     several = _several(features[0], tile, top_k, hidden, intermediate)
     units = MATRICES.get(features)
-
-    @T.inline
-    def without(given):
-        several(*given[:9])
-
-    many = units and first_there(
-        units, lambda units: _many(units, tile, experts, top_k, hidden, intermediate), without
-    )
+    many = units and _many(units, tile, experts, top_k, hidden, intermediate)
 
     @T.inline
     def body(
@@ -101,12 +94,10 @@ def _rows(
     ):  # fmt: skip
         if n == 1:
             one(n, h, ids, weights, blocks, scales, bias, residual, y)
-        elif (many is None) or n * top_k < MANY.least * experts:
+        elif (many is None) or unless_there(units, n * top_k < MANY.least * experts):
             several(n, h, ids, weights, blocks, scales, bias, residual, y)
         else:
-            many(
-                (n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs)
-            )
+            many(n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs)
 
     return prim_func(arguments, body)
 
@@ -239,10 +230,7 @@ def _many(
     mix = mixture(top_k, hidden)
 
     @T.inline
-    def launch(given):
-        n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs = (
-            T.meta_var(given)
-        )
+    def launch(n, h, ids, weights, blocks, scales, bias, residual, y, begins, by_expert, outputs):
         products(n, h, ids, (blocks, scales), (begins, by_expert, bias, outputs))
         mix(n, outputs, weights, residual, y)
 

@@ -15,7 +15,7 @@ from ..formats.blocks import BLOCK
 from ..formats.mxfp4 import nibble_value, scale_value
 from ..gpu.chosen import ROWS, WINDOW, ChosenExperts
 from ..gpu.lanes import LANES, BlockSums
-from ..gpu.matrices import MATRICES, Matrices, first_there
+from ..gpu.matrices import MATRICES, Matrices, unless_there
 from ..gpu.mxfp4 import UNIT, ExpertRows, ExpertsTile, product_rows
 from ..kernel import Size, T, Tensor, prim_func
 from .experts_gpu import FEW, schedules
@@ -99,31 +99,16 @@ def _rows(
     one = _one(features[0], tile, top_k, hidden, intermediate, limit)
     several = _several(features[0], tile, top_k, hidden, intermediate, limit)
     units = MATRICES.get(features)
-
-    @T.inline
-    def without(given):
-        several(*given[:7])
-
-    def with_units(units):
-        products = _many(units, tile, experts, top_k, hidden, intermediate, limit)
-
-        @T.inline
-        def launch(given):
-            n, x, ids, blocks, scales, bias, h, begins, by_expert = T.meta_var(given)
-            products(n, x, ids, (blocks, scales), (begins, by_expert, bias, h))
-
-        return launch
-
-    many = units and first_there(units, with_units, without)
+    many = units and _many(units, tile, experts, top_k, hidden, intermediate, limit)
 
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h, begins=None, by_expert=None):
         if n == 1:
             one(n, x, ids, blocks, scales, bias, h)
-        elif (many is None) or n * top_k < MANY.least * experts:
+        elif (many is None) or unless_there(units, n * top_k < MANY.least * experts):
             several(n, x, ids, blocks, scales, bias, h)
         else:
-            many((n, x, ids, blocks, scales, bias, h, begins, by_expert))
+            many(n, x, ids, (blocks, scales), (begins, by_expert, bias, h))
 
     return prim_func(arguments, body)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..gpu.barriers import barrier
 from ..gpu.matrices import Matrices
-from ..gpu.product import ManyTiles, ProductColumns, ProductRows, product
+from ..gpu.product import ManyTiles, ProductColumns, ProductRows, product, products
 from ..kernel import Size, T, Tensor, i32
 
 THREADS = 128  # of a block that sorts or mixes: what every GPU has
@@ -122,23 +122,20 @@ def grouped_products(
         store(given, expert, given[1][number], pair, sums)
 
     columns = ProductColumns(choose, lambda given, number: given[1][number] // share, stored)
-    tiles = MANY.on(units)
-    small, large = (
-        product(
+
+    def make(units, tile):
+        return product(
             units, rows, columns, tile, all_rows=all_rows, k=k,
             blocks=lambda n, tokens: n * top_k // tokens + experts,
-        )
-        for tile in (tiles.small, tiles.large)
-    )  # fmt: skip
+        )  # fmt: skip
+
+    multiply = products(units, MANY, make)
     sort = sorting(experts, top_k)
 
     @T.inline
     def launch(n, x, ids, weights, given):
         sort(n, ids, given[0], given[1])
-        if (tiles.least < tiles.wide) and (n * top_k < tiles.wide * experts):
-            small(n, x, None, weights, given)
-        else:
-            large(n, x, None, weights, given)
+        multiply(n * top_k < MANY.wide * experts, (n, x, None, weights, given))
 
     return launch
 
