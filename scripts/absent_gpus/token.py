@@ -392,6 +392,7 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "FloorDiv": operator.floordiv,
     "FloorMod": operator.mod, "Max": max, "Min": min, "LT": operator.lt, "LE": operator.le,
     "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne,
+    "And": operator.and_, "Or": operator.or_,
 }  # fmt: skip
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tvm  # noqa: F401 (imports mxforge.compile.spirv itself)
 from support import folders, mesa
+
+from mxforge.compile.spirv import KernelCode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,6 +177,33 @@ def test_statistics_of_several_executables_add_up():
 
 def _turnip() -> set[str]:
     return {name for names in vulkan.TURNIP.names.values() for name in names}
+
+
+@pytest.mark.parametrize(("count", "problems"), [
+    (16, []), (0, ["sample_token on a GPU should multiply matrices: 0 times"]),
+])  # fmt: skip
+def test_matrix_instructions_are_counted_where_there_have_to_be_some(count, problems):
+    output = f"{AMD}\nstatistic\tsample_token_kernel\tcompute\tv_wmma\t{count}"
+    found = vulkan.parse(output, ["sample_token_kernel"], vulkan.RADV)["sample_token"]
+    assert found["matrix_instructions"] == count
+    assert (
+        vulkan.gates(made_up(sample_token={**found, "spills": 0, "scratch_bytes": 0})) == problems
+    )
+
+
+@pytest.mark.parametrize(("shape", "lanes", "listed"), [
+    ((16, 16, 16), 32, True), ((16, 16, 16), 64, False), ((8, 8, 16), 32, False),
+])  # fmt: skip
+def test_a_gpu_sees_no_kernel_of_matrices_that_it_lacks(shape, lanes, listed):
+    m, n, k = shape
+    needs = {
+        "features": ["computeFullSubgroups"], "subgroup_size": lanes,
+        "matrices": [{"m": m, "n": n, "k": k}],
+    }  # fmt: skip
+    about = {"argument_buffer": False, "argument_bytes": 24, "requirements": needs}
+    kernel = KernelCode("a_kernel", b"", about)
+    found = vulkan._list(vulkan.GPUS[0], [(kernel, Path("a.spv"))])
+    assert found == ("a_kernel 24 32 1 1 a.spv" if listed else "")
 
 
 def test_kernels_that_a_driver_refuses_or_dies_of():
