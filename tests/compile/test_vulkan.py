@@ -19,6 +19,8 @@ from mxforge.compile.diff import compare
 from mxforge.compile.models.gpt_oss.reference import transformers_logits, transformers_model
 from mxforge.compile.targets import VULKAN_PROFILES, resolve
 from mxforge.errors import TargetError, VulkanError
+from mxforge.inspect import describe
+from mxforge.vulkan import check
 
 EXACT = 1e-4
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +53,15 @@ def test_fast_within_its_bound_on_every_profile(
     assert manifest.target.name == f"vulkan:{profile}"
     assert manifest.precision.kv_dtype == ("float32" if profile == "minimum" else "float16")
     compare(artifact, odd_checkpoint("odd-1"), tokens=100).check()
+    # Which kernels of matrices this device takes; where it has none of theirs, others.
+    device, variants = check(), describe(artifact)["variants"]
+    assert bool(variants) == (profile == "desktop")
+    for variant in variants:
+        product, size = variant["matrices"]
+        assert size.startswith("by subgroups of ")
+        taken = product in device.matrices and int(size.split()[-1]) == device.subgroup_size[0]
+        told = "runs here" if taken else f"Kernel {variant['kernel']} cannot run on vulkan:0 "
+        assert variant["runs_here"].startswith(told)
 
 
 def test_sampling_is_the_cpus(vulkan, compiled: Compiled):
