@@ -16,7 +16,6 @@ from mxforge.schedules.gather import GATHER_ROWS
 from mxforge.schedules.gpu.items import GpuTile
 from mxforge.schedules.kernel import Schedule, T, Tensor, gpu, prim_func
 
-MATRICES = gpu_target("vulkan", "coopmat:16x16x16:f16")
 SIZE = 16  # of a cooperative matrix
 
 
@@ -76,7 +75,7 @@ KERNEL = replace(
         ),
         Schedule(
             "matrices",
-            gpu("vulkan", "coopmat:16x16x16:f16"),
+            gpu("vulkan", "threads256"),
             _matrices,
             fits=lambda hidden: hidden % SIZE == 0,
         ),
@@ -92,8 +91,8 @@ KERNEL = replace(
         (CUDA, 50, "one thread an item"),
         (gpu_target("cuda", *cuda.features("sm_89")), 64, "one thread an item"),
         (gpu_target("cuda", *cuda.features("sm_120a")), 64, "one thread an item"),
-        (MATRICES, 64, "matrices"),
-        (VULKAN, 64, "one thread an item"),
+        (VULKAN, 64, "matrices"),
+        (gpu_target("vulkan"), 64, "one thread an item"),
         (METAL, 64, "one thread an item"),
         (PLAIN_CPU, 64, "parallel items"),
     ],
