@@ -7,7 +7,8 @@
 The rooms, from the bottom: `encoding` has SPIR-V's numbers, `assembler` its binary form, `dtypes`
 and `builder` typed values and blocks; `convert`, `arithmetic`, `rounding`, `exponential`,
 `trigonometry` and `functions` are what operators and math functions mean; `memory` and
-`alignment` are buffers; `calls`, `subgroups`, `atomics`, `expressions` and `statements` walk TIR;
+`alignment` are buffers; `calls`, `subgroups`, `atomics`, `matrices`, `expressions` and `statements`
+walk TIR;
 `arguments` and `kernel` make a module of a function, `container` puts modules together.
 """
 
