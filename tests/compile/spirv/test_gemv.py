@@ -17,7 +17,11 @@ STATIC = {"rows": 100, "k": 4096, "with_bias": True, "with_residual": True}
 def test_weights_are_loaded_16_bytes_at_once(name):
     kernel = KERNELS[name]
     tile = kernel.choose(VULKAN, **STATIC).tile
-    codes = kernels(kernel.build(VULKAN, **STATIC))
+    codes = [
+        code
+        for code in kernels(kernel.build(VULKAN, **STATIC))
+        if not code.reflection["requirements"]["matrices"]  # for many tokens
+    ]
     assert len(codes) == 2  # for one token, and for several
     for code in codes:
         loads = re.findall(r"OpLoad %(\w+) %\d+ Aligned (\d+)", disassembled(code))
