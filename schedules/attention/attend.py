@@ -129,10 +129,14 @@ def over_blocks(
     heads: int,
     kv_heads: int,
     window: int,
+    least: int = 0,
+    many: Any = None,
 ) -> tvm.tirx.PrimFunc:
     """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION.
 
-    A block is a token, HEADS heads of a KV head and, of split keys, a split. Its threads:
+    many(n, b, …, out), the body's arguments, is launched where there are `least` tokens beyond one
+    of each sequence. Else a block is a token, HEADS heads of a KV head and, of split keys, a split.
+    Its threads:
 
     attend(cache, q, page_table, first_page, sequence, sinks, out, stats, t, row, hb, low, high)
         T.inline: of head block hb of token t, the keys low … high, into `row` of out and stats;
@@ -141,9 +145,9 @@ def over_blocks(
     per_kv_head = -(-(heads // kv_heads) // HEADS)
 
     @T.inline
-    def body(
-        n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks=None, out=None,
-        partial=None, stats=None,
+    def by_token(
+        n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out, partial,
+        stats,
     ):  # fmt: skip
         # Two dimensions or three, since some devices end each of them at 65,535 blocks.
         for token in T.thread_binding(n, thread="blockIdx.x"):
@@ -188,5 +192,23 @@ def over_blocks(
                             token_seq[t], sinks, out, None, t, 0, hb,
                             first_visible(positions[t], window), positions[t],
                         )  # fmt: skip
+
+    @T.inline
+    def body(
+        n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks=None, out=None,
+        partial=None, stats=None,
+    ):  # fmt: skip
+        if many is None:
+            by_token(
+                n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
+                partial, stats,
+            )  # fmt: skip
+        elif n - b < least:
+            by_token(
+                n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
+                None, None,
+            )  # fmt: skip
+        else:
+            many(n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out)
 
     return prim_func(arguments, body)

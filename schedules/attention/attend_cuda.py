@@ -31,13 +31,17 @@ from ..cuda.instructions import (
     copy_async,
     mma_bf16,
     mma_f16,
+    permuted,
     shared_words,
     wait_for_launch_before,
 )
 from ..formats.kv import BF16, F16, INT8, KV
+from ..gpu.barriers import barrier
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 from ..math import LOG2_E, LOWEST
 from .attend import HEADS, WORDS, Words, over_blocks, upper
+from .attend_alone_cuda import alone
+from .attend_chunk_cuda import ChunkTile, chunks
 from .pages import most_pages
 
 LN_2 = 0.6931472
@@ -56,6 +60,7 @@ class WarpsTile(TileConfig):
 TILE = WarpsTile(warps=4, most_warps=8, of_sm=16)
 # nvcc's code for these wants more than the 128 registers of 16 warps, where float16 is read.
 LATE_F16 = WarpsTile(warps=4, most_warps=8, of_sm=12)
+CHUNK = ChunkTile()
 
 
 class State(NamedTuple):
@@ -95,10 +100,6 @@ def load_word(to, at, start):
     """32 bits from `start` on, an element of a buffer, to a register; it stays on its side of
     wait_for_launch_before() as load_words does."""
     T.ptx["ld.global.b32"](to[at], T.address_of(start))
-
-
-def permuted(low: Any, high: Any, selector: Any) -> Any:
-    return T.call_extern("uint32", "__byte_perm", low, high, selector)
 
 
 def over_group(combine: Any, value: Any) -> Any:
@@ -279,7 +280,7 @@ def build(
         row."""
         copies_done()
         if half:
-            T.tvm_storage_sync("shared")
+            barrier()
             own.unit[0] = T.float32(0)
             for s in T.unroll(steps):
                 take_four(own, s, lane)
@@ -299,7 +300,7 @@ def build(
                         )
                 put_parts(own, own.a, 0)
                 own.query[T.ramp((s * LANES + lane) * 4, 1, 4)] = own.a[T.ramp(0, 1, 4)]
-        T.tvm_storage_sync("shared")
+        barrier()
 
     @T.inline
     def read_keys(own, cache, kv_head, lane):
@@ -484,77 +485,108 @@ def build(
                 ] / T.broadcast(own.total[0], 4)
 
     @T.inline
-    def attend(cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
-        """Head block hb of token t over the keys low … high, into `row` of out and stats."""
+    def work(tx, cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
+        """What a thread does of it."""
         own = allocated()
         kv_head: T.let = hb // per_kv_head
         head0: T.let = kv_head * group + hb % per_kv_head * HEADS
         heads_left: T.let = group - hb % per_kv_head * HEADS
         page0: T.let = low // PAGE_TOKENS
         page_end: T.let = high // PAGE_TOKENS + 1
+        warp: T.let = tx // LANES
+        lane: T.let = tx % LANES
+        own.first[0] = page0 + warp * pages_at_once
+        # Where the keys are no launch writes.
+        find_pages(own, table, first_page, sequence, own.first[0], page_end, lane)
+        wait_for_launch_before()
+        if split and low > high:
+            if tx < HEADS and tx < heads_left:
+                stats[t, row, head0 + tx, 1] = T.float32(0)
+            T.thread_return()
+        copy_query(own, q, t, head0 + lane // 4, lane // 4 < heads_left, warp, lane)
+        read_keys(own, cache, kv_head, lane)
+        put_query(own, warp, lane)
+        own.top[0] = T.float32(LOWEST)
+        own.total[0] = T.float32(0)
+        for i in T.unroll(head_dim // 8 * 2):
+            own.acc[i] = T.float32(0)
+        while own.first[0] < page_end:
+            key0: T.let = (own.first[0] + lane % 4 * 2 // slot_groups) * PAGE_TOKENS
+            whole: T.let = (
+                own.first[0] * PAGE_TOKENS >= low
+                and own.first[0] * PAGE_TOKENS + keys_at_once <= high + 1
+            )
+            if scaled:
+                read_scales(own, cache, kv_head, lane)
+            if not half:  # as many registers as there are: float16 reads 64 keys
+                read_values(own, cache, kv_head, lane, key0, low, high, whole)
+            score_keys(own, lane, key0 + lane % 4 * 2 % slot_groups * wide, low, high, whole)
+            weigh(own)
+            put_weights(own)
+            if half:
+                read_values(own, cache, kv_head, lane, key0, low, high, whole)
+            if word == 2 and not whole:
+                mask_values(own, key0, lane, low, high)
+            if half:
+                add_values(own)
+            own.first[0] = own.first[0] + warps * pages_at_once
+            if own.first[0] < page_end:
+                find_pages(own, table, first_page, sequence, own.first[0], page_end, lane)
+                read_keys(own, cache, kv_head, lane)
+            else:  # or nvcc keeps the old ones, and the registers that they have
+                for i in T.unroll(steps * reads * WORDS):
+                    own.keys[i] = T.uint32(0)
+            if not half:
+                add_values(own)
+        own.total[0] = over_group(lambda a, b: a + b, own.total[0])
+        if not half:  # TVM puts tops where the query was, unless that is much larger
+            barrier()
+        if lane % 4 == 0:
+            own.tops[warp * HEADS + lane // 4] = own.top[0]
+            own.totals[warp * HEADS + lane // 4] = own.total[0]
+        barrier()
+        own.running[0] = T.float32(LOWEST)
+        for w in T.unroll(warps):
+            own.running[0] = T.max(own.running[0], own.tops[w * HEADS + lane // 4])
+        if not split and lane // 4 < heads_left:
+            own.running[0] = T.max(own.running[0], sinks[head0 + lane // 4] * T.float32(LOG2_E))
+        put_sums(own, warp, lane, T.exp2(own.top[0] - own.running[0] - T.float32(bias)))
+        barrier()
+        if tx < HEADS * head_dim // 4:
+            put_result(own, sinks, out, stats, t, row, head0, heads_left, tx)
+
+    @T.inline
+    def attend(cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
+        """Head block hb of token t over the keys low … high, into `row` of out and stats."""
         for tx in T.thread_binding(threads, thread="threadIdx.x"):
             T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", tile.of_sm // warps)
-            warp: T.let = tx // LANES
-            lane: T.let = tx % LANES
-            own.first[0] = page0 + warp * pages_at_once
-            # Where the keys are no launch writes.
-            find_pages(own, table, first_page, sequence, own.first[0], page_end, lane)
-            wait_for_launch_before()
-            if split and low > high:
-                if tx < HEADS and tx < heads_left:
-                    stats[t, row, head0 + tx, 1] = T.float32(0)
-                T.thread_return()
-            copy_query(own, q, t, head0 + lane // 4, lane // 4 < heads_left, warp, lane)
-            read_keys(own, cache, kv_head, lane)
-            put_query(own, warp, lane)
-            own.top[0] = T.float32(LOWEST)
-            own.total[0] = T.float32(0)
-            for i in T.unroll(head_dim // 8 * 2):
-                own.acc[i] = T.float32(0)
-            while own.first[0] < page_end:
-                key0: T.let = (own.first[0] + lane % 4 * 2 // slot_groups) * PAGE_TOKENS
-                whole: T.let = (
-                    own.first[0] * PAGE_TOKENS >= low
-                    and own.first[0] * PAGE_TOKENS + keys_at_once <= high + 1
-                )
-                if scaled:
-                    read_scales(own, cache, kv_head, lane)
-                if not half:  # as many registers as there are: float16 reads 64 keys
-                    read_values(own, cache, kv_head, lane, key0, low, high, whole)
-                score_keys(own, lane, key0 + lane % 4 * 2 % slot_groups * wide, low, high, whole)
-                weigh(own)
-                put_weights(own)
-                if half:
-                    read_values(own, cache, kv_head, lane, key0, low, high, whole)
-                if word == 2 and not whole:
-                    mask_values(own, key0, lane, low, high)
-                if half:
-                    add_values(own)
-                own.first[0] = own.first[0] + warps * pages_at_once
-                if own.first[0] < page_end:
-                    find_pages(own, table, first_page, sequence, own.first[0], page_end, lane)
-                    read_keys(own, cache, kv_head, lane)
-                else:  # or nvcc keeps the old ones, and the registers that they have
-                    for i in T.unroll(steps * reads * WORDS):
-                        own.keys[i] = T.uint32(0)
-                if not half:
-                    add_values(own)
-            own.total[0] = over_group(lambda a, b: a + b, own.total[0])
-            if lane % 4 == 0:
-                own.tops[warp * HEADS + lane // 4] = own.top[0]
-                own.totals[warp * HEADS + lane // 4] = own.total[0]
-            own.running[0] = T.float32(LOWEST)
-            for w in T.unroll(warps):
-                own.running[0] = T.max(own.running[0], own.tops[w * HEADS + lane // 4])
-            if not split and lane // 4 < heads_left:
-                own.running[0] = T.max(own.running[0], sinks[head0 + lane // 4] * T.float32(LOG2_E))
-            put_sums(own, warp, lane, T.exp2(own.top[0] - own.running[0] - T.float32(bias)))
-            if tx < HEADS * head_dim // 4:
-                put_result(own, sinks, out, stats, t, row, head0, heads_left, tx)
+            work(
+                tx, cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high
+            )
+
+    if split:
+        return over_blocks(
+            attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window
+        )
+    of_chunks = chunks(
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, kv_dtype=kv_dtype, window=window,
+        tile=CHUNK,
+    )  # fmt: skip
+    of_others = alone(
+        work, threads=threads, blocks_of_sm=tile.of_sm // warps, heads=heads, kv_heads=kv_heads,
+        head_dim=head_dim, kv_dtype=kv_dtype, window=window,
+    )  # fmt: skip
+
+    @T.inline
+    def many(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out):
+        of_chunks(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out)
+        if b > 1:
+            of_others(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out)
 
     return over_blocks(
-        attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window
-    )
+        attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window,
+        least=CHUNK.least, many=many,
+    )  # fmt: skip
 
 
 def schedules(*, split: bool) -> tuple[Schedule, ...]:

@@ -4,6 +4,7 @@
     page_table i32 [b, p]   first_page i32 [b]   sinks f32 [Hq]   ->   out f32 [n, Hq·D]
 
     A token at position i of sequence s sees the keys j ≤ i of s; with a window w, i - w < j ≤ i.
+    Tokens of a sequence follow each other.
     score_j = q·k_j / √D     m = max(sink, max_j score_j)
     out = Σ_j exp(score_j - m)·v_j / (exp(sink - m) + Σ_j exp(score_j - m))
 
@@ -208,6 +209,28 @@ CASES = (
             kv_dtype=kv_dtype,
         )
         for kv_dtype in ("float16", "bfloat16", "int8")
+    ),
+    *(
+        attention_case(
+            f"chunks that begin in a page, and tokens of two more sequences, {kv_dtype}",
+            [(5, 23), (300, 301), (37, 110), (40, 41)],
+            head_dim=64,
+            kv_dtype=kv_dtype,
+        )
+        for kv_dtype in ("float16", "bfloat16", "int8")
+    ),
+    *(
+        attention_case(
+            f"chunks that begin in a window, and a token before them, {kv_dtype}",
+            [(135, 136), (100, 175), (7, 9)],
+            head_dim=64,
+            window=128,
+            kv_dtype=kv_dtype,
+        )
+        for kv_dtype in ("float16", "bfloat16", "int8")
+    ),
+    attention_case(
+        "chunk, group of 11", [(70, 138)], heads=11, kv_heads=1, head_dim=64, kv_dtype="float16"
     ),
     attention_case(
         "position 131,071 of a full layer",

@@ -79,6 +79,27 @@ def shared_words(registers: Sequence[Any], start: Any) -> Any:
     )
 
 
+STORE_SHARED_WORDS = r"""
+__forceinline__ __device__ void mx_store_shared_words(uint32_t a, uint32_t b, uint32_t c,
+                                                      uint32_t d, void* start) {
+  *(uint4*)start = make_uint4(a, b, c, d);
+}
+"""
+
+
+def store_shared_words(registers: Sequence[Any], start: Any) -> Any:
+    """The call that puts four words from `start` on, an element of shared memory. TVM does not see
+    it either."""
+    return T.cuda.func_call(
+        "mx_store_shared_words", *registers, T.address_of(start), source_code=STORE_SHARED_WORDS
+    )
+
+
+def permuted(low: Any, high: Any, selector: Any) -> Any:
+    """u32 of bytes of two words, by four digits that number them."""
+    return T.call_extern("uint32", "__byte_perm", low, high, selector)
+
+
 WAIT = r"""
 __forceinline__ __device__ void mx_griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900

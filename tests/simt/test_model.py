@@ -13,6 +13,7 @@ from support.simt.model import SimtModel
 from mxforge import Engine, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.formats import Precision
+from mxforge.schedules.attention.attend_chunk_cuda import ChunkTile
 from mxforge.schedules.cuda.dense import DenseTile
 from mxforge.schedules.linear import rows_gpu
 from mxforge.schedules.moe import grouped_gpu
@@ -79,6 +80,46 @@ def test_long_prompts_take_products_of_many_tokens(simt, kind, checkpoint):
     positions = np.concatenate([np.arange(n) for n in lengths])
     logits = model.forward(np.concatenate(tokens), positions, np.repeat([0, 1], lengths))
     assert error(logits, truth) <= EXACT
+
+
+@pytest.mark.slow
+def test_chunks_of_prompts_beside_decoding(simt, tmp_path):
+    shape = Shape("small, heads of 64", {**SHAPE, "head_dim": 64})
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", shape)
+    tokens = [np.random.default_rng(n).integers(1, SHAPE["vocab_size"], n) for n in (84, 88)]
+    artifact = compile_model(
+        checkpoint, "cpu", tmp_path / "artifact", kv="f16", activations="f32", dense="bf16"
+    )
+    with Engine.load(artifact, context_length=96) as engine:
+        truth = [engine.logits(list(map(int, row))) for row in tokens]
+    opened = HFCheckpoint(checkpoint)
+
+    def model() -> SimtModel:
+        precision = Precision(kv="float16")
+        return SimtModel(simt, "cuda", opened, opened.config, precision, sequences=2, pages=6)
+
+    def forward(model: SimtModel, begins: list[int], counts: tuple[int, int]) -> np.ndarray:
+        spans = [range(at, at + count) for at, count in zip(begins, counts, strict=True)]
+        logits = model.forward(
+            np.concatenate([row[span] for row, span in zip(tokens, spans, strict=True)]),
+            np.concatenate(spans),
+            np.repeat([0, 1], counts),
+        )
+        wanted = np.concatenate([of[span] for of, span in zip(truth, spans, strict=True)])
+        assert error(logits, wanted) <= EXACT
+        return logits
+
+    whole = 82, 86
+    assert np.array_equal(forward(model(), [0, 0], whole), forward(model(), [0, 0], whole))
+    chunked, begins = model(), [0, 0]
+    for counts in ((67, 1), (1, 85), (14, 0)):
+        assert sum(counts) - 2 >= ChunkTile().least or counts[1] == 0
+        forward(chunked, begins, counts)
+        begins = [at + count for at, count in zip(begins, counts, strict=True)]
+    for step in range(2):
+        at = [n + step for n in whole]
+        logits = chunked.decode([row[i] for row, i in zip(tokens, at, strict=True)], at)
+        assert error(logits, np.stack([of[i] for of, i in zip(truth, at, strict=True)])) <= EXACT
 
 
 @pytest.mark.parametrize("kind", ["cuda", "metal"])

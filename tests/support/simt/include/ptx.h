@@ -15,6 +15,20 @@ SIMT_INLINE void lop3_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c, int t
   d = result;
 }
 
+// On the GPU exact to 22 bits.
+SIMT_INLINE void ex2_approx_ftz_f32(float& d, float a) {
+  float result = exp2f(a);
+  d = result < 0x1p-126f ? 0 : result;
+}
+// The first operand is the upper half.
+SIMT_INLINE void cvt_rn_f16x2_f32(uint32_t& d, float high, float low) {
+  d = uint32_t(simt::bits<uint16_t>(simt::Half(high))) << 16 |
+      simt::bits<uint16_t>(simt::Half(low));
+}
+SIMT_INLINE void cvt_rn_bf16x2_f32(uint32_t& d, float high, float low) {
+  d = uint32_t(simt::to_bf16(high)) << 16 | simt::to_bf16(low);
+}
+
 // Of one launch after another, nothing overlaps here.
 SIMT_INLINE void griddepcontrol_wait() {}
 SIMT_INLINE void griddepcontrol_launch_dependents() {}
