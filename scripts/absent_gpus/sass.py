@@ -78,13 +78,15 @@ def functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
 # A factor that only scales of 128 and more ask for: 2^126 (schedules/cuda/mxfp4.py).
 _SELDOM = re.compile(r"^8\.507059\d*e\+37$")
 MATRIX = ("HMMA", "IMMA")  # tensor cores
+_BEYOND = ("LD", "ST", "BAR", "DEPBAR", "BRA", "EXIT")  # more than computing
 
 
 def matrix_share(code: Sequence[Instruction]) -> float | None:
     """Of the instructions of the loop with most of them, the part that is of tensor cores.
 
-    Not counted is what no real weight takes: what runs from one jump to the next, or to where one
-    leads, and multiplies by 2^126. None where no loop has any.
+    Not counted is what is seldom taken: what runs from one jump to the next, or to where one leads,
+    and multiplies by 2^126, as no real weight asks for; and what a jump leads over that only
+    computes, but for products of matrices. None where no loop has any.
     """
     addresses = [one.address for one in code]
     best: tuple[int, int] = (0, 1)
@@ -106,9 +108,19 @@ def _runs(code: Sequence[Instruction], begin: int, end: int) -> Iterator[range]:
     for i in range(begin, end):
         if i + 1 == end or code[i].target is not None or code[i + 1].address in targets:
             run = range(first, i + 1)
-            if not any(_SELDOM.match(operand) for j in run for operand in code[j].operands):
+            scales = any(_SELDOM.match(operand) for j in run for operand in code[j].operands)
+            if not scales and not _led_over(code, run):
                 yield run
             first = i + 1
+
+
+def _led_over(code: Sequence[Instruction], run: range) -> bool:
+    """Whether a jump over just this run comes before it, and it only computes."""
+    before = code[run.start - 1] if run.start else None
+    if before is None or not before.guard or run.stop == len(code):
+        return False
+    over = before.target == code[run.stop].address
+    return over and not any(code[i].opcode.startswith((*MATRIX, *_BEYOND)) for i in run)
 
 
 def follow(code: Sequence[Instruction], threads: int) -> Followed:

@@ -371,6 +371,21 @@ def test_share_of_tensor_cores_is_of_the_loop_with_most_of_them():
     assert share("IMMA.16832.S8.S8 R4, R4, R8, R4", add, add, "@P0 BRA 0x0", "EXIT") == 0.25
 
 
+def test_what_a_jump_leads_over_is_left_out_of_the_share_if_it_only_computes():
+    mma, add = "HMMA.16816.F32.BF16 R16, R4, R2, R16", "FADD R2, R2, R2"
+    load, shared = "LDG.E R4, desc[UR6][R6.64]", "LDS R4, [R6]"
+
+    def over(*lines: str) -> float | None:
+        return share("@P1 BRA 0x30", *lines, mma, "@P0 BRA 0x0", "EXIT")
+
+    assert over(add, add) == round(1 / 3, 3)
+    assert over(add, load) == over(shared, add) == over(add, "BRA 0x30") == 0.2
+    assert over(add, mma) == 0.4
+    # Two ways: one of them is taken.
+    ways = ("@P1 BRA 0x30", add, "BRA 0x50", add, add, mma, "@P0 BRA 0x0", "EXIT")
+    assert share(*ways) == round(1 / 7, 3)
+
+
 def test_what_only_large_scales_take_is_left_out_of_the_share():
     mma, add = "HMMA.16816.F32.BF16 R16, R4, R2, R16", "FADD R2, R2, R2"
     twice = "HMUL2.BF16_V2 R4, R5, 8.50705917302346158658e+37, 8.50705917302346158658e+37"
