@@ -22,7 +22,9 @@ WARPS, BYTES_IN_FLIGHT = 16, 64 << 10  # of an SM
 # Mesa's estimates for the schedules before: one thread an item.
 BEFORE = {"mxfp4w_moe_gate_up_swiglu": 27_338, "mxfp4w_moe_down": 31_828}
 TENTH = 0.1
-EXPERTS, PRODUCTS, SHARE = tuple(BEFORE), ("sm_80", "sm_89", "sm_90a"), 0.25  # of 128 columns
+PRODUCTS, SHARE = ("sm_80", "sm_89", "sm_90a"), 0.25
+# Kernels whose launch for many tokens keeps tensor cores busy.
+MATRIX = {"experts' products": tuple(BEFORE), "attention of chunks": ("f32_paged_attention",)}
 
 KINDS = {"mxfp4w": "experts in MXFP4", "bf16w": "dense in bf16", "i8w": "dense in 8 bits"}
 
@@ -99,18 +101,21 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
         ]
         for kind in WEIGHTS
     }
-    matrix = [
-        (kernel, arch, max(shares))
-        for arch in PRODUCTS
-        for kernel in EXPERTS
-        if (
-            shares := [
-                statistics["matrix_share"]
-                for name, statistics in cuda[arch].items()
-                if name.startswith(kernel) and "matrix_share" in statistics
-            ]
-        )
-    ]
+    matrix = {
+        what: [
+            (kernel, arch, max(shares))
+            for arch in PRODUCTS
+            for kernel in kernels
+            if (
+                shares := [
+                    statistics["matrix_share"]
+                    for name, statistics in cuda[arch].items()
+                    if name.startswith(kernel) and "matrix_share" in statistics
+                ]
+            )
+        ]
+        for what, kernels in MATRIX.items()
+    }
     statistics, functions = cuda[ARCH], token[H200]
     each = {name: one["bytes"] / one["launches"] for name, one in functions.items()}
     occupied = [
@@ -145,7 +150,10 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
         Line("warps of an SM, full grid", WARPS, None, occupied),
         Line("bytes on their way to an SM", BYTES_IN_FLIGHT, None, in_flight),
         Line("blocks for each SM, compute unit or core", 1, None, blocks_a_unit),
-        Line("tensor cores' part of the instructions, experts' products", SHARE, None, matrix),
+        *(
+            Line(f"tensor cores' part of the instructions, {what}", SHARE, None, shares)
+            for what, shares in matrix.items()
+        ),
         Line("estimated cycles of the experts, of those before tuning", None, TENTH, cycles),
     ]
 
