@@ -276,6 +276,26 @@ def test_operation_on_words(simt, expression):
     np.testing.assert_array_equal(y, WORDS[expression](x, x[::-1].copy()).astype(np.uint32))
 
 
+@pytest.mark.parametrize("dtype", list(TWO_BYTES))
+def test_two_numbers_rounded_to_a_pair(simt, dtype):
+    body = f"""uint32_t d;
+  asm volatile("cvt.rn.{SHORT[dtype]}x2.f32 %0, %1, %2;" : "=r"(d) : "f"(x[tx]), "f"(x[63 - tx]));
+  y[tx] = simt::bits<float>(d);"""
+    x = np.random.default_rng(5).standard_normal(64, dtype=np.float32)
+    _, y = simt.run(compile_body(simt, "cuda", body), [x, np.zeros_like(x)], {1})
+    low, high = y.view(TWO_BYTES[dtype]).reshape(64, 2).T
+    np.testing.assert_array_equal(high, x.astype(TWO_BYTES[dtype]))
+    np.testing.assert_array_equal(low, x[::-1].astype(TWO_BYTES[dtype]))
+
+
+def test_power_of_two(simt):
+    body = 'asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y[tx]) : "f"(x[tx]));'
+    x = np.linspace(-140, 60, 64, dtype=np.float32)
+    x[0] = -1e30
+    _, y = simt.run(compile_body(simt, "cuda", body), [x, np.zeros_like(x)], {1})
+    np.testing.assert_allclose(y, np.where(x < -126, 0, np.exp2(x)), rtol=1e-6)
+
+
 def test_load_of_16_bytes(simt):
     body = """uint32_t a, b, c, d;
   if (tx < 16) {
