@@ -258,8 +258,8 @@ def test_shared_memory_of_a_block_is_not_the_last_ones(simt):
 
 
 def test_unknown_instruction_says_its_name(simt):
-    with pytest.raises(CompileError, match="fence_proxy_async"):
-        compile_body(simt, "cuda", 'asm volatile("fence.proxy.async;");')
+    with pytest.raises(CompileError, match="barrier_cluster_wait"):
+        compile_body(simt, "cuda", 'asm volatile("barrier.cluster.wait;");')
 
 
 @pytest.mark.skipif(shutil.which("addr2line") is None, reason="addr2line is missing")

@@ -121,12 +121,26 @@ def _cuda_body(text: str) -> str:
 
 
 def _instruction(match: re.Match[str]) -> str:
-    """asm volatile("name %0, [%1], 16;" : "=r"(a) : "r"(b)) -> simt_ptx::name(a, b, 16);"""
+    """asm volatile("name %0, [%1], 16;" : "=r"(a) : "r"(b)) -> simt_ptx::name(a, b, 16);
+
+    Several in braces become several calls; the predicates that they declare are bool.
+    """
     text = match[1].replace("\\n", "").strip("; ")
-    name, _, operands = text.partition(" ")
     bound = _OPERAND.findall(f"{match[2] or ''},{match[3] or ''}")
+    if not text.startswith("{"):
+        return _call(text, bound)
+    return (
+        f"{{ {' '.join(_call(one.strip(), bound) for one in text[1:-1].strip('; ').split(';'))} }}"
+    )
+
+
+def _call(text: str, bound: list[str]) -> str:
+    name, _, operands = text.partition(" ")
+    if name == ".reg":
+        return f"bool {operands.removeprefix('.pred')};"
     given = [operand.strip(" {}[]") for operand in operands.split(",") if operand.strip()]
-    given = [re.sub(r"%(\d+)", lambda m: bound[int(m[1])], operand) for operand in given]
+    # "_" stands for a result that nobody wants.
+    given = [re.sub(r"%(\d+)", lambda m: bound[int(m[1])], one) for one in given if one != "_"]
     return f"simt_ptx::{re.sub('[.:]+', '_', name)}({', '.join(given)});"
 
 

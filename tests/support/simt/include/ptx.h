@@ -1,6 +1,9 @@
 // PTX instructions, by their names with "_" for "." and "::". translate.py makes calls of these out
 // of asm statements: operands in the order of the text, without brackets.
 #pragma once
+#include <tuple>
+#include <utility>
+
 #include "../runtime/simt.h"
 
 namespace simt_ptx {
@@ -44,6 +47,12 @@ SIMT_INLINE void ld_global_b32(uint32_t& a, const void* p) {
   simt::note_read(p, 4);
   simt::copy(&a, p, 4);
 }
+SIMT_INLINE void ld_global_v2_b32(uint32_t& a, uint32_t& b, const void* p) {
+  simt::note_read(p, 8);
+  uint32_t words[2];
+  simt::copy(words, p, 8);
+  a = words[0], b = words[1];
+}
 #define ld_global_v4_b32 load_16_bytes
 #define ld_global_v4_f32 load_16_bytes
 #define ld_global_L1_no_allocate_v4_b32 load_16_bytes
@@ -67,6 +76,28 @@ SIMT_INLINE void cp_async_cg_shared_global(uint32_t to, const void* from, int si
   simt::async_copy(to, from, size, used);
 }
 #define cp_async_ca_shared_global cp_async_cg_shared_global
+
+// ---- mbarriers, bulk copies
+
+SIMT_INLINE void setp_ne_b32(bool& p, uint32_t a, uint32_t b) { p = a != b; }
+SIMT_INLINE void fence_proxy_async_shared_cta() { simt::proxy_fence(); }
+SIMT_INLINE void mbarrier_init_shared_cta_b64(uint32_t barrier, uint32_t arrivals) {
+  simt::mbarrier_init(barrier, arrivals);
+}
+SIMT_INLINE void mbarrier_arrive_expect_tx_shared_cta_b64(uint32_t barrier, uint32_t bytes) {
+  simt::mbarrier_arrive(barrier, bytes);
+}
+// Here it waits as long as it takes. Elsewhere it may give up, to be tried again.
+SIMT_INLINE void mbarrier_try_wait_parity_shared_cta_b64(bool& p, uint32_t barrier,
+                                                         uint32_t parity) {
+  simt::mbarrier_wait(barrier, parity);
+  p = true;
+}
+SIMT_INLINE void selp_b32(uint32_t& d, uint32_t a, uint32_t b, bool p) { d = p ? a : b; }
+SIMT_INLINE void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(
+    uint32_t to, const void* from, uint32_t size, uint32_t barrier) {
+  simt::bulk_copy(to, from, size, barrier);
+}
 
 // ---- matrices
 
@@ -178,5 +209,37 @@ MMA_SHORT(m16n8k8_row_col_f32_f16_f16_f32, 2, 8, double, F16)
 MMA_SHORT(m16n8k16_row_col_s32_s8_s8_s32, 4, 16, int64_t, S8)
 #undef MMA_LONG
 #undef MMA_SHORT
+
+// wgmma m64nNk16, D = A · B + D: a warp has 16 rows; its registers of A are those of mma m16n8k16,
+// and D's of every eight columns too. B is what a descriptor says.
+SIMT_INLINE void wgmma_fence_sync_aligned() { simt::wgmma_fence(); }
+SIMT_INLINE void wgmma_commit_group_sync_aligned() { simt::wgmma_commit(); }
+SIMT_INLINE void wgmma_wait_group_sync_aligned(int groups) { simt::wgmma_wait(groups); }
+template <int N, class Operands, size_t... D, size_t... A>
+SIMT_INLINE void wgmma(Operands operands, std::index_sequence<D...>, std::index_sequence<A...>) {
+  constexpr int AFTER = N / 2;
+  float* d[] = {&std::get<D>(operands)...};
+  const uint32_t* a[] = {&std::get<AFTER + A>(operands)...};
+  bool adds = std::get<AFTER + 5>(operands);
+  int of_a = std::get<AFTER + 6>(operands), of_b = std::get<AFTER + 7>(operands);
+  int transposed = std::get<AFTER + 8>(operands);
+  if (!adds || of_a != 1 || of_b != 1 || transposed)
+    simt::fail("wgmma is emulated where it adds to D, of B along k, with no sign changed");
+  simt::wgmma(d, N, a, std::get<AFTER + 4>(operands));
+}
+#define WGMMA(N)                                                                                 \
+  template <class... Operands>                                                                   \
+  SIMT_INLINE void wgmma_mma_async_sync_aligned_m64n##N##k16_f32_bf16_bf16(Operands&&... all) {  \
+    static_assert(sizeof...(all) == N / 2 + 9, "D, A, descriptor, four more");                   \
+    wgmma<N>(std::forward_as_tuple(all...), std::make_index_sequence<N / 2>(),                   \
+             std::make_index_sequence<4>());                                                     \
+  }
+WGMMA(8)
+WGMMA(16)
+WGMMA(32)
+WGMMA(64)
+WGMMA(128)
+WGMMA(256)
+#undef WGMMA
 
 }  // namespace simt_ptx

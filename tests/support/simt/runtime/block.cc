@@ -129,6 +129,8 @@ void meet() {
   for (size_t t = 0; t < fibers.size(); t++) {
     const Fiber& fiber = fibers[t];
     if (fiber.state == State::WARP) return fail_block(who_waits(t));
+    if (fiber.state == State::MBARRIER)
+      return fail_block("thread " + std::to_string(t) + " waits for a phase that does not end");
     if (fiber.state == State::DONE)
       return fail_block("thread " + std::to_string(t) + " ended while others wait at a barrier");
     if (site >= 0 && fiber.site != site) return fail_block("threads wait at different barriers");
@@ -146,6 +148,8 @@ void run_block() {
   begin_shared();
   begin_warps(n);
   begin_copies(n);
+  begin_bulk(n);
+  begin_products(n);
   std::vector<int> turns(n);
   for (int t = 0; t < n; t++) {
     Dim3 size = launched->block;
@@ -168,6 +172,8 @@ void run_block() {
     if (!failed && !ran) meet();
     if (failed) return;
   }
+  for (const std::string& left : {bulk_left(), products_left()})
+    if (!left.empty()) return fail_block(left);
 }
 
 }  // namespace

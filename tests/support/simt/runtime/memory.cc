@@ -24,6 +24,7 @@ struct Access {
   uint16_t warp_clock;  // the last bits are enough
 };
 constexpr uint16_t IN_FLIGHT = 0x8000;  // a write by cp.async that was not waited for
+constexpr uint16_t BULK = 0x4000;  // by a bulk copy: not a thread but an mbarrier, and its phase
 
 struct Cell {
   Access write, reads[2];  // two unordered readers: any writer is unordered with one of them
@@ -78,6 +79,7 @@ bool ordered(const Access& then, int memory) {
   if (then.clock < block_began.of[memory]) return memory == SHARED;  // by another block
   int thread = then.thread & ~IN_FLIGHT;
   if (thread == current || then.clock != now.of[memory]) return true;
+  if (thread & BULK) return has_seen(thread & ~BULK, then.warp_clock);
   return warp_of(thread) == warp_of(current) &&
          then.warp_clock != uint16_t(warp_clocks[warp_of(current)].of[memory]);
 }
@@ -90,7 +92,8 @@ bool in_flight(const Cell& cell, int memory) {
                             const char* did) {
   bool here = then.clock >= block_began.of[memory_of(a)];
   char who[40];
-  snprintf(who, sizeof who, here ? "thread %d" : "a thread of another block",
+  snprintf(who, sizeof who,
+           !here ? "a thread of another block" : then.thread & BULK ? "a bulk copy" : "thread %d",
            then.thread & ~IN_FLIGHT);
   fail("race: thread %d %s %s[%lld], which %s %s; nothing orders them", current,
        write ? "writes" : "reads", a.name.c_str(), (long long)(offset / a.element), who, did);
@@ -262,14 +265,37 @@ void land(const void* to, uint64_t size) {
   for (Cell* cell = range.first; cell <= range.last; cell++) cell->write = this_access(SHARED);
 }
 
+void land_bulk(const void* to, uint64_t size, int barrier, uint16_t phase) {
+  Array& a = *array_at(to);
+  Range range = cells_of(a, (const unsigned char*)to - a.begin, size);
+  for (Cell* cell = range.first; cell <= range.last; cell++)
+    cell->write = {now.of[SHARED], uint16_t(BULK | barrier), phase};
+}
+
+void read_by_proxy(const void* at, uint64_t size) {
+  Array& a = checked(at, size, false, true);
+  uint64_t offset = (const unsigned char*)at - a.begin;
+  remember(a, offset, size, false);
+  Range range = cells_of(a, offset, size);
+  for (Cell* cell = range.first; cell <= range.last; cell++) {
+    const Access& write = cell->write;
+    if (write.clock < block_began.of[SHARED] || write.thread & BULK) continue;
+    if (!is_fenced(write.thread, write.clock))
+      fail("no fence.proxy.async between thread %d, which writes %s[%lld], and what reads it",
+           write.thread, a.name.c_str(), (long long)((cell - a.cells) * a.granule / a.element));
+  }
+}
+
+// Dynamic memory is at 0, as on a GPU: descriptors have no more than 18 bits for an address.
 uint32_t shared_address(const void* p) {
   Array* a = array_at(p);
   if (!a || !a->shared) fail("the shared address of what is not shared, %p", p);
-  return uint32_t(a - arrays) << OFFSET_BITS | uint32_t((const unsigned char*)p - a->begin);
+  uint32_t slot = a - arrays == dynamic_slot ? 0 : a - arrays;
+  return slot << OFFSET_BITS | uint32_t((const unsigned char*)p - a->begin);
 }
 
 void* shared_pointer(uint32_t address) {
-  uint32_t slot = address >> OFFSET_BITS;
+  uint32_t slot = address >> OFFSET_BITS ? address >> OFFSET_BITS : dynamic_slot;
   if (slot >= uint32_t(used) || !arrays[slot].shared) fail("%x is no shared address", address);
   return arrays[slot].begin + (address & ((1u << OFFSET_BITS) - 1));
 }

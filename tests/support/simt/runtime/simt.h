@@ -60,6 +60,22 @@ void async_copy(uint32_t to, const void* from, int size, int used);
 void async_commit();
 void async_wait(int groups);  // until all but the newest `groups` groups have arrived
 
+// mbarriers, which count arrivals and bytes; and bulk copies, which arrive at one when waited for.
+void mbarrier_init(uint32_t barrier, uint32_t arrivals);
+void mbarrier_arrive(uint32_t barrier, uint32_t bytes);  // that are to come in this phase too
+void mbarrier_wait(uint32_t barrier, uint32_t parity);   // for the end of the phase
+void bulk_copy(uint32_t to, const void* from, uint32_t size, uint32_t barrier);
+
+// What the thread wrote to shared memory can be read by bulk copies and wgmma from here on.
+void proxy_fence();
+
+// wgmma m64nNk16 of bfloat16, as the lanes of one warp see it: d [N/2] += a [4] · the matrix that a
+// descriptor says. It takes place when waited for; until then d holds no numbers, and a must stay.
+void wgmma_fence();
+void wgmma(float* const* d, int columns, const uint32_t* const* a, uint64_t descriptor);
+void wgmma_commit();
+void wgmma_wait(int groups);
+
 // A launch, as the host's code asks for it. body(args) is one thread.
 struct Launch {
   Dim3 grid, block;

@@ -12,7 +12,7 @@ constexpr int MAX_THREADS = 1024;
 
 // ---- block.cc: threads, barriers, launches
 
-enum class State { READY, BARRIER, WARP, DONE };
+enum class State { READY, BARRIER, WARP, MBARRIER, DONE };
 
 struct Fiber {
   void* stack_pointer;
@@ -52,6 +52,20 @@ std::string who_waits(int thread);  // for the report of a deadlock
 
 void begin_copies(int threads);
 
+// ---- bulk.cc
+
+void begin_bulk(int threads);
+std::string bulk_left();  // what is wrong where a block has ended; ""
+// Whether the thread that runs knows that a copy has arrived, of a phase of a barrier.
+bool has_seen(int barrier, uint16_t phase);
+// Whether a thread has fenced what it wrote by this time.
+bool is_fenced(int thread, uint32_t clock);
+
+// ---- wgmma.cc
+
+void begin_products(int threads);
+std::string products_left();
+
 // ---- memory.cc
 
 // An argument's memory, which begins where TVM might let a tensor begin; nullptr: no room.
@@ -66,6 +80,9 @@ bool on_stack(const void*);  // of the running fiber
 void access(const void* at, uint64_t size, bool write, bool aligned, const void* pc);
 void take_off(const void* to, uint64_t size, const void* pc);  // a cp.async begins
 void land(const void* to, uint64_t size);
+void land_bulk(const void* to, uint64_t size, int barrier, uint16_t phase);
+// The running thread's warp reads shared memory by a bulk copy's or wgmma's way (async proxy).
+void read_by_proxy(const void* at, uint64_t size);
 
 // ---- cost.cc
 
