@@ -300,6 +300,12 @@ def load_words(to, at, start):
 
 
 @T.inline
+def load_pair(to, at, start):
+    """The same of 8 bytes into two of them."""
+    T.ptx["ld.global.v2.b32"](to[at], to[at + 1], start)
+
+
+@T.inline
 def load_word(to, at, start):
     """The 32 bits at the address `start` in global memory into to[at], u32."""
     T.ptx["ld.global.b32"](to[at], start)

@@ -78,6 +78,7 @@ def _build(
     hidden: int,
     intermediate: int,
     tile: DownTile,
+    hopper: bool,
 ) -> tvm.tirx.PrimFunc:
     splits = tile.splits
     all_steps = steps(intermediate)
@@ -288,8 +289,9 @@ def _build(
         inputs, tile.many, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate
     )
     many = _many_tokens(
-        inputs, tile, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate
-    )
+        inputs, tile, experts=experts, top_k=top_k, hidden=hidden, intermediate=intermediate,
+        hopper=hopper,
+    )  # fmt: skip
 
     shape = {"top_k": top_k, "intermediate": intermediate}
     one = one_token(inputs, splits, hidden=hidden, **shape)
@@ -316,8 +318,9 @@ def _build(
 
 
 def _many_tokens(
-    inputs: Inputs, tile: DownTile, *, experts: int, top_k: int, hidden: int, intermediate: int
-) -> Callable[..., Any]:
+    inputs: Inputs, tile: DownTile, *, experts: int, top_k: int, hidden: int, intermediate: int,
+    hopper: bool,
+) -> Callable[..., Any]:  # fmt: skip
     """The launches for many tokens: the outputs of all slots, then their mixture."""
 
     @T.inline
@@ -329,7 +332,7 @@ def _many_tokens(
 
     products = grouped_products(
         inputs, tile.grouped, experts=experts, top_k=top_k, share=1, rows=hidden, k=intermediate,
-        store=store,
+        store=store, hopper=hopper,
     )  # fmt: skip
     mix = mixture(top_k, hidden)
 
@@ -344,10 +347,11 @@ def _many_tokens(
 
 
 def _scratch(
-    inputs: Inputs, *, experts: int, top_k: int, hidden: int, intermediate: int
+    inputs: Inputs, *, hopper: bool, experts: int, top_k: int, hidden: int, intermediate: int
 ) -> tuple[Tensor, ...]:
     slots = Size("n", top_k)
-    return (f32("outputs", slots, hidden), *scratch(inputs, slots, experts, slots, intermediate))
+    plan = scratch(inputs, slots, experts, slots, intermediate, hopper=hopper)
+    return (f32("outputs", slots, hidden), *plan)
 
 
 def schedules(activations: str) -> tuple[Schedule, ...]:
@@ -355,4 +359,4 @@ def schedules(activations: str) -> tuple[Schedule, ...]:
     inputs = INPUTS[activations]
     build, fits = partial(_build, inputs), partial(_fits, inputs, tile)
     room = partial(_scratch, inputs)
-    return (schedule("a tile of 16 rows a block, mma.sync", build, tile, neighbours, fits, room),)
+    return schedule("a tile of 16 rows a block, {}", build, tile, neighbours, fits, room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..cuda.instructions import LANES
@@ -18,17 +19,21 @@ def schedule(
     rows: Rows,
     fits: Callable[..., bool],
     scratch: Callable[..., tuple[Tensor, ...]],
-) -> Schedule:
-    """Of one half, which makes its own plan. `rows` says which two of a tile's are a lane's."""
-    return Schedule(
-        name,
-        gpu("cuda", "sm_80"),
-        build,
-        tile,
-        layouts=layouts(rows),
-        fits=fits,
-        unused=frozenset({"offsets", "order"}),
-        scratch=scratch,
+) -> tuple[Schedule, ...]:
+    """Of one half, which makes its own plan: on Hopper, and elsewhere. `rows` says which two of a
+    tile's are a lane's. build and scratch are told too whether it is for `hopper`."""
+    return tuple(
+        Schedule(
+            name.format(instruction),
+            gpu("cuda", arch),
+            partial(build, hopper=arch == "sm_90a"),
+            tile,
+            layouts=layouts(rows),
+            fits=fits,
+            unused=frozenset({"offsets", "order"}),
+            scratch=partial(scratch, hopper=arch == "sm_90a"),
+        )
+        for arch, instruction in (("sm_90a", "mma.sync, wgmma"), ("sm_80", "mma.sync"))
     )
 
 

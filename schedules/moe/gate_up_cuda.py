@@ -85,13 +85,14 @@ def _build(
     experts: int,
     top_k: int,
     tile: GateUpTile,
+    hopper: bool,
     **shape: Any,
 ) -> tvm.tirx.PrimFunc:
     most = _few(inputs, top_k, tile)
     shape |= {"experts": experts, "top_k": top_k}
     few = _few_tokens(inputs, most, tile, **shape)
     some = _some_tokens(inputs, tile, **shape)
-    many = _many_tokens(inputs, tile, **shape)
+    many = _many_tokens(inputs, tile, hopper=hopper, **shape)
 
     @T.inline
     def body(n, x, ids, blocks, scales, bias, h, begins, by_expert, parts=None):
@@ -409,6 +410,7 @@ def _many_tokens(
     hidden: int,
     intermediate: int,
     limit: float,
+    hopper: bool,
 ) -> Callable[..., Any]:
     """The launches for many tokens."""
 
@@ -422,7 +424,7 @@ def _many_tokens(
 
     products = grouped_products(
         inputs, tile.grouped, experts=experts, top_k=top_k, share=top_k, rows=2 * intermediate,
-        k=hidden, store=store,
+        k=hidden, store=store, hopper=hopper,
     )  # fmt: skip
 
     @T.inline
@@ -433,21 +435,19 @@ def _many_tokens(
 
 
 def _scratch(
-    inputs: Inputs, *, experts: int, top_k: int, hidden: int, **_: float
+    inputs: Inputs, *, hopper: bool, experts: int, top_k: int, hidden: int, **_: float
 ) -> tuple[Tensor, ...]:
-    return scratch(inputs, Size("n", top_k), experts, Size("n"), hidden)
+    return scratch(inputs, Size("n", top_k), experts, Size("n"), hidden, hopper=hopper)
 
 
 def schedules(activations: str) -> tuple[Schedule, ...]:
     tile = GateUpTile()
     inputs = INPUTS[activations]
-    return (
-        schedule(
-            "a tile of 16 rows a warp, mma.sync",
-            partial(_build, inputs),
-            tile,
-            alternating,
-            partial(_fits, inputs, tile),
-            partial(_scratch, inputs),
-        ),
+    return schedule(
+        "a tile of 16 rows a warp, {}",
+        partial(_build, inputs),
+        tile,
+        alternating,
+        partial(_fits, inputs, tile),
+        partial(_scratch, inputs),
     )
