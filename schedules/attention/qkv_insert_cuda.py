@@ -18,8 +18,9 @@ import tvm
 
 from mxforge.kv_layout import PAGE_TOKENS
 
-from ..cuda.dense import ALL_LANES, MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense, scratch
-from ..cuda.instructions import LANES, MMA_ROWS
+from ..cuda.dense import MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense
+from ..cuda.dense_many import scratch, variants
+from ..cuda.instructions import ALL_LANES, LANES, MMA_ROWS
 from ..formats import bf16
 from ..formats.kv import KV, scale_at, scale_bits, scale_byte
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
@@ -34,15 +35,16 @@ def _schedules(
 ) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(
-            f"rows of heads of {head_dim} as a matrix, tokens as its columns",
-            gpu("cuda", "sm_80"),
-            partial(_build, arithmetic),
+            f"rows of heads of {head_dim} as a matrix, tokens as its columns{variant.ending}",
+            gpu("cuda", variant.arch),
+            partial(_build, arithmetic, variant.hopper),
             tile,
             layouts(Tiling(head_dim)),
             fits=partial(_fits, head_dim),
-            scratch=_scratch,
+            scratch=partial(_scratch, variant.hopper),
         )
         for head_dim in HEAD_DIMS
+        for variant in variants(arithmetic.rows(STEP))
     )
 
 
@@ -54,12 +56,13 @@ def _fits(
     return head_dim == of and hidden % STEP == 0 and tiles <= MOST_TILES and of_a_warp
 
 
-def _scratch(*, hidden: int, **_shape: Any) -> tuple[Tensor, ...]:
-    return scratch(hidden)
+def _scratch(hopper: bool, *, hidden: int, **_shape: Any) -> tuple[Tensor, ...]:
+    return scratch(hidden, hopper=hopper)
 
 
 def _build(
     arithmetic: Arithmetic,
+    hopper: bool,
     arguments: tuple[Tensor, ...],
     *,
     tile: DenseTile,
@@ -75,7 +78,9 @@ def _build(
     kv_format, tiling = KV[kv_dtype], Tiling(head_dim)
     key, value = kv_format.key_at, partial(kv_format.value_at, head_dim)
     whole = head_dim // MMA_ROWS if kv_format.scaled else 1
-    launch = dense(arithmetic, tile, tiling, rows=rows, k=hidden, eps=eps, whole=whole)
+    launch = dense(
+        arithmetic, tile, tiling, rows=rows, k=hidden, eps=eps, whole=whole, hopper=hopper
+    )
 
     @T.inline
     def rotate(pair, cos_sin, token, i):

@@ -10,7 +10,7 @@ input becomes a sum of parts that tensor cores take; products are thus as good a
 - Every lane has `loads` loads of weights in flight, the first of them before it reads x: they
   begin while the launch before ends.
 
-Of many tokens, a launch makes the columns of all, and another multiplies them (product.py).
+Many tokens are multiplied otherwise (dense_many.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from ..gpu.barriers import barrier
-from ..kernel import Layout, Size, T, Tensor, TileConfig
-from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, wait_for_launch_before
-from .mxfp4 import split_floats
-from .product import ProductColumns, ProductRows, ProductTile, product
+from ..kernel import Layout, T, TileConfig
+from .dense_many import products
+from .instructions import (
+    ALL_LANES,
+    LANES,
+    MMA_COLUMNS,
+    MMA_ROWS,
+    load_floats,
+    wait_for_launch_before,
+)
+from .product import ProductRows, ProductTile
 
 STEP = 32  # inputs: what two mma of bfloat16 take, and a block of 8-bit weights
 PAIRS = MMA_ROWS // 2  # of rows in a tile: a lane, later a thread, has both rows of a pair
@@ -35,10 +41,7 @@ AT_ONCE = LANES // QUADS  # steps that a warp reads by one load
 ITEMS = 16  # in a warp's shared memory: steps of tokens
 READS = ITEMS // AT_ONCE
 AHEAD = 2  # reads that are in flight together
-ALL_LANES = 0xFFFFFFFF
 MOST_UNROLLED = 4  # rounds
-PARTS = 2  # bfloat16 of an input, in products of many tokens
-SPLITTERS = 256  # threads that make the columns of a token
 MOST_TILES = 65_535  # blocks of an axis of a grid that is not the first
 
 
@@ -128,12 +131,6 @@ def load_words(to, at, start):
     T.ptx["ld.global.L1::no_allocate.v4.b32"](
         to[at], to[at + 1], to[at + 2], to[at + 3], T.address_of(start)
     )
-
-
-@T.inline
-def load_floats(to, at, start):
-    """The same of four float32 that other blocks read too."""
-    T.ptx["ld.global.v4.f32"](to[at], to[at + 1], to[at + 2], to[at + 3], T.address_of(start))
 
 
 @dataclass(frozen=True)
@@ -233,7 +230,7 @@ def _fullest(most: int, steps: int, in_flight: int) -> int:
 
 def dense(
     arithmetic: Arithmetic, tile: DenseTile, tiling: Tiling, *, rows: int, k: int,
-    eps: float | None = None, whole: int = 1,
+    eps: float | None = None, whole: int = 1, hopper: bool = False,
 ) -> Callable[..., Any]:  # fmt: skip
     """The T.inline launch(n, x, norm_weight, weights, finish, given, parts) of x·Wᵀ, x f32 [n, k].
 
@@ -242,12 +239,16 @@ def dense(
     eps: where it is given, of rms_norm(x, norm_weight, eps) in place of x
     whole: so many tiles side by side, of which all numbers are whole ones, are one block's; then a
         warp's threads have one token of them, pairs tile by tile
-    parts: what `scratch` says
+    parts: what dense_many.scratch says
+    hopper: for that architecture alone
     """
     tiles, steps = tiling.tiles(rows), k // STEP
     blocks = blocks_of(tile, arithmetic.mmas, tiles, steps, whole)
     few, some = (_launch(arithmetic, b, tiles, k, eps, whole) for b in blocks)
-    many = _product(arithmetic, tile, tiles, k, eps)
+    many = products(
+        arithmetic.rows(k), tile.small, tile.large, tile.enough, tiles=tiles, k=k, eps=eps,
+        hopper=hopper,
+    )  # fmt: skip
 
     @T.inline
     def launch(n, x, norm_weight, weights, finish, given, parts):
@@ -257,112 +258,6 @@ def dense(
             some(n, x, norm_weight, weights, finish, given)
         else:
             many(n, x, norm_weight, weights, finish, given, parts)
-
-    return launch
-
-
-def scratch(k: int) -> tuple[Tensor, ...]:
-    """What `dense` needs for n tokens: the parts of their inputs."""
-    return (Tensor("parts", (Size("n", PARTS), k // 2), "uint32"),)
-
-
-def _columns(k: int, eps: float | None) -> Callable[..., Any]:
-    """The T.inline launch(n, x, norm_weight, parts): a block for each token splits its inputs, or
-    their norm, into two bfloat16: u32 [2·n, k/2]."""
-    quads = -(-k // 4 // SPLITTERS)  # of a thread
-
-    @T.inline
-    def work(token, tx, x, norm_weight, parts):
-        squares = T.sblock_alloc_buffer((SPLITTERS // LANES,), "float32", scope="shared")
-        four = T.sblock_alloc_buffer((4,), "float32", scope="local")
-        weight = T.sblock_alloc_buffer((4,), "float32", scope="local")
-        bits = T.sblock_alloc_buffer((4,), "uint32", scope="local")
-        pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
-        factor = T.sblock_alloc_buffer((1,), "float32", scope="local")
-        factor[0] = T.float32(1)
-        if eps is not None:
-            factor[0] = T.float32(0)
-            for i in T.serial(quads):
-                quad: T.let = i * SPLITTERS + tx
-                if quad < k // 4:
-                    load_floats(four, 0, x[token, quad * 4])
-                    for e in T.unroll(4):
-                        factor[0] = factor[0] + four[e] * four[e]
-            for i in T.unroll(5):
-                factor[0] = factor[0] + T.cuda.__shfl_xor_sync(
-                    T.uint32(ALL_LANES), factor[0], T.shift_left(1, i), LANES
-                )
-            if tx % LANES == 0:
-                squares[tx // LANES] = factor[0]
-            barrier()
-            factor[0] = T.float32(0)
-            for w in T.unroll(SPLITTERS // LANES):
-                factor[0] = factor[0] + squares[w]
-            factor[0] = T.float32(1) / T.sqrt(factor[0] / T.float32(k) + T.float32(eps))
-        for i in T.serial(quads):
-            quad: T.let = i * SPLITTERS + tx
-            if quad < k // 4:
-                load_floats(four, 0, x[token, quad * 4])
-                if eps is not None:
-                    load_floats(weight, 0, norm_weight[quad * 4])
-                    for e in T.unroll(4):
-                        four[e] = four[e] * weight[e]
-                for e in T.unroll(4):
-                    bits[e] = T.reinterpret("uint32", four[e])
-                split_floats(bits, 0, factor[0], pairs)
-                for part in T.unroll(PARTS):
-                    parts[PARTS * token + part, T.ramp(quad * 2, 1, 2)] = pairs[
-                        T.ramp(2 * part, 1, 2)
-                    ]
-
-    @T.inline
-    def launch(n, x, norm_weight, parts):
-        for token in T.thread_binding(n, thread="blockIdx.x"):
-            for thread in T.thread_binding(SPLITTERS, thread="threadIdx.x"):
-                with T.sblock("columns"):
-                    vt, tx = T.axis.remap("SS", [token, thread])
-                    work(vt, tx, x, norm_weight, parts)
-
-    return launch
-
-
-def _product(
-    arithmetic: Arithmetic, tile: DenseTile, tiles: int, k: int, eps: float | None
-) -> Callable[..., Any]:
-    """The launches of `dense` for many tokens."""
-
-    @T.inline
-    def choose(given, by, tokens, lane, span):
-        span[0] = 0
-        span[1] = by * tokens
-        span[2] = T.min(T.Cast("int32", given[0]) - by * tokens, tokens)
-
-    @T.inline
-    def store(given, expert, number, tile_, g, sums):
-        given[1](given[2], T.Cast("int64", number), tile_, g, sums)
-
-    columns = ProductColumns(
-        parts=PARTS, width=4, choose=choose, source=lambda given, number: number * PARTS,
-        store=store,
-    )  # fmt: skip
-
-    def blocks(n: Any, tokens: int) -> Any:
-        return T.ceildiv(n, tokens)
-
-    small, large = (
-        product(arithmetic.rows(k), columns, size, all_tiles=tiles, k=k, blocks=blocks)
-        for size in (tile.small, tile.large)
-    )
-    make_columns = _columns(k, eps)
-    large_blocks = -(-tiles * MMA_ROWS // tile.large.rows)
-
-    @T.inline
-    def launch(n, x, norm_weight, weights, finish, given, parts):
-        make_columns(n, x, norm_weight, parts)
-        if T.ceildiv(n, tile.large.columns // PARTS) * large_blocks < tile.enough:
-            small(n, parts, weights, (n, finish, given))
-        else:
-            large(n, parts, weights, (n, finish, given))
 
     return launch
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..kernel import T
 
 LANES = 32
+ALL_LANES = 0xFFFFFFFF
 MMA_ROWS, MMA_COLUMNS, MMA_INPUTS = 16, 8, 16
 
 
@@ -45,6 +46,12 @@ mma_s8 = _mma("m16n8k32.row.col.s32.s8.s8.s32")
 def copy_async(to, start):
     """16 bytes from the address `start` in global memory to the address `to` in shared memory."""
     T.ptx["cp.async.cg.shared.global"](to, start, 16)
+
+
+@T.inline
+def load_floats(to, at, start):
+    """Four float32 from `start` on, an element of a buffer, to registers."""
+    T.ptx["ld.global.v4.f32"](to[at], to[at + 1], to[at + 2], to[at + 3], T.address_of(start))
 
 
 @T.inline

@@ -95,9 +95,10 @@ def product(
     rows: ProductRows, columns: ProductColumns, tile: ProductTile, *, all_tiles: int, k: int,
     blocks: Any,
 ) -> Callable[..., Any]:  # fmt: skip
-    """The T.inline launch(n, x, weights, given) of blocks(n, tokens of a block) · tiles of rows.
+    """The T.inline launch(n, number, x, weights, given) of blocks(n, tokens of a block) · tiles of
+    rows.
 
-    x: the columns, [rows of X, k in elements]
+    x: the columns, [rows of X, k in elements]; how many there are is of no matter
     """
     warps, tiles, groups, stages = tile.warps, tile.tiles, tile.groups, tile.stages
     parts = columns.parts
@@ -244,7 +245,7 @@ def product(
                             )
 
     @T.inline
-    def launch(n, x, weights, given):
+    def launch(n, _number, x, weights, given):
         for some in T.thread_binding(-(-all_tiles // (warps * tiles)), thread="blockIdx.x"):
             for group in T.thread_binding(blocks(n, tokens), thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):

@@ -14,7 +14,7 @@ LINEAR = linear_kernel(
     F32,
     (
         *bf16_cpu.SCHEDULES,
-        bf16_cuda.SCHEDULE,
+        *bf16_cuda.SCHEDULES,
         *bf16_gpu.SCHEDULES,
         one_thread_an_item(bf16_gpu.elements),
     ),

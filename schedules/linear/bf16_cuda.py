@@ -12,7 +12,7 @@ from ..cuda.dense import STEP, Arithmetic, DenseTile, Tiling, load_words
 from ..cuda.instructions import LANES, mma_bf16, shared_words
 from ..cuda.product import ProductRows
 from ..kernel import Layout, T
-from .dense_cuda import linear_schedule
+from .dense_cuda import linear_schedules
 
 PARTS, MMAS = 2, 2
 PART = 16  # words of a step's 32 inputs
@@ -100,4 +100,4 @@ def layouts(tiling: Tiling) -> dict[str, Layout]:
     return {"weight": tiling.fragments(MMAS)}
 
 
-SCHEDULE = linear_schedule(BF16, TILE, layouts)
+SCHEDULES = linear_schedules(BF16, TILE, layouts)

@@ -8,29 +8,33 @@ from typing import Any
 
 import tvm
 
-from ..cuda.dense import MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense, scratch
+from ..cuda.dense import MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense
+from ..cuda.dense_many import scratch, variants
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from .linear import plus_options
 
 TILING = Tiling()
 
 
-def linear_schedule(
+def linear_schedules(
     arithmetic: Arithmetic, tile: DenseTile, layouts: Callable[[Tiling], dict[str, Layout]]
-) -> Schedule:
-    return Schedule(
-        "rows as a matrix, tokens as its columns",
-        gpu("cuda", "sm_80"),
-        partial(_build, arithmetic),
-        tile,
-        layouts(TILING),
-        fits=_fits,
-        scratch=_scratch,
+) -> tuple[Schedule, ...]:
+    return tuple(
+        Schedule(
+            f"rows as a matrix, tokens as its columns{variant.ending}",
+            gpu("cuda", variant.arch),
+            partial(_build, arithmetic, variant.hopper),
+            tile,
+            layouts(TILING),
+            fits=_fits,
+            scratch=partial(_scratch, variant.hopper),
+        )
+        for variant in variants(arithmetic.rows(STEP))
     )
 
 
-def _scratch(*, k: int, **_options: Any) -> tuple[Tensor, ...]:
-    return scratch(k)
+def _scratch(hopper: bool, *, k: int, **_options: Any) -> tuple[Tensor, ...]:
+    return scratch(k, hopper=hopper)
 
 
 def _fits(*, rows: int, k: int, **_options: bool) -> bool:
@@ -39,6 +43,7 @@ def _fits(*, rows: int, k: int, **_options: bool) -> bool:
 
 def _build(
     arithmetic: Arithmetic,
+    hopper: bool,
     arguments: tuple[Tensor, ...],
     *,
     tile: DenseTile,
@@ -46,7 +51,7 @@ def _build(
     k: int,
     **_options: bool,
 ) -> tvm.tirx.PrimFunc:
-    launch = dense(arithmetic, tile, TILING, rows=rows, k=k)
+    launch = dense(arithmetic, tile, TILING, rows=rows, k=k, hopper=hopper)
 
     @T.inline
     def finish(given, token, tile, p, pair):

@@ -10,7 +10,7 @@ from ..formats.activations import F32
 from ..formats.dense import DENSE, DenseFormat
 from ..gpu.items import one_thread_an_item
 from .i8 import I8_WEIGHT
-from .i8_f32_cuda import SCHEDULE as CUDA
+from .i8_f32_cuda import SCHEDULES as CUDA
 from .i8_f32_gpu import SCHEDULES, elements
 from .linear import case, linear_kernel
 
@@ -18,7 +18,7 @@ LINEAR_I8_F32 = linear_kernel(
     "i8w_linear",
     I8_WEIGHT,
     F32,
-    (CUDA, *SCHEDULES, one_thread_an_item(elements)),
+    (*CUDA, *SCHEDULES, one_thread_an_item(elements)),
     (case(I8_WEIGHT, F32, "scales below float16's normal numbers", 2, 40, 96, size=1e-4),),
 )
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ..cuda.dense import (
-    ALL_LANES,
     ITEMS,
     PAIRS,
     QUADS,
@@ -23,10 +22,10 @@ from ..cuda.dense import (
     Tiling,
     load_words,
 )
-from ..cuda.instructions import LANES, mma_s8, shared_words
+from ..cuda.instructions import ALL_LANES, LANES, mma_s8, shared_words
 from ..cuda.product import ProductRows
 from ..kernel import Layout, T
-from .dense_cuda import linear_schedule
+from .dense_cuda import linear_schedules
 
 DIGITS, COLUMNS, MMAS = 3, 4, 1
 DIGIT = 8  # words of a step's 32 inputs
@@ -208,4 +207,4 @@ def layouts(tiling: Tiling) -> dict[str, Layout]:
     return {"weight": tiling.fragments(MMAS), "weight_scale": _scales(tiling)}
 
 
-SCHEDULE = linear_schedule(I8, TILE, layouts)
+SCHEDULES = linear_schedules(I8, TILE, layouts)

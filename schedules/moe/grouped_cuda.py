@@ -308,9 +308,9 @@ def grouped_products(
         ready(n, n * top_k // share, ids, x, given[0], given[1], parts)
         source = T.meta_var(x if parts is None else parts)
         if n * top_k < grouped.wide * experts:
-            small(n, source, weights, given)
+            small(n, None, source, weights, given)
         else:
-            large(n, source, weights, given)
+            large(n, None, source, weights, given)
 
     return launch
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import tvm
 
-from ..cuda.dense import AT_ONCE, QUADS, STEP, Tiling, load_floats
+from ..cuda.dense import AT_ONCE, QUADS, STEP, Tiling
 from ..cuda.instructions import LANES as WARP
 from ..cuda.instructions import (
     MMA_ROWS,
     copies_done,
     copy_async,
+    load_floats,
     shared_words,
     wait_for_launch_before,
 )
