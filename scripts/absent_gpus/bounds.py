@@ -22,9 +22,11 @@ WARPS, BYTES_IN_FLIGHT = 16, 64 << 10  # of an SM
 # Mesa's estimates for the schedules before: one thread an item.
 BEFORE = {"mxfp4w_moe_gate_up_swiglu": 27_338, "mxfp4w_moe_down": 31_828}
 TENTH = 0.1
-PRODUCTS, SHARE = ("sm_80", "sm_89", "sm_90a"), 0.25
+PRODUCTS, SHARE = ("sm_80", "sm_89"), 0.25
 # Kernels whose launch for many tokens keeps tensor cores busy.
 MATRIX = {"experts' products": tuple(BEFORE), "attention of chunks": ("f32_paged_attention",)}
+# Of products by wgmma: instructions for each cycle of the tensor cores, and waits for each wgmma.
+SLOTS, WAITS = 0.75, 0.5
 
 KINDS = {"mxfp4w": "experts in MXFP4", "bf16w": "dense in bf16", "i8w": "dense in 8 bits"}
 
@@ -141,6 +143,12 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
         (kernel, NAVI31, round(vulkan[NAVI31][kernel]["cycles"] / before, 3))
         for kernel, before in BEFORE.items()
     ]
+    hopper = {
+        name: [
+            (kernel, ARCH, one[name]) for kernel, one in statistics.items() if one.get("wgmma", 0)
+        ]
+        for name in ("slots_a_cycle", "waits_a_wgmma", "bulk_copies")
+    }
     return [
         Line("launches of a token", None, MOST_LAUNCHES, launches),
         *(
@@ -154,6 +162,9 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
             Line(f"tensor cores' part of the instructions, {what}", SHARE, None, shares)
             for what, shares in matrix.items()
         ),
+        Line("instructions a cycle of tensor cores, wgmma", None, SLOTS, hopper["slots_a_cycle"]),
+        Line("waits for each wgmma", None, WAITS, hopper["waits_a_wgmma"]),
+        Line("bulk copies where there is wgmma", 1, None, hopper["bulk_copies"]),
         Line("estimated cycles of the experts, of those before tuning", None, TENTH, cycles),
     ]
 

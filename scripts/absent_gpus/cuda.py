@@ -15,7 +15,7 @@ from typing import Any
 
 from support.folders import made, run
 
-from . import results, shipped
+from . import hopper, results, shipped
 from .sass import LANES, MATRIX, Instruction, follow, functions, matrix_share
 from .shipped import ROOT
 
@@ -28,6 +28,7 @@ FOLDER = ROOT / "build" / "nvcc"
 SPREAD = {
     "instructions": 0.02, "loads": 0.02, "local_accesses": 0.1,
     "instructions_a_weight": 0.05, "wide_loads_ahead": 0.3, "matrix_share": 0.02,
+    "slots_a_cycle": 0.02,
 }  # fmt: skip
 _SPILL = "8 or 16 bytes of a thread wait in local memory, outside the steps over the weights"
 _SPILLING = {
@@ -136,6 +137,7 @@ def parse(used: str, sass: str, threads: Mapping[str, int]) -> dict[str, Any]:
             **_loads_ahead(code),
             **_a_weight(name, code, threads.get(name, 0)),
             **_matrix_share(code),
+            **hopper.statistics(code),
         }
     return dict(sorted(found.items()))
 

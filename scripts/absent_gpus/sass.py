@@ -56,7 +56,7 @@ class NoRuleError(Exception):
 # nvcc writes a jump to afar as a call that never comes back.
 _JUMPS = ("BRA", "CALL.REL.NOINC")
 _INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);", re.MULTILINE
 )
 
 
@@ -78,26 +78,35 @@ def functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
 # A factor that only scales of 128 and more ask for: 2^126 (schedules/cuda/mxfp4.py).
 _SELDOM = re.compile(r"^8\.507059\d*e\+37$")
 MATRIX = ("HMMA", "IMMA")  # tensor cores
-_BEYOND = ("LD", "ST", "BAR", "DEPBAR", "BRA", "EXIT")  # more than computing
+_BEYOND = ("HGMMA", "LD", "ST", "BAR", "DEPBAR", "BRA", "EXIT")  # more than computing
 
 
 def matrix_share(code: Sequence[Instruction]) -> float | None:
-    """Of the instructions of the loop with most of them, the part that is of tensor cores.
+    """The part of the main loop that is of tensor cores. None where no loop has any."""
+    loop = main_loop(code, MATRIX)
+    matrix = sum(code[i].opcode.startswith(MATRIX) for i in loop)
+    return round(matrix / len(loop), 3) if loop else None
+
+
+def main_loop(code: Sequence[Instruction], matrix: tuple[str, ...]) -> list[int]:
+    """Which instructions the loop has that has most of some kinds, or none.
 
     Not counted is what is seldom taken: what runs from one jump to the next, or to where one leads,
     and multiplies by 2^126, as no real weight asks for; and what a jump leads over that only
-    computes, but for products of matrices. None where no loop has any.
+    computes, but for products of matrices.
     """
     addresses = [one.address for one in code]
-    best: tuple[int, int] = (0, 1)
+    best: list[int] = []
+    most = 0
     for end, one in enumerate(code):
         if one.target is None or one.target > one.address:
             continue
         begin = bisect_left(addresses, one.target)
         loop = [i for run in _runs(code, begin, end + 1) for i in run]
-        matrix = sum(code[i].opcode.startswith(MATRIX) for i in loop)
-        best = max(best, (matrix, len(loop)), key=lambda found: found[0])
-    return round(best[0] / best[1], 3) if best[0] else None
+        count = sum(code[i].opcode.startswith(matrix) for i in loop)
+        if count > most:
+            best, most = loop, count
+    return best
 
 
 def _runs(code: Sequence[Instruction], begin: int, end: int) -> Iterator[range]:

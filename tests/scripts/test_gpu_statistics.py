@@ -16,7 +16,7 @@ from mxforge.compile.spirv import KernelCode
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from absent_gpus import chunk, cuda, results, sass, vulkan  # noqa: E402
+from absent_gpus import chunk, cuda, hopper, results, sass, vulkan  # noqa: E402
 
 COMPILERS = {"vulkan": vulkan, "cuda": cuda}
 
@@ -396,6 +396,18 @@ def test_what_a_jump_leads_over_is_left_out_of_the_share_if_it_only_computes():
     # Two ways: one of them is taken.
     ways = ("@P1 BRA 0x30", add, "BRA 0x50", add, add, mma, "@P0 BRA 0x0", "EXIT")
     assert share(*ways) == round(1 / 7, 3)
+
+
+def test_what_is_of_hopper_alone():
+    product = "HGMMA.64x128x16.F32.BF16 R24, R184, gdesc[UR20], R24"
+    small = "HGMMA.64x32x16.F32.BF16 R24, R184, gdesc[UR20], R24, gsb0"
+    wait, copy = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "UBLKCP.S.G [UR10], [UR4], UR9"
+    lines = (copy, product, small, wait, copy, *["FADD R2, R2, R2"] * 35, "@P0 BRA 0x10", "EXIT")
+    ((_, code),) = sass.functions(program(*lines))
+    assert hopper.statistics(code) == {
+        "wgmma": 2, "bulk_copies": 2, "waits_a_wgmma": 0.5, "slots_a_cycle": 0.5,  # 40 in 80
+    }  # fmt: skip
+    assert hopper.statistics(code[3:]) == {}
 
 
 def test_what_only_large_scales_take_is_left_out_of_the_share():
