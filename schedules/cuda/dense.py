@@ -54,7 +54,8 @@ class DenseTile(TileConfig):
         `warps_of_one`
     loads: of 16 bytes of W that a lane has in flight; with few tokens, and several tiles of rows,
         `loads_of_several`
-    least: so many tokens are multiplied by tiles of them, `large` ones where those are `enough`
+    least: so many tokens are multiplied by tiles of them, `large` ones where those are `enough`;
+        on Hopper these are alone on their SM
     """
 
     many: int = 16
@@ -67,6 +68,7 @@ class DenseTile(TileConfig):
     least: int = 128
     small: ProductTile = field(default_factory=lambda: ProductTile(warps=4, tiles=1))
     large: ProductTile = field(default_factory=ProductTile)
+    hopper_large: ProductTile = field(default_factory=lambda: ProductTile(stages=6))
 
 
 # -- layouts --------------------------------------------------------------------------------------
@@ -246,8 +248,8 @@ def dense(
     blocks = blocks_of(tile, arithmetic.mmas, tiles, steps, whole)
     few, some = (_launch(arithmetic, b, tiles, k, eps, whole) for b in blocks)
     many = products(
-        arithmetic.rows(k), tile.small, tile.large, tile.enough, tiles=tiles, k=k, eps=eps,
-        hopper=hopper,
+        arithmetic.rows(k), tile.small, tile.hopper_large if hopper else tile.large, tile.enough,
+        tiles=tiles, k=k, eps=eps, hopper=hopper,
     )  # fmt: skip
 
     @T.inline

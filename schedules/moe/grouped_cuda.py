@@ -33,12 +33,15 @@ SHARE = 512  # slots of an expert, at most, of which a block makes columns
 
 @dataclass(frozen=True)
 class Grouped(TileConfig):
-    """Products of many tokens, by how many an expert has on average."""
+    """Products of many tokens, by how many an expert has on average. On Hopper a weight is unpacked
+    in the time that wgmma takes for 64 columns; and a block is alone on its SM."""
 
     least: int = 16
     wide: int = 48  # from so many on the large tiles
     small: ProductTile = field(default_factory=lambda: ProductTile(groups=4))
     large: ProductTile = field(default_factory=ProductTile)
+    hopper_small: ProductTile = field(default_factory=lambda: ProductTile(groups=8, stages=6))
+    hopper_large: ProductTile = field(default_factory=lambda: ProductTile(stages=6))
 
 
 def scratch(
@@ -332,7 +335,7 @@ def _hopper_products(
         product_wgmma.product(
             product_rows(k), columns, tile, all_tiles=rows // MMA_ROWS, k=k, blocks=blocks
         )
-        for tile in (grouped.small, grouped.large)
+        for tile in (grouped.hopper_small, grouped.hopper_large)
     )
     ready = prepare(inputs, experts, top_k, k, share=share, hopper=True)
 

@@ -5,6 +5,7 @@ It is made of what `cuda`, `vulkan` and `token` found. docs/gpu.md tells how the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,12 +144,15 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
         (kernel, NAVI31, round(vulkan[NAVI31][kernel]["cycles"] / before, 3))
         for kernel, before in BEFORE.items()
     ]
+    wgmma = {kernel: one for kernel, one in statistics.items() if one.get("wgmma", 0)}
     hopper = {
-        name: [
-            (kernel, ARCH, one[name]) for kernel, one in statistics.items() if one.get("wgmma", 0)
-        ]
-        for name in ("slots_a_cycle", "waits_a_wgmma", "bulk_copies")
+        name: [(kernel, ARCH, one[name]) for kernel, one in wgmma.items()]
+        for name in ("waits_a_wgmma", "bulk_copies")
     }
+    slots: dict[str, float] = {}  # of a kernel's largest tiles
+    for kernel, one in wgmma.items():
+        base = re.sub(r"_\d+$", "", kernel)
+        slots[base] = min(one["slots_a_cycle"], slots.get(base, one["slots_a_cycle"]))
     return [
         Line("launches of a token", None, MOST_LAUNCHES, launches),
         *(
@@ -162,7 +166,12 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
             Line(f"tensor cores' part of the instructions, {what}", SHARE, None, shares)
             for what, shares in matrix.items()
         ),
-        Line("instructions a cycle of tensor cores, wgmma", None, SLOTS, hopper["slots_a_cycle"]),
+        Line(
+            "instructions a cycle of tensor cores, wgmma",
+            None,
+            SLOTS,
+            [(kernel, ARCH, count) for kernel, count in slots.items()],
+        ),
         Line("waits for each wgmma", None, WAITS, hopper["waits_a_wgmma"]),
         Line("bulk copies where there is wgmma", 1, None, hopper["bulk_copies"]),
         Line("estimated cycles of the experts, of those before tuning", None, TENTH, cycles),

@@ -1,4 +1,5 @@
-"""Every barrier of every kernel is needed: without it, some case fails."""
+"""Every barrier of every kernel is needed, and every wait of Hopper's: without it, some case
+fails."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from mxforge.schedules.kernel import Case, Kernel, Schedule
 
 BARRIER = {
     "cuda": re.compile(
-        r"(?<=[;{}]\n)\s*(__sync(threads|warp)|tvm_builtin_cuda_(cta|warp)_sync)\([^;]*\);"
+        r"(?<=[;{}]\n)\s*(__sync(threads|warp)|tvm_builtin_cuda_(cta|warp)_sync"
+        r"|mx_(wait_for_arrival|begin_products|end_group|wait_groups_\d))\([^;]*\);"
     ),
     "metal": re.compile(r"(?<=[;{}]\n)\s*(threadgroup|simdgroup)_barrier\([^;]*\);"),
 }
