@@ -2,8 +2,9 @@
 
 As product.py, of whose rows and columns it takes what they say, with these differences:
 
-- A warp's tile is 16 of the 64 rows of a wgmma, which multiplies all columns of the block: rows are
-  unpacked while the block of inputs before is multiplied, and no columns come to registers.
+- A warp's tile is 16 of the 64 rows of a wgmma, which multiplies all columns of the block, or half
+  of them where it has no more: rows are unpacked while the block of inputs before is multiplied,
+  and no columns come to registers.
 - A launch before it has made the columns as shared memory is to hold them: u32 [steps · columns of
   all, 32], of a step the columns side by side. One thread copies a step of a block's columns.
 - Eight columns belong together (wgmma.py). A block begins with the first of eight, be that a column
@@ -145,17 +146,26 @@ def product(
                 if at < all_loads:
                     load(at, slot)
 
+        # A group begins and ends in the branch: else ptxas adds an empty one for its end, and what
+        # is to wait for all but the newest waits for this one too.
         @T.inline
-        def multiply_block(block):
+        def multiply_columns(block, count):
             begin_products()
             for m in T.unroll(tiles):
                 for half in T.unroll(2):
                     multiply(
-                        tile.columns, acc[m * sums], a[(block * tiles + m) * 8 + 4 * half],
+                        count, acc[m * sums], a[(block * tiles + m) * 8 + 4 * half],
                         descriptor(xs[stage[0] * stage_words])
                         + T.uint64(NEXT * (2 * block + half)),
                     )  # fmt: skip
             end_group()
+
+        @T.inline
+        def multiply_block(block):
+            if others + span[2] * parts > tile.columns // 2:
+                multiply_columns(block, tile.columns)
+            else:
+                multiply_columns(block, tile.columns // 2)
             wait_groups(1)
 
         for i in T.unroll(rows.ahead):

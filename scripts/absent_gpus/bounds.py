@@ -147,7 +147,7 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
     wgmma = {kernel: one for kernel, one in statistics.items() if one.get("wgmma", 0)}
     hopper = {
         name: [(kernel, ARCH, one[name]) for kernel, one in wgmma.items()]
-        for name in ("waits_a_wgmma", "bulk_copies")
+        for name in ("waits_a_wgmma", "empty_groups", "bulk_copies")
     }
     slots: dict[str, float] = {}  # of a kernel's largest tiles
     for kernel, one in wgmma.items():
@@ -173,6 +173,7 @@ def lines(cuda: Found, vulkan: Found, token: Found) -> list[Line]:
             [(kernel, ARCH, count) for kernel, count in slots.items()],
         ),
         Line("waits for each wgmma", None, WAITS, hopper["waits_a_wgmma"]),
+        Line("empty groups of wgmma", None, 0, hopper["empty_groups"]),
         Line("bulk copies where there is wgmma", 1, None, hopper["bulk_copies"]),
         Line("estimated cycles of the experts, of those before tuning", None, TENTH, cycles),
     ]

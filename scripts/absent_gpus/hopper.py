@@ -19,20 +19,29 @@ def statistics(code: Sequence[Instruction]) -> dict[str, Any]:
     """Of a kernel with wgmma:
 
     wgmma, bulk_copies: how many there are
-    waits_a_wgmma: in the main loop. ptxas makes it 1 where it cannot let several be under way.
-    slots_a_cycle: instructions of the main loop, of a warp, for each cycle that its wgmma take of
-        the tensor cores. Below 1 these set the pace, whatever the number of warps.
+    empty_groups: that ptxas added. A wait for all groups but some of the newest counts them.
+    waits_a_wgmma: in the main loop, of its widest. ptxas makes it 1 where it cannot let several be
+        under way.
+    slots_a_cycle: instructions of the main loop, of a warp, for each cycle that its widest wgmma
+        take of the tensor cores; less wide ones stand in their place. Below 1 the tensor cores set
+        the pace, whatever the number of warps.
     """
     count = sum(one.opcode.startswith(WGMMA) for one in code)
     if not count:
         return {}
     opcodes = [code[i].opcode for i in main_loop(code, (WGMMA,))]
     shapes = [match for opcode in opcodes if (match := _SHAPE.match(opcode))]
-    cycles = sum(64 * int(shape[1]) * 16 / A_CYCLE for shape in shapes)
+    widest = max((int(shape[1]) for shape in shapes), default=0)
+    wide = sum(int(shape[1]) == widest for shape in shapes)
+    slots = len(opcodes) - (len(shapes) - wide)
+    cycles = wide * 64 * widest * 16 / A_CYCLE
     waits = sum(opcode.startswith(WAIT) for opcode in opcodes)
     return {
         "wgmma": count,
         "bulk_copies": sum(one.opcode.startswith(BULK_COPY) for one in code),
-        "waits_a_wgmma": round(waits / max(len(shapes), 1), 3),
-        "slots_a_cycle": round(len(opcodes) / cycles, 3) if cycles else 0.0,
+        "empty_groups": sum(
+            one.opcode.startswith(WGMMA) and one.operands[:1] == ("RZ",) for one in code
+        ),
+        "waits_a_wgmma": round(waits / max(wide, 1), 3),
+        "slots_a_cycle": round(slots / cycles, 3) if cycles else 0.0,
     }

@@ -401,13 +401,15 @@ def test_what_a_jump_leads_over_is_left_out_of_the_share_if_it_only_computes():
 def test_what_is_of_hopper_alone():
     product = "HGMMA.64x128x16.F32.BF16 R24, R184, gdesc[UR20], R24"
     small = "HGMMA.64x32x16.F32.BF16 R24, R184, gdesc[UR20], R24, gsb0"
+    empty = "HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0"
     wait, copy = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "UBLKCP.S.G [UR10], [UR4], UR9"
-    lines = (copy, product, small, wait, copy, *["FADD R2, R2, R2"] * 35, "@P0 BRA 0x10", "EXIT")
+    lines = (copy, product, small, wait, copy, *["FADD R2, R2, R2"] * 28, "@P0 BRA 0x10", empty)
     ((_, code),) = sass.functions(program(*lines))
     assert hopper.statistics(code) == {
-        "wgmma": 2, "bulk_copies": 2, "waits_a_wgmma": 0.5, "slots_a_cycle": 0.5,  # 40 in 80
+        "wgmma": 3, "bulk_copies": 2, "empty_groups": 1,
+        "waits_a_wgmma": 1, "slots_a_cycle": 0.5,  # 32 in 64
     }  # fmt: skip
-    assert hopper.statistics(code[3:]) == {}
+    assert hopper.statistics(code[3:-1]) == {}
 
 
 def test_what_only_large_scales_take_is_left_out_of_the_share():
