@@ -2,7 +2,7 @@
 // touching them is an error, as it is to change registers of A. What is read of shared memory is
 // checked when it begins and when it ends.
 #include <algorithm>
-#include <map>
+#include <list>
 
 #include "state.h"
 
@@ -13,8 +13,15 @@ constexpr int WARPGROUP = 4;  // warps
 constexpr int K = 16, REGISTERS = 4;
 constexpr uint32_t NO_NUMBER = 0xFFFABCDE;
 
-struct Product {
+// Accumulators while products are under way: what they will hold.
+struct Sums {
   std::vector<float*> d;
+  std::vector<float> of;
+  int under_way;  // products
+};
+
+struct Product {
+  Sums* sums;
   const uint32_t* a[REGISTERS];
   uint32_t all[LANES][REGISTERS];
   uint64_t descriptor;
@@ -23,7 +30,7 @@ struct Product {
 
 struct Thread {
   std::vector<Product> under_way;
-  std::map<float*, float> sums;  // of accumulators that are under way
+  std::list<Sums> sums;
   int groups;
   bool fenced;
 };
@@ -57,36 +64,58 @@ float element(const unsigned char* piece, int i) {
 
 // The columns that this lane watches: all lanes together have all.
 void read_columns(const Product& p) {
-  for (int column = lane_index(); column < int(p.d.size()) * 2; column += LANES)
+  for (int column = lane_index(); column < int(p.sums->d.size()) * 2; column += LANES)
     for (int piece = 0; piece < 2; piece++)
       read_by_proxy(piece_at(p.descriptor, column, piece), 16);
 }
 
-void add(Thread& own, const Product& p) {
+void add(const Product& p) {
   int g = lane_index() / 4, t = lane_index() % 4;
   float a[2][K];
   for (int half = 0; half < 2; half++)
     for (int k = 0; k < K; k++)
       a[half][k] = from_bf16(p.all[g * 4 + k % 8 / 2][k / 8 * 2 + half] >> 16 * (k % 2));
-  for (size_t i = 0; i < p.d.size(); i++) {
+  for (size_t i = 0; i < p.sums->d.size(); i++) {
     int column = i / 4 * 8 + 2 * t + i % 2, half = i / 2 % 2;
-    double sum = own.sums[p.d[i]];
+    double sum = p.sums->of[i];
     for (int piece = 0; piece < 2; piece++) {
       const unsigned char* b = piece_at(p.descriptor, column, piece);
       for (int k = 0; k < 8; k++) sum += double(a[half][8 * piece + k]) * element(b, k);
     }
-    own.sums[p.d[i]] = float(sum);
+    p.sums->of[i] = float(sum);
   }
 }
 
-void finish(Thread& own, const Product& p) {
-  for (float* d : p.d)
+void check_untouched(const Sums& sums) {
+  for (float* d : sums.d)
     if (bits<uint32_t>(*d) != NO_NUMBER) fail("an accumulator of wgmma was written before its end");
+}
+
+void finish(const Product& p) {
+  check_untouched(*p.sums);
   for (int i = 0; i < REGISTERS; i++)
     if (*p.a[i] != p.all[lane_index()][i])
       fail("a register of A was written before wgmma was waited for");
   read_columns(p);
-  add(own, p);
+  add(p);
+  p.sums->under_way--;
+}
+
+// Those of a product that begins. Several one after the other may have the same.
+Sums& sums_of(Thread& own, std::vector<float*> d) {
+  for (Sums& sums : own.sums) {
+    if (sums.d == d) {
+      check_untouched(sums);
+      return sums;
+    }
+    if (sums.d[0] == d[0]) fail("products by wgmma of different widths have the same accumulators");
+  }
+  own.sums.push_back({d, {}, 0});
+  for (float* sum : d) {
+    own.sums.back().of.push_back(*sum);
+    *sum = bits<float>(NO_NUMBER);
+  }
+  return own.sums.back();
 }
 
 }  // namespace
@@ -112,7 +141,7 @@ void wgmma(float* const* d, int columns, const uint32_t* const* a, uint64_t desc
   if (fibers.size() % (WARPGROUP * LANES)) fail("wgmma: the block has no whole warpgroups");
   if (!own.fenced) fail("wgmma: a wgmma.fence has to come before the first of a group");
   check(descriptor);
-  Product p = {{d, d + columns / 2}, {}, {}, descriptor, own.groups};
+  Product p = {nullptr, {}, {}, descriptor, own.groups};
   uint32_t mine[REGISTERS];
   for (int i = 0; i < REGISTERS; i++) p.a[i] = a[i], mine[i] = *a[i];
   exchange("wgmma", ~0u, 0, mine, sizeof mine, p.all);
@@ -120,12 +149,8 @@ void wgmma(float* const* d, int columns, const uint32_t* const* a, uint64_t desc
     uint64_t& hash = done[warp_of(current)];
     hash = (hash ^ descriptor ^ columns) * 0x100000001B3u + 1;
   }
-  for (float* sum : p.d) {
-    bool is_new = own.sums.emplace(sum, *sum).second;
-    if (!is_new && bits<uint32_t>(*sum) != NO_NUMBER)
-      fail("an accumulator of wgmma was written before its end");
-    *sum = bits<float>(NO_NUMBER);
-  }
+  p.sums = &sums_of(own, {d, d + columns / 2});
+  p.sums->under_way++;
   read_columns(p);
   own.under_way.push_back(p);
 }
@@ -139,14 +164,11 @@ void wgmma_wait(int groups) {
   Thread& own = threads_[current];
   auto ends = [&](const Product& p) { return p.group < own.groups - groups; };
   auto kept = std::find_if_not(own.under_way.begin(), own.under_way.end(), ends);
-  for (auto p = own.under_way.begin(); p != kept; ++p) finish(own, *p);
+  for (auto p = own.under_way.begin(); p != kept; ++p) finish(*p);
   own.under_way.erase(own.under_way.begin(), kept);
-  std::map<float*, float> still;
-  for (const Product& p : own.under_way)
-    for (float* d : p.d) still[d] = own.sums[d];
-  for (auto [d, sum] : own.sums)
-    if (!still.count(d)) *d = sum;
-  own.sums = still;
+  for (Sums& sums : own.sums)
+    for (size_t i = 0; i < sums.d.size() && !sums.under_way; i++) *sums.d[i] = sums.of[i];
+  own.sums.remove_if([](const Sums& sums) { return !sums.under_way; });
 }
 
 }  // namespace simt
