@@ -175,9 +175,9 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
             for d in (16, 32, 64)
             for name, spans, k in (("one token", [(7, 8)], 4256), ("a chunk", [(0, 17)], 2144))
         ),
-        of("150 tokens", [(0, 100), (40, 90)], 160, 4, 1, 64, "bfloat16"),
+        of("150 tokens", [(0, 100), (40, 90)], 288, 4, 1, 64, "bfloat16"),
         *(
-            of(f"140 tokens, heads of {d}", [(0, 3), (63, 200)], 96, 2, 2, d, "float16")
+            of(f"140 tokens, heads of {d}", [(0, 3), (63, 200)], 288, 2, 2, d, "float16")
             for d in (16, 32)
         ),
         of("two to five tokens, scales", [(15, 17), (30, 33)], 160, 4, 1, 64, "int8"),

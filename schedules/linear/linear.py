@@ -143,7 +143,7 @@ def _cases(weight: DenseWeight, inputs: ActivationFormat) -> tuple[Case, ...]:
         of("17 tokens, an odd number of tiles of rows", 17, 4232, 64),
         of("three tokens, an odd number of tiles of rows", 3, 4232, 64, bias=True),
         of("two tokens, many rows, more inputs than a block has in flight", 2, 4232, 1312),
-        of("200 tokens, partial rows, half a step", 200, 72, 160, bias=True),
+        of("200 tokens, partial rows, half a step", 200, 72, 288, bias=True),
         of("130 tokens, one block of inputs", 130, 40, 32, residual=True),
         of("large, 130 tokens", 130, 22_500, 32, bias=True),
         of("20b attention output, one token", 1, 2880, 4096, bias=True, residual=True),
