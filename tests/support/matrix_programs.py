@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from support.spirv_programs import device, knows_matrices
-from support.vulkan_device import unavailable
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -21,13 +22,20 @@ def needs_matrices() -> None:
 
     device()
     if not vulkan.check().matrices:
-        unavailable("vulkan:0 has no cooperative matrices; run with scripts/test --mesa")
+        _skip("vulkan:0 has no cooperative matrices")
 
 
 def needs_tools() -> None:
     """Skip where spirv-val does not know cooperative matrices."""
     if not knows_matrices():
-        unavailable("this spirv-val is too old; run with scripts/test --mesa")
+        _skip("this spirv-val is too old")
+
+
+def _skip(reason: str) -> None:
+    """Or fail where `scripts/test --mesa` says that everything is there."""
+    if os.environ.get("MXFORGE_REQUIRE_MATRICES") == "1":
+        pytest.fail(f"MXFORGE_REQUIRE_MATRICES=1, but {reason}")
+    pytest.skip(f"{reason}; run with scripts/test --mesa")
 
 
 def product(

@@ -289,6 +289,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1 if fails else 0
     environment = mesa.environment("lvp")
     environment["PATH"] = f"{executable.parent}:{environment['PATH']}"
+    environment["MXFORGE_REQUIRE_MATRICES"] = "1"  # this driver has them, its tools know them
     return subprocess.call([str(executable), *arguments[1:]], env=environment)
 
 
