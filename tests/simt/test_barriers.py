@@ -60,6 +60,12 @@ def _cases(kernel: Kernel, schedule: Schedule) -> list[Case]:
     return sorted(fitting, key=lambda case: case.bytes)
 
 
+def _from_both_ends(cases: list[Case]) -> list[Case]:
+    """The first, the last, the second and so on: some functions are for few tokens alone."""
+    order = [case for pair in zip(cases, reversed(cases), strict=True) for case in pair]
+    return order[: len(cases)]
+
+
 def _numbered(kind: str, text: str) -> str:
     """The text whose barriers can be left out one by one."""
     begin = text.index("main_kernel")  # or several
@@ -91,17 +97,38 @@ def _names(text: str) -> dict[tuple[str, int], int]:
     return names
 
 
+_BEGIN = re.compile(r"^(?=extern \"C\" __global__ [^;{]*\{|// Function: )", re.M)
+
+
+def _functions(text: str) -> set[str]:
+    """The texts of device functions, without numbers of barriers."""
+    _, *functions = _BEGIN.split(re.sub(r"stays\(\d+\)", "stays", text))
+    return set(functions)
+
+
+def _names_of_its_own(text: str, others: str) -> dict[tuple[str, int], int]:
+    """`_names`, but those of functions that another text has too."""
+    own = "".join(_functions(text) - _functions(others))
+    return {name: number for name, number in _names(text).items() if f" {name[0]}(" in own}
+
+
 def _check(simt, kind: str, kernel: Kernel, schedule: Schedule, counted: list[Case]) -> None:
     def numbered(case: Case) -> Program:
         return program_of(simt, kind, kernel, case, schedule, NUMBERED[kind])
 
+    cases = _from_both_ends(_cases(kernel, schedule))
+    useful: dict[str, list[Case]] = {}  # by device function: those that missed one of its barriers
+
     def is_missed(name: tuple[str, int]) -> bool:
         """Whether some case fails without the barrier."""
-        return any(
-            fails_without(names[name], case)
-            for case in _cases(kernel, schedule)
-            if name in (names := _names(numbered(case).text))
-        )
+        known = useful.setdefault(name[0], [])
+        for case in (*known, *(case for case in cases if case not in known)):
+            number = _names(numbered(case).text).get(name)
+            if number is not None and fails_without(number, case):
+                if case not in known:
+                    known.append(case)
+                return True
+        return False
 
     def fails_without(number: int, case: Case) -> bool:
         try:
@@ -111,7 +138,14 @@ def _check(simt, kind: str, kernel: Kernel, schedule: Schedule, counted: list[Ca
             return True
         return False
 
-    names = {name for case in counted for name in _names(numbered(case).text)}
+    def names_of(case: Case) -> dict[tuple[str, int], int]:
+        best = kernel.choose(TARGETS[kind], **case.static)
+        if best is schedule:
+            return _names(numbered(case).text)
+        others = program_of(simt, kind, kernel, case, best, NUMBERED[kind])
+        return _names_of_its_own(numbered(case).text, others.text)
+
+    names = {name for case in counted for name in names_of(case)}
     unneeded = {name for name in names if not is_missed(name)}
     accepted = {name for name in names if (kind, kernel.name, *name) in ACCEPTED}
     assert unneeded == accepted, "take the barrier away, or accept it and say why"

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import tvm_ffi
 
 from .tensors import DeviceArray
 from .toolchain import RUNTIME, CompileError, build_kernel, statement_at
-from .translate import DeviceFunction, translate
+from .translate import DeviceFunction, stub, translate
 
 Order = Literal["forward", "reverse", "random"]  # of threads; of blocks too, random ones forward
 ORDERS: tuple[Order, ...] = ("forward", "reverse", "random")
@@ -79,6 +80,11 @@ class Simt:
         self._runtime.simt_end.restype = ctypes.c_char_p
         self._runtime.simt_place.restype = ctypes.c_void_p
         self._runtime.simt_cost.restype = ctypes.c_uint64
+        self._sources: dict[str, tuple[str, str]] = {}  # key -> name of a function, its source
+        self._libraries: list[ctypes.CDLL] = []
+        self._refused: CompileError | None = None
+        self._find = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(self._found)
+        self._runtime.simt_find_functions(self._find)
         self._runtime.simt_operations.argtypes = [ctypes.c_char_p]
         self._runtime.simt_operations.restype = ctypes.c_uint64
         # TVM's host code selects the device that its tensors name.
@@ -89,16 +95,22 @@ class Simt:
     ) -> Program:
         """`func`, scheduled for cuda or metal; `edit` may change the device's text.
 
-        CompileError where the text uses what the headers in include/ lack.
+        A function of several is compiled when it is launched: most cases launch few.
+        CompileError, then or here, where the text uses what the headers in include/ lack.
         """
         texts: list[str] = []
 
         def build(original: Callable[..., Any], module: tvm.IRModule, target: Any) -> Any:
             text = original(module, target).inspect_source()
             texts.append(edit(text) if edit else text)
-            source = translate(kind, texts[-1], map(_device_function, module.functions.values()))
+            functions = [_device_function(function) for function in module.functions.values()]
+            sources = {one.name: translate(kind, texts[-1], one) for one in functions}
+            keys = {name: sha256(source.encode()).hexdigest() for name, source in sources.items()}
+            self._sources |= {keys[name]: (name, source) for name, source in sources.items()}
+            (source, *others) = sources.values()
             try:
-                return tvm.runtime.load_module(str(build_kernel(source, self._objects)))
+                built = build_kernel(stub(keys) if others else source, self._objects)
+                return tvm.runtime.load_module(str(built))
             except CompileError as error:
                 refused.append(error)
                 raise
@@ -136,11 +148,24 @@ class Simt:
         ]
         tensors = [DeviceArray(array, program.kind) for array in placed]
         program.main(*(each.tensor for each in tensors))
+        if refused := self._refused:
+            self._refused = None
+            raise refused
         if error := self._runtime.simt_end():
             place = self._runtime.simt_place()
             statement = statement_at(place) if place else ""
             raise Fault("\n    ".join(filter(None, [error.decode(), statement])))
         return [array.copy() for array in placed]
+
+    def _found(self, key: bytes) -> int | None:
+        """Where the function of a key is; None where it was refused."""
+        name, source = self._sources[key.decode()]
+        try:
+            self._libraries.append(ctypes.CDLL(str(build_kernel(source, self._objects))))
+        except CompileError as error:
+            self._refused = error
+            return None
+        return ctypes.cast(self._libraries[-1][f"__tvm_ffi_{name}"], ctypes.c_void_p).value
 
     def costs(self) -> dict[str, Cost]:
         """By "global read" and the like: what the last run cost, which was `counting`."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 # Starts a kernel for TVM's host code, which passes pointers, then numbers, then extents of the
 # grid. Only the kernel itself is to be instrumented: what is here reads the host's memory.
@@ -47,6 +48,21 @@ extern "C" HOST int __tvm_ffi_{name}(void*, const Any* a, int, Any* result) {{
 """
 
 
+STUB = """
+using Function = int (*)(void*, const void*, int, void*);
+extern "C" void* simt_function(const char* key);
+"""
+# Without the function, nothing happens: the runtime remembers why.
+STUB_FUNCTION = """
+extern "C" __attribute__((no_sanitize("thread"))) int __tvm_ffi_{name}(
+    void* self, const void* arguments, int count, void* result) {{
+  static Function found;
+  if (!found) found = (Function)simt_function("{key}");
+  return found ? found(self, arguments, count, result) : 0;
+}}
+"""
+
+
 @dataclass(frozen=True)
 class DeviceFunction:
     """A kernel as TVM's host code calls it: dtypes of its parameters ("handle": a pointer), and
@@ -57,11 +73,17 @@ class DeviceFunction:
     launch: tuple[str, ...]
 
 
-def translate(kind: str, text: str, functions: Iterable[DeviceFunction]) -> str:
-    """C++ of a whole module; `kind` is cuda or metal."""
-    head, body, call, glue = _LANGUAGES[kind]
-    launchers = [_launcher(function, call) for function in functions]
-    return "".join([head, body(text), GLUE, glue, *launchers])
+def translate(kind: str, text: str, function: DeviceFunction) -> str:
+    """C++ of one function of a module's text; `kind` is cuda or metal."""
+    head, begin, body, call, glue = _LANGUAGES[kind]
+    shared, *kernels = begin.split(_CUDA_DECLARED.sub("", text))
+    (own,) = [kernel for kernel in kernels if re.search(rf"\b{function.name}\(", kernel)]
+    return "".join([head, body(shared + own), GLUE, glue, _launcher(function, call)])
+
+
+def stub(keys: dict[str, str]) -> str:
+    """C++ of a module whose functions are looked up when they are first called: name -> key."""
+    return STUB + "".join(STUB_FUNCTION.format(name=name, key=key) for name, key in keys.items())
 
 
 def _launcher(function: DeviceFunction, call: Callable[[DeviceFunction], str]) -> str:
@@ -100,6 +122,8 @@ def _cuda_call(function: DeviceFunction) -> str:
     return f"{function.name}({', '.join(given)});"
 
 
+_CUDA_BEGIN = re.compile(r'^(?=extern "C" __global__ )', re.M)
+_CUDA_DECLARED = re.compile(r'^extern "C" __global__ [^;{]*;\n', re.M)
 _CUDA_SHARED = re.compile(r"^(\s*)__shared__ alignas\((\d+)\) ([\w ]+?) (\w+)\[(\d+)\];", re.M)
 _CUDA_DYNAMIC = re.compile(r"extern __shared__ [^;]*?(\w+) (\w+)\[\];")
 _CUDA_LOCAL = re.compile(r"^(\s*)alignas\(\d+\) ([\w ]+?) (\w+)\[(\d+)\];", re.M)
@@ -168,6 +192,7 @@ def _metal_call(function: DeviceFunction) -> str:
     return f"{declared} {function.name}({', '.join(given)});"
 
 
+_METAL_BEGIN = re.compile(r"^(?=// Function: )", re.M)
 _METAL_SHARED = re.compile(r"^(\s*)threadgroup (\w+) (\w+)\[(\d+)\];", re.M)
 _METAL_LOCAL = re.compile(r"^(\s*)(?:thread (\w+)|(simdgroup_\w+)) (\w+)\[(\d+)\];", re.M)
 _METAL_ALIGNMENT = 16  # of threadgroup memory: what vectors need, though Metal's text does not say
@@ -183,7 +208,13 @@ def _metal_body(text: str) -> str:
     return _METAL_LOCAL.sub(lambda m: f"{m[1]}simt::Local<{m[2] or m[3]}, {m[5]}> {m[4]};", text)
 
 
-_LANGUAGES = {
-    "cuda": ('#include "cuda.h"\n#include "math_constants.h"\n', _cuda_body, _cuda_call, ""),
-    "metal": ("", _metal_body, _metal_call, METAL_GLUE),
+_LANGUAGES: dict[str, tuple[str, re.Pattern[str], Callable[[str], str], Any, str]] = {
+    "cuda": (
+        '#include "cuda.h"\n#include "math_constants.h"\n',
+        _CUDA_BEGIN,
+        _cuda_body,
+        _cuda_call,
+        "",
+    ),
+    "metal": ("", _METAL_BEGIN, _metal_body, _metal_call, METAL_GLUE),
 }

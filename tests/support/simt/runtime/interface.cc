@@ -2,7 +2,17 @@
 // code, end. Arguments stay where they are until the next begin.
 #include "state.h"
 
+namespace {
+void* (*find_function)(const char*) = nullptr;
+}
+
 extern "C" {
+
+// Who gives the function of a key, NULL where it does not compile.
+void simt_find_functions(void* (*find)(const char*)) { find_function = find; }
+
+// What stubs (translate.py) ask at their first call.
+void* simt_function(const char* key) { return find_function(key); }
 
 void simt_begin(int order, uint64_t seed, int counting, int without) {
   simt::without = without;
