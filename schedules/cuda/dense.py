@@ -312,6 +312,11 @@ def _launch(
     def is_token(i: Any, lane: Any, count: Any) -> Any:
         return tirx.any((i + 1) * AT_ONCE <= b.staged, token_of(i, lane) < count)
 
+    def needs_room(r: Any, s: Any) -> Any:
+        """Whether a stage's items are in the way of the next one's."""
+        following = r * (b.steps // b.staged) + s + 1
+        return tirx.all(stages > 1, tirx.any(not b.unrolled, following < stages))
+
     def further(s: Any, i: Any) -> Any:
         return s * b.staged + i * AT_ONCE % b.staged
 
@@ -491,7 +496,7 @@ def _launch(
         if (eps is not None) and (stages == 1):
             read_norm(0)
         wait_for_launch_before()
-        for _ in loop(rounds):
+        for r in loop(rounds):
             for s in T.unroll(b.steps // b.staged):
                 stage(s)
                 T.cuda.warp_sync()
@@ -501,7 +506,7 @@ def _launch(
                     multiply(s * b.staged + d, d, 0)
                     if (rounds > 1) and (s * b.staged + d + b.steps < left[0]):
                         load(s * b.staged + d, s * b.staged + d + b.steps)
-                if stages > 1:
+                if needs_room(r, s):
                     T.cuda.warp_sync()
             if rounds > 1:
                 left[0] = left[0] - b.steps
