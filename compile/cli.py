@@ -87,7 +87,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     for option, what in (
         ("kv", "the cache of keys and values"),
-        ("activations", "vectors that the experts' weights are multiplied with, CPUs only"),
+        ("activations", "vectors that the experts' weights are multiplied with"),
         ("dense", "weights of attention and of the output layer, CPUs only"),
     ):
         formats.add_argument(

@@ -103,6 +103,11 @@ class ModelConfig:
         return tuple(_KIND_OF[layer_type] for layer_type in self.layer_types)
 
     @property
+    def expert_sizes(self) -> Mapping[str, int]:
+        """Static arguments of the kernels that read experts; none where no layer has any."""
+        return {}
+
+    @property
     def kv_size(self) -> int:
         """Numbers in a token's keys, and as many in its values, of one layer: Hkv·D."""
         return self.num_key_value_heads * self.head_dim

@@ -8,7 +8,7 @@ from typing import Any
 
 from mxforge.errors import UsageError
 from mxforge.schedules.formats import ACTIVATIONS, DENSE, KV, DenseFormat, FormatTable
-from mxforge.schedules.kernel import Target
+from mxforge.schedules.kernel import Kernel, Target
 from mxforge.schedules.moe import DOWN, GATE_UP
 
 # By the options of the command line that choose from them.
@@ -73,19 +73,24 @@ class Precision:
         format_ = DENSE[self.dense]
         return format_ if k % format_.weight.multiple == 0 else DENSE["bf16"]
 
-    def unscheduled(self, target: Target) -> list[str]:
-        """The formats that `target` lacks a kernel for, as the command line has them."""
+    def unscheduled(self, target: Target, **experts: int) -> list[str]:
+        """The formats that `target` lacks a kernel for, as the command line has them; of experts of
+        these sizes, `ModelConfig.expert_sizes`, where they are given."""
         activations, dense = ACTIVATIONS[self.activations], DENSE[self.dense]
-        read_by = {
+
+        def has(kernel: Kernel | None, **sizes: int) -> bool:
+            if kernel is None:
+                return False
+            return kernel.fits(target, **sizes) if sizes else kernel.runs_on(target)
+
+        found = {
             f"activations {activations.option or activations.name}": (
-                *activations.kernels,
-                GATE_UP.get(activations.name),
-                DOWN.get(activations.name),
+                *map(has, activations.kernels),
+                *(has(halves.get(activations.name), **experts) for halves in (GATE_UP, DOWN)),
             ),
-            f"dense {dense.option or dense.name}": (*dense.inputs.kernels, dense.kernel),
+            f"dense {dense.option or dense.name}": (
+                *map(has, dense.inputs.kernels),
+                has(dense.kernel),
+            ),
         }
-        return [
-            option
-            for option, kernels in read_by.items()
-            if any(kernel is None or not kernel.runs_on(target) for kernel in kernels)
-        ]
+        return [option for option, kernels in found.items() if not all(kernels)]

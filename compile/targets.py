@@ -107,16 +107,18 @@ class CompileTarget:
         if numerics == "exact":
             return Precision()
         best = self.fast
-        if config.num_local_experts == 1:
-            # One expert is nearly the whole layer: rounding its inputs to 8 bits costs more than
-            # the 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
+        # One expert is nearly the whole layer: rounding its inputs to 8 bits costs more than the
+        # 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
+        if config.num_local_experts == 1 or best.unscheduled(self.kernels, **config.expert_sizes):
             best = replace(best, activations="f32")
         precision = best.with_asked(formats or Formats(), self.kernels)
-        lacking = precision.unscheduled(self.kernels)
+        lacking = precision.unscheduled(self.kernels, **config.expert_sizes)
         if lacking:
+            sizes = ", ".join(f"{name}={size}" for name, size in config.expert_sizes.items())
+            where = "" if precision.unscheduled(self.kernels) else f" where {sizes}"
             raise TargetError(
-                f"{self.name} has no kernel for {' and '.join(lacking)}; leave it out, or compile "
-                "for another target, such as a CPU."
+                f"{self.name} has no kernel for {' and '.join(lacking)}{where}; leave it out, or "
+                "compile for another target, such as a CPU."
             )
         return precision
 
@@ -225,6 +227,7 @@ def _cuda(variant: str) -> CompileTarget:
     return CompileTarget(
         name=f"cuda:{variant}" if variant else "cuda",
         kernels=gpu_target("cuda", *cuda.features(arch)),
+        fast=Precision(kv="float16", activations="bf16", dense="i8xf32"),
         tvm={"kind": "cuda", "arch": arch, "host": _host()},
         archs=(variant,) if variant else cuda.PORTABLE_ARCHS,
     )

@@ -1,8 +1,9 @@
-"""Round activations to the nearest bfloat16, ties to even. For CPUs.
+"""Round activations to the nearest bfloat16, ties to even.
 
     x f32 [n, k] -> bits u16 [n, width], the width being k, or k + 1 where k is odd
 
-Products take neighbours in pairs (cpu/bf16.py): behind an odd number of them stands a zero.
+Products take neighbours in pairs (cpu/bf16.py): behind an odd number of them stands a zero. Kernels
+whose results are taken so round them themselves: this one is for what no such kernel makes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tvm
 from .cpu.items import items_in_parallel
 from .formats.activations import ACTIVATIONS, ActivationFormat
 from .formats.bf16 import rounded
+from .gpu.items import one_thread_an_item
 from .kernel import Case, Kernel, Signature, Size, T, Tensor, f32, prim_func
 
 NAME = "f32_round_bf16"
@@ -63,6 +65,22 @@ def _chunks(arguments: tuple[Tensor, ...], *, k: int) -> tvm.tirx.PrimFunc:
     return prim_func(arguments, body)
 
 
+def _elements(arguments: tuple[Tensor, ...], *, k: int) -> tvm.tirx.PrimFunc:
+    """One item is one of a row's bits."""
+
+    @T.inline
+    def body(n, x, bits):
+        for t, i in T.grid(n, width(k)):
+            with T.sblock("item"):
+                vt, vi = T.axis.remap("SS", [t, i])
+                if vi < k:
+                    bits[vt, vi] = rounded(x[vt, vi])
+                else:
+                    bits[vt, vi] = T.uint16(0)
+
+    return prim_func(arguments, body)
+
+
 def _case(name: str, n: int, k: int, extremes: bool = False) -> Case:
     def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
         x = rng.standard_normal((n, k), dtype=np.float32)
@@ -84,7 +102,13 @@ CASES = (
     _case("20b hidden", 4, 2880),
 )
 
-ROUND_BF16 = Kernel(NAME, signature, round_ref, CASES, (items_in_parallel(_chunks),))
+ROUND_BF16 = Kernel(
+    NAME,
+    signature,
+    round_ref,
+    CASES,
+    (items_in_parallel(_chunks), one_thread_an_item(_elements)),
+)
 
 BF16 = ACTIVATIONS.add(
     ActivationFormat(
@@ -94,5 +118,6 @@ BF16 = ACTIVATIONS.add(
         quantize=round_ref,
         values=widen,
         kernel=ROUND_BF16,
+        put=rounded,
     )
 )

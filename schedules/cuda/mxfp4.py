@@ -38,6 +38,7 @@ from .warps import lanes_where, shared_with
 STEP = 2 * BLOCK
 STEP_BYTES, STEP_SCALES = LANES * 16, MMA_ROWS // 2  # of a tile
 RAISE, LOWER = 2.0**64, 2.0**62
+_RAISE_PAIR = 0x5F805F80  # RAISE, as two bfloat16
 
 # Where the magnitude of a pair begins in a half, and where its sign is. The last pair has the high
 # bit of its magnitude apart.
@@ -330,9 +331,7 @@ def _f32_columns(load, at, pairs):
 @T.inline
 def _bf16_columns(load, at, pairs):
     for i in T.unroll(4):
-        pairs[i] = bf16_pair(
-            low_half(load[at + i]) * T.float32(RAISE), high_half(load[at + i]) * T.float32(RAISE)
-        )
+        pairs[i] = _times(load[at + i], T.uint32(_RAISE_PAIR))
 
 
 @T.inline

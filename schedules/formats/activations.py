@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ class ActivationFormat:
     quantize(x): these tensors
     values(*tensors): what they stand for, [n, k] or, where k is odd, with a zero behind it
     kernel: computes `quantize` from x, with k as its only static argument; None for x itself
+    put(value): what the f32 expression becomes, where k is even; None where a number does not
+        become one by itself, but with its neighbours
     """
 
     name: str
@@ -28,11 +31,18 @@ class ActivationFormat:
     quantize: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     values: Callable[..., np.ndarray]
     kernel: Kernel | None
+    put: Callable[[Any], Any] | None = None
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """What has to run before a product."""
         return () if self.kernel is None else (self.kernel,)
+
+    @property
+    def results(self) -> ActivationFormat:
+        """In which a kernel writes what another takes in this format: f32 where `kernel` comes
+        between them."""
+        return F32 if self.put is None else self
 
     def tensors(self, name: str, n: int | Size, k: int) -> tuple[Tensor, ...]:
         """The arguments that x called `name` becomes."""
@@ -44,6 +54,11 @@ class ActivationFormat:
         """x f32 [n, k] as these arguments."""
         tensors = self.tensors(name, *x.shape)
         return {t.name: part for t, part in zip(tensors, self.quantize(x), strict=True)}
+
+    def result(self, x: np.ndarray) -> np.ndarray:
+        """float64: what a reference returns for a result x in this format, which is one of
+        `results`."""
+        return np.asarray(self.values(*self.quantize(x)), np.float64)
 
     def taken(self, name: str, k: int, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """float64 [n, k]: what x called `name` is among these arguments."""
@@ -61,5 +76,6 @@ F32 = ACTIVATIONS.add(
         quantize=lambda x: (x,),
         values=lambda x: x,
         kernel=None,
+        put=lambda value: value,
     )
 )

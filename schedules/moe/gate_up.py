@@ -6,9 +6,10 @@
 x f32 [n, hidden]  ids i32 [n, top_k]  offsets i32 [experts+1], order i32 [n·top_k]: moe_plan's
 blocks, scales: MXFP4 [experts, 2·intermediate, hidden] (see formats/mxfp4.py)
 bias f32 [experts, 2·intermediate]
-h f32 [n·top_k, intermediate], in slot order: row t·top_k + j is token t's j-th expert.
+h [n·top_k, intermediate], in slot order: row t·top_k + j is token t's j-th expert.
 
-There is a kernel for each activation format; x is passed as the format says.
+There is a kernel for each activation format; x is passed as the format says. h is written as
+`activations.results` says.
 
 Roofline of decoding: experts_hit · 2·intermediate·hidden · 17/32 bytes.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from ..formats.activations import F32, ActivationFormat
 from ..formats.mxfp4 import dequantize
 from ..gpu.items import one_thread_an_item
-from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
+from ..kernel import Case, Kernel, Schedule, Signature, Size, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
 from . import gate_up_cpu, gate_up_cuda, gate_up_gpu
@@ -59,7 +60,7 @@ def gate_up_ref(
         weight = dequantize(blocks[expert], scales[expert]).astype(np.float64)
         y = x[token] @ weight.T + bias[expert]
         h[slots] = swiglu_ref(y[:, ::2], y[:, 1::2], limit)
-    return (h,)
+    return (activations.results.result(h),)
 
 
 def signature(
@@ -79,7 +80,7 @@ def signature(
             *plan_arguments(n, experts, top_k),
             *weight_arguments(experts, 2 * intermediate, hidden),
         ),
-        (f32("h", n * top_k, intermediate),),
+        activations.results.tensors("h", n * top_k, intermediate),
     )
 
 
@@ -128,7 +129,7 @@ def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kern
         partial(signature, activations),
         partial(gate_up_ref, activations),
         cases(partial(_case, activations), 240 if activations is I8 else 254),
-        (*gate_up_cpu.schedules(activations.name), *others),
+        (*gate_up_cpu.schedules(activations), *others),
     )
 
 
@@ -136,10 +137,10 @@ GATE_UP = {
     F32.name: _kernel(
         "mxfp4w_moe_gate_up_swiglu",
         F32,
-        *gate_up_cuda.schedules(F32.name),
+        *gate_up_cuda.schedules(F32),
         *gate_up_gpu.SCHEDULES,
         one_thread_an_item(gate_up_gpu.elements),
     ),
-    BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16.name)),
+    BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16)),
     I8.name: _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
 }

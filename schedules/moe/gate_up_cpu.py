@@ -13,6 +13,7 @@ import tvm
 from ..cpu.int8 import GROUP
 from ..cpu.mxfp4 import layouts
 from ..cpu.vectors import LANES
+from ..formats.activations import ActivationFormat
 from ..kernel import Layout, Schedule, T, Tensor, TileConfig, prim_func
 from .experts_cpu import PRODUCTS, Product, expert_walk
 from .swiglu import swiglu
@@ -27,6 +28,7 @@ BIAS = Layout(shape=lambda shape: shape, pack=lambda bias: bias[:, row_order(bia
 
 
 def _build(
+    activations: ActivationFormat,
     product: Product,
     arguments: tuple[Tensor, ...],
     *,
@@ -37,6 +39,8 @@ def _build(
     limit: float,
     tile: TileConfig,
 ) -> tvm.tirx.PrimFunc:
+    put = activations.results.put
+
     @T.inline
     def begin(_group, _out, _operands):
         T.evaluate(0)
@@ -44,11 +48,12 @@ def _build(
     @T.inline
     def store(acc, t, slot, expert, group, h, bias):
         for lane in T.vectorized(LANES):
-            h[slot, group * LANES + lane] = swiglu(
+            value: T.let = swiglu(
                 acc[t * GROUP + lane] + bias[expert, group * GROUP + lane],
                 acc[t * GROUP + LANES + lane] + bias[expert, group * GROUP + LANES + lane],
                 limit,
             )
+            h[slot, group * LANES + lane] = put(value)
 
     walk = expert_walk(
         product.dot(hidden, tile),
@@ -67,14 +72,14 @@ def _build(
     return prim_func(arguments, body)
 
 
-def schedules(activations: str) -> tuple[Schedule, ...]:
+def schedules(activations: ActivationFormat) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(
             product.name,
             product.needs,
-            partial(_build, product),
+            partial(_build, activations, product),
             product.tile,
             layouts={**layouts(product.places, row_order), "bias": BIAS},
         )
-        for product in PRODUCTS[activations]
+        for product in PRODUCTS[activations.name]
     )

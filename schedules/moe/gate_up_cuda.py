@@ -34,6 +34,7 @@ from ..cuda.mxfp4 import (
     steps,
 )
 from ..cuda.warps import count_below, lane_value, lanes_where
+from ..formats.activations import ActivationFormat
 from ..gpu.barriers import barrier
 from ..kernel import Schedule, Size, T, Tensor, TileConfig, prim_func
 from .experts_cuda import find_expert, list_slots, read_id, schedule, whole
@@ -79,7 +80,7 @@ def _fits(inputs: Inputs, tile: GateUpTile, *, top_k: int, hidden: int, **_: flo
 
 
 def _build(
-    inputs: Inputs,
+    activations: ActivationFormat,
     arguments: tuple[Tensor, ...],
     *,
     experts: int,
@@ -88,8 +89,9 @@ def _build(
     hopper: bool,
     **shape: Any,
 ) -> tvm.tirx.PrimFunc:
+    inputs, put = INPUTS[activations.name], activations.results.put
     most = _few(inputs, top_k, tile)
-    shape |= {"experts": experts, "top_k": top_k}
+    shape |= {"experts": experts, "top_k": top_k, "put": put}
     few = _few_tokens(inputs, most, tile, **shape)
     some = _some_tokens(inputs, tile, **shape)
     many = _many_tokens(inputs, tile, hopper=hopper, **shape)
@@ -138,6 +140,7 @@ def _few_tokens(
     hidden: int,
     intermediate: int,
     limit: float,
+    put: Any,
 ) -> Callable[..., Any]:
     """The launch for at most so many tokens: a block for each slot and some tiles. It works where
     no slot before has the same expert."""
@@ -153,7 +156,7 @@ def _few_tokens(
 
     def sum_at(warp: Any, row: Any, tile_: Any, token: Any, unit: Any) -> Any:
         """Where the sum of a warp is for others to read."""
-        return (((warp * 2 + row) * tiles + tile_) * most + token) * UNITS + unit
+        return (((warp * 2 + row) * most + token) * tiles + tile_) * UNITS + unit
 
     def start_of(group: Any, m: Any, warp: Any) -> Any:
         """The first step of a warp in tile m of a group; that of the last tile beyond it."""
@@ -200,7 +203,7 @@ def _few_tokens(
         if T.And(warp == 0, id_[0] == expert[0]):
             found[count_below(lanes, lane)] = lane
         barrier()
-        for c in T.serial(here):
+        for c in T.serial(here, unroll=False):  # copies of it would take registers
             stage_rows(
                 inputs, hidden, columns, x, found, top_k, c, 1, 1, tx, threads, xs, raw, pairs
             )
@@ -231,10 +234,10 @@ def _few_tokens(
         barrier()
         for i in T.serial(-(-tiles * most * UNITS // threads)):
             e: T.let = i * threads + tx
-            m: T.let = e // (most * UNITS)
-            token: T.let = e // UNITS % most
+            m: T.let = e // UNITS % tiles
+            token: T.let = e // (tiles * UNITS)
             row: T.let = (vg * tiles + m) * UNITS + e % UNITS
-            if T.And(token < here, T.And(m < tiles, row < intermediate)):
+            if T.And(token < here, row < intermediate):
                 for r in T.unroll(2):
                     acc[r] = T.float32(0)
                     for w in T.unroll(splits):
@@ -242,7 +245,8 @@ def _few_tokens(
                             "float32", xs[sum_at(w, r, m, token, e % UNITS)]
                         )
                     acc[r] = acc[r] * T.float32(LOWER) + bias[expert[0], 2 * row + r]
-                h[found[token], row] = swiglu(acc[0], acc[1], limit)
+                value: T.let = swiglu(acc[0], acc[1], limit)
+                h[found[token], row] = put(value)
 
     return _launched(lambda n: n * top_k, -(-all_tiles // tiles), threads, top_k, work)
 
@@ -256,6 +260,7 @@ def _some_tokens(
     hidden: int,
     intermediate: int,
     limit: float,
+    put: Any,
 ) -> Callable[..., Any]:
     """The launch for some tokens: a block for each expert that has any, and some tiles."""
     warps, chunk, groups = tile.warps, tile.chunk, tile.groups
@@ -393,7 +398,8 @@ def _some_tokens(
                                 acc[(2 * g + r) * own + j] * T.float32(LOWER)
                                 + bias[expert[0], 2 * unit + r]
                             )
-                        h[found[token], unit] = swiglu(sums[0], sums[1], limit)
+                        value: T.let = swiglu(sums[0], sums[1], limit)
+                        h[found[token], unit] = put(value)
                 barrier()  # the slots are no longer read
 
     return _launched(
@@ -410,6 +416,7 @@ def _many_tokens(
     hidden: int,
     intermediate: int,
     limit: float,
+    put: Any,
     hopper: bool,
 ) -> Callable[..., Any]:
     """The launches for many tokens."""
@@ -420,7 +427,8 @@ def _many_tokens(
         unit: T.let = number * UNITS + g
         both = T.sblock_alloc_buffer((2,), "float32", scope="local")
         both[T.ramp(0, 1, 2)] = bias[expert, T.ramp(2 * unit, 1, 2)]
-        h[slot, unit] = swiglu(sums[0] + both[0], sums[1] + both[1], limit)
+        value: T.let = swiglu(sums[0] + both[0], sums[1] + both[1], limit)
+        h[slot, unit] = put(value)
 
     products = grouped_products(
         inputs, tile.grouped, experts=experts, top_k=top_k, share=top_k, rows=2 * intermediate,
@@ -440,12 +448,12 @@ def _scratch(
     return scratch(inputs, Size("n", top_k), experts, Size("n"), hidden, hopper=hopper)
 
 
-def schedules(activations: str) -> tuple[Schedule, ...]:
+def schedules(activations: ActivationFormat) -> tuple[Schedule, ...]:
     tile = GateUpTile()
-    inputs = INPUTS[activations]
+    inputs = INPUTS[activations.name]
     return schedule(
         "a tile of 16 rows a warp, {}",
-        partial(_build, inputs),
+        partial(_build, activations),
         tile,
         alternating,
         partial(_fits, inputs, tile),

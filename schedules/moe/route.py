@@ -44,11 +44,10 @@ def route_ref(
     hidden: int,
     eps: float,
 ) -> tuple[np.ndarray, ...]:
-    """(h…, ids, weights). h is not exact: what its format keeps as integers are numbers here."""
+    """(h…, ids, weights)."""
     (h,) = rms_norm_ref(x, norm_weight, eps)
     (logits,) = linear_ref(BF16_WEIGHT, F32, rows=experts, k=hidden, x=h, weight=weight, bias=bias)
-    parts = (part.astype(np.float64) for part in activations.quantize(h))
-    return (*parts, *router_topk_ref(logits, top_k))
+    return (activations.result(h), *router_topk_ref(logits, top_k))
 
 
 def signature(
@@ -116,7 +115,7 @@ def _kernel(name: str, activations: ActivationFormat) -> Kernel:
         partial(signature, activations),
         partial(route_ref, activations),
         CASES,
-        (route_cuda.schedule(activations.name), *route_gpu.schedules(activations.name)),
+        (route_cuda.schedule(activations), *route_gpu.schedules(activations)),
     )
 
 

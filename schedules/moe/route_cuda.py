@@ -30,7 +30,8 @@ from ..cuda.instructions import (
     shared_words,
     wait_for_launch_before,
 )
-from ..formats.bf16 import rounded
+from ..cuda.mxfp4 import bf16_pair
+from ..formats.activations import F32, ActivationFormat
 from ..gpu.lanes import LANES
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..linear.bf16_cuda import BF16, layouts
@@ -116,7 +117,7 @@ def _fits(*, experts: int, top_k: int, hidden: int, eps: float) -> bool:
 
 
 def _build(
-    activations: str,
+    activations: ActivationFormat,
     arguments: tuple[Tensor, ...],
     *,
     experts: int,
@@ -150,15 +151,12 @@ def _build(
     @T.inline
     def put(h, n, token, at, four, i, pairs):
         """Four numbers of h."""
-        if activations == "f32":
+        if activations is F32:
             h[token, T.ramp(at, 1, 4)] = four[T.ramp(i, 1, 4)]
         else:
             words = T.decl_buffer((n, hidden // 2), "uint32", data=h.data)
             for j in T.unroll(2):
-                pairs[j] = T.bitwise_or(
-                    T.Cast("uint32", rounded(four[i + 2 * j])),
-                    T.shift_left(T.Cast("uint32", rounded(four[i + 2 * j + 1])), T.uint32(16)),
-                )
+                pairs[j] = bf16_pair(four[i + 2 * j], four[i + 2 * j + 1])
             words[token, T.ramp(at // 2, 1, 2)] = pairs[T.ramp(0, 1, 2)]
 
     @T.inline
@@ -320,7 +318,7 @@ def _build(
     return prim_func(arguments, body)
 
 
-def schedule(activations: str) -> Schedule:
+def schedule(activations: ActivationFormat) -> Schedule:
     """Of the kernel whose h is in this format of activations."""
     return Schedule(
         "a block of warps a token, experts as a matrix",

@@ -14,15 +14,13 @@ warp read neighbouring weights and neighbouring inputs, whatever the number of l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import tvm
 
-from ..formats.bf16 import rounded
+from ..formats.activations import F32, ActivationFormat
 from ..gpu.lanes import LANES
 from ..kernel import Layout, Schedule, T, Tensor, TileConfig, gpu, prim_func
 from ..math import order_key
@@ -30,12 +28,6 @@ from ..rms_norm_gpu import BlockNorm
 from .router_topk_gpu import chooser
 
 VECTOR = 8  # weights of 16 bytes
-# By the names of formats of activations: an element of h from a float32 expression, and the loop
-# over a vector of them; TVM's cast of vectors to 16 bits is not Metal.
-STORED: dict[str, tuple[Callable[[Any], Any], Any]] = {
-    "f32": (lambda value: value, T.vectorized),
-    "bf16": (rounded, T.unroll),
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ def _fits(
 
 def _build(
     family: str,
-    activations: str,
+    activations: ActivationFormat,
     arguments: tuple[Tensor, ...],
     *,
     experts: int,
@@ -82,7 +74,8 @@ def _build(
 ) -> tvm.tirx.PrimFunc:
     threads, together, depth = tile.threads, tile.experts, tile.depth
     lanes, norm = LANES[family], _norm(family, tile, hidden, eps)
-    stored, loop = STORED[activations]
+    # TVM's cast of vectors to 16 bits is not Metal.
+    loop = T.vectorized if activations is F32 else T.unroll
     each, width = norm.each, norm.width
     choose = chooser(experts, top_k, threads)
     vectors = hidden // VECTOR
@@ -134,7 +127,7 @@ def _build(
                             for i in T.vectorized(width):
                                 kept[place + i] = kept[place + i] * factor[0]
                             for i in loop(width):
-                                h[vt, first + i] = stored(kept[place + i])
+                                h[vt, first + i] = activations.put(kept[place + i])
 
                         @T.inline
                         def load(group, j, d):
@@ -221,7 +214,7 @@ _TABLE = (
 )
 
 
-def schedules(activations: str) -> tuple[Schedule, ...]:
+def schedules(activations: ActivationFormat) -> tuple[Schedule, ...]:
     """Of the kernel whose h is in this format of activations."""
     return tuple(
         Schedule(

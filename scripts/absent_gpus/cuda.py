@@ -156,7 +156,7 @@ def _loads_ahead(code: list[Instruction]) -> dict[str, int]:
     wide = [one.opcode.startswith("LDG") and ".128" in one.opcode for one in code]
     if not any(wide):
         return {}
-    used = ("HMMA", "IMMA", "FFMA", "FMUL")
+    used = ("HMMA", "IMMA", "FFMA", "FMUL", "HFMA2.BF16", "HMUL2.BF16")
     uses = [i for i, one in enumerate(code) if one.opcode.startswith(used) and any(wide[:i])]
     return {"wide_loads_ahead": sum(wide[: uses[0]]) if uses else sum(wide)}
 

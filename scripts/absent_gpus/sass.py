@@ -185,9 +185,10 @@ class _Warp:
         name, *modifiers = one.opcode.split(".")
         if name in _NOTHING:
             return
-        if name in _FLOATS:
-            self._execute_float(one, name)
-            return
+        for known in (one.opcode, name):
+            if known in _FLOATS:
+                self._execute_float(one, known)
+                return
         rule = _RULES.get(name.removeprefix("U") if name not in _RULES else name)
         if rule is None:
             raise NoRuleError(f"{one.opcode} at {one.address:#x}")
@@ -274,10 +275,12 @@ _NOTHING = frozenset(
     {"BSSY", "BSYNC", "BAR", "WARPSYNC", "PREEXIT", "ACQBULK", "STS", "STG", "STL", "ST",
      "DEPBAR", "MEMBAR", "ERRBAR", "LDGDEPBAR", "LDGSTS", "CCTL"}
 )  # fmt: skip
-# Results that are floats, or numbers made of them: how many registers.
+# Results that are floats, or numbers made of them: how many registers. Products of pairs are those
+# of bfloat16 only: by those of float16 nvcc moves constants.
 _FLOATS = {
     "FADD": 1, "FMUL": 1, "FFMA": 1, "MUFU": 1, "FSETP": 1, "FSEL": 1, "FMNMX": 1, "FCHK": 1,
-    "I2F": 1, "I2FP": 1, "F2FP": 1, "F2F": 1, "HADD2": 1, "F2I": 1, **dict.fromkeys(MATRIX, 4),
+    "I2F": 1, "I2FP": 1, "F2FP": 1, "F2F": 1, "HADD2": 1, "F2I": 1,
+    "HFMA2.BF16_V2": 1, "HMUL2.BF16_V2": 1, **dict.fromkeys(MATRIX, 4),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from checkpoints.shapes import hf_config
 
 from mxforge import compile_model
 from mxforge.artifact import read_manifest
+from mxforge.compile import cuda
 from mxforge.compile.diff import compare
 from mxforge.compile.formats import TABLES, Formats, Precision
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
@@ -17,6 +18,12 @@ from mxforge.errors import TargetError, UsageError
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
 TINY = GptOssConfig.from_hf(hf_config("tiny"))
+
+
+@pytest.fixture
+def nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not be here to choose formats."""
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: "nvcc")
 
 
 def test_what_is_asked_for_takes_the_place_of_the_targets_best():
@@ -51,6 +58,25 @@ def test_gpus_take_their_own_weights_and_activations():
         assert resolve(target).precision("fast", TINY, eight).dense == name
     plain = Formats.of("fast", kv="int8", activations="f32", dense="bf16")
     assert resolve("metal").precision("fast", TINY, plain).kv == "int8"
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_experts_take_bfloat16_where_tensor_cores_do():
+    for name, activations in (
+        ("cuda:sm_75", "f32"), ("cuda:sm_80", "bf16"), ("cuda", "bf16"), ("cuda:sm_90a", "bf16")
+    ):  # fmt: skip
+        target = resolve(name)
+        assert target.precision("fast", TINY) == Precision("float16", activations, "i8xf32")
+        assert target.precision("exact", TINY) == Precision()
+    asked = Formats.of("fast", activations="bf16")
+    with pytest.raises(TargetError, match="sm_75 has no kernel for activations bf16; leave it out"):
+        resolve("cuda:sm_75").precision("fast", TINY, asked)
+    # More inputs than a block has room for.
+    large = GptOssConfig.from_hf(hf_config("tiny", {"intermediate_size": 4096}))
+    target = resolve("cuda:sm_80")
+    assert target.precision("fast", large).activations == "f32"
+    with pytest.raises(TargetError, match="bf16 where experts=8, .*, intermediate=4096; leave it"):
+        target.precision("fast", large, asked)
 
 
 @pytest.mark.parametrize("kv", TABLES["kv"].options())

@@ -29,7 +29,6 @@ from mxforge.schedules.kernel import (
 )
 from mxforge.schedules.linear import LINEAR
 from mxforge.schedules.rms_norm import RMS_NORM
-from mxforge.schedules.round_bf16 import ROUND_BF16
 
 N, M = Size("n"), Size("m")
 
@@ -72,10 +71,11 @@ def test_a_schedule_may_depend_on_shapes():
 
 
 def test_where_none_fits_kernel_and_features_are_named():
+    kernel = with_table(RMS_NORM, named("of CPUs", cpu()))
     with pytest.raises(
-        UnscheduledError, match="of f32_round_bf16 for k=4 fits metal, whose.*gpu, metal"
+        UnscheduledError, match="of f32_rms_norm for hidden=4 fits metal, whose.*gpu, metal"
     ):
-        ROUND_BF16.choose(METAL, k=4)
+        kernel.choose(METAL, hidden=4)
 
 
 def test_no_two_architectures_have_the_same_features():

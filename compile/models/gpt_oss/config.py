@@ -275,6 +275,15 @@ class GptOssConfig(ModelConfig):
     # -- sizes and costs ----------------------------------------------------------------------
 
     @property
+    def expert_sizes(self) -> dict[str, int]:
+        return {
+            "experts": self.num_local_experts,
+            "top_k": self.num_experts_per_tok,
+            "hidden": self.hidden_size,
+            "intermediate": self.intermediate_size,
+        }
+
+    @property
     def expert_matrix_parameters(self) -> int:
         """Weights of one expert's two matrices, without biases."""
         return 3 * self.intermediate_size * self.hidden_size

@@ -117,17 +117,21 @@ class GptOss(Emitter[GptOssConfig]):
             MOE_PLAN, {"ids": ids}, experts=c.num_local_experts, top_k=c.num_experts_per_tok
         )
         plan = {"ids": ids, "offsets": offsets, "order": order}
-        a = self.call(
+        format_ = ACTIVATIONS[precision.activations]
+        between = self.call(
             gate_up,
             # [experts, 2·intermediate, hidden]
             {**h, **plan, **_mxfp4(w, "mlp.experts.gate_up_proj")},
             **self._static["mlp.experts.gate_up_proj"],
         )
-        format_ = ACTIVATIONS[precision.activations]
+        if format_.results is format_:
+            inputs = {"h": between}
+        else:
+            inputs = self.activations("h", between, c.intermediate_size, format_)
         x = self.call(
             down,
             {
-                **self.activations("h", a, c.intermediate_size, format_),
+                **inputs,
                 **plan,
                 "weights": expert_weights,
                 **_mxfp4(w, "mlp.experts.down_proj"),  # [experts, hidden, intermediate]

@@ -106,12 +106,7 @@ _LAYER_WEIGHTS: tuple[tuple[str, WeightRole, tuple[str, ...]], ...] = (
 def kernel_arguments(config: GptOssConfig) -> dict[str, dict[str, Any]]:
     """Static arguments of the kernels that read weights, by the weight's name within the layer."""
     hidden, queries = config.hidden_size, config.q_size
-    experts = {
-        "experts": config.num_local_experts,
-        "top_k": config.num_experts_per_tok,
-        "hidden": hidden,
-        "intermediate": config.intermediate_size,
-    }
+    experts = config.expert_sizes
 
     def dense(rows: int, k: int, bias: bool = False, residual: bool = False) -> dict[str, Any]:
         return {"rows": rows, "k": k, "with_bias": bias, "with_residual": residual}
