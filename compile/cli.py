@@ -88,7 +88,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     for option, what in (
         ("kv", "the cache of keys and values"),
         ("activations", "vectors that the experts' weights are multiplied with"),
-        ("dense", "weights of attention and of the output layer, CPUs only"),
+        ("dense", "weights of attention and of the output layer"),
     ):
         formats.add_argument(
             f"--{option}",

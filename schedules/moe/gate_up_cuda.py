@@ -293,7 +293,7 @@ def _some_tokens(
         acc = T.sblock_alloc_buffer((2 * own * groups,), "float32", scope="local")
         raw = T.sblock_alloc_buffer((8,), "uint32", scope="local")
         pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
-        sums = T.sblock_alloc_buffer((2,), "float32", scope="local")
+        both = T.sblock_alloc_buffer((2,), "float32", scope="local")
         hit = T.sblock_alloc_buffer((-(-experts // LANES),), "uint32", scope="local")
         id_ = T.sblock_alloc_buffer((1,), "int32", scope="local")
         expert = T.sblock_alloc_buffer((2,), "int32", scope="local")
@@ -389,16 +389,18 @@ def _some_tokens(
                         multiply(here[0], 2)
                     else:
                         multiply(here[0], groups)
+                unit: T.let = (vg * warps + warp) * UNITS + lane // 4
+                both[T.ramp(0, 1, 2)] = bias[
+                    expert[0], T.ramp(2 * T.min(unit, intermediate - 1), 1, 2)
+                ]
                 for g, j in T.grid(groups, own):
                     token: T.let = g * inputs.group + lane % 4 * own + j
-                    unit: T.let = (vg * warps + warp) * UNITS + lane // 4
                     if T.And(token < here[0], unit < intermediate):
-                        for r in T.unroll(2):
-                            sums[r] = (
-                                acc[(2 * g + r) * own + j] * T.float32(LOWER)
-                                + bias[expert[0], 2 * unit + r]
-                            )
-                        value: T.let = swiglu(sums[0], sums[1], limit)
+                        value: T.let = swiglu(
+                            acc[2 * g * own + j] * T.float32(LOWER) + both[0],
+                            acc[(2 * g + 1) * own + j] * T.float32(LOWER) + both[1],
+                            limit,
+                        )
                         h[found[token], unit] = put(value)
                 barrier()  # the slots are no longer read
 

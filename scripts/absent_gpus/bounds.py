@@ -25,7 +25,8 @@ BEFORE = {"mxfp4w_moe_gate_up_swiglu": 27_338, "mxfp4w_moe_down": 31_828}
 TENTH = 0.1
 PRODUCTS, SHARE = ("sm_80", "sm_89"), 0.25
 # Kernels whose launch for many tokens keeps tensor cores busy.
-MATRIX = {"experts' products": tuple(BEFORE), "attention of chunks": ("f32_paged_attention",)}
+EXPERTS = (*BEFORE, "mxfp4w_bf16_moe_gate_up_swiglu", "mxfp4w_bf16_moe_down")
+MATRIX = {"experts' products": EXPERTS, "attention of chunks": ("f32_paged_attention",)}
 # Of products by wgmma: instructions for each cycle of the tensor cores, and waits for each wgmma.
 SLOTS, WAITS = 0.75, 0.5
 

@@ -14,7 +14,8 @@ from mxforge.compile.spirv.container import MAGIC
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, NUMERICS = "20b", "fast"
-DENSE = ("int8", "bf16")  # formats of dense weights; kernels of both are judged
+# Number formats; kernels of both are judged. The first are those of fast numerics.
+FORMATS = ({"dense": "int8"}, {"dense": "bf16", "activations": "f32"})
 
 
 def artifacts(target: str, scratch: Path) -> list[Path]:
@@ -23,10 +24,10 @@ def artifacts(target: str, scratch: Path) -> list[Path]:
     config.write_text(json.dumps(hf_config(MODEL)))
     return [
         compile_model(
-            config, target, scratch / f"{target.replace(':', '-')}-{dense}", NUMERICS,
-            dense=dense, random_weights=True,
+            config, target, scratch / f"{target.replace(':', '-')}-{formats['dense']}", NUMERICS,
+            random_weights=True, **formats,
         )
-        for dense in DENSE
+        for formats in FORMATS
     ]  # fmt: skip
 
 

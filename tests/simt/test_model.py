@@ -13,6 +13,7 @@ from support.simt.model import SimtModel
 from mxforge import Engine, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.formats import Precision
+from mxforge.compile.models.gpt_oss.reference import ReferenceModel
 from mxforge.schedules.attention.attend_chunk_cuda import ChunkTile
 from mxforge.schedules.cuda.dense import DenseTile
 from mxforge.schedules.linear import rows_gpu
@@ -32,7 +33,7 @@ SHAPE = {
     "sliding_window": 20,
     "vocab_size": 203,
 }
-EXACT = 1e-4
+EXACT, FAST = 1e-4, 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,28 @@ def test_long_prompts_take_products_of_many_tokens(simt, kind, checkpoint):
     positions = np.concatenate([np.arange(n) for n in lengths])
     logits = model.forward(np.concatenate(tokens), positions, np.repeat([0, 1], lengths))
     assert error(logits, truth) <= EXACT
+
+
+@pytest.mark.slow
+def test_fast_layers_are_within_the_bound(simt, checkpoint):
+    """On the inputs that the reference gives them; by turns many tokens, some, few and one."""
+    opened = HFCheckpoint(checkpoint)
+    precision = Precision("float16", "bf16", "i8xf32")  # of CUDA
+    model = SimtModel(simt, "cuda", opened, opened.config, precision, sequences=1, pages=13)
+    reference = ReferenceModel(opened)
+    tokens = np.random.default_rng(7).integers(1, SHAPE["vocab_size"], 200)
+    assert len(tokens) * SHAPE["num_experts_per_tok"] >= (
+        MANY["cuda"][1] * SHAPE["num_local_experts"]
+    )
+    for count in (200, 20, 3, 1):
+        x = reference.embed(tokens[:count])
+        for layer, kind in enumerate(opened.config.kinds):
+            truth = reference.layer(layer, x)
+            *_, ids, _, y = model.layer(kind, x)
+            same = (np.sort(ids) == np.sort(truth.expert_ids)).all(axis=1)
+            assert same.mean() >= 0.95
+            assert error(y[same], truth.output[same]) <= FAST
+            x = truth.output
 
 
 @pytest.mark.slow

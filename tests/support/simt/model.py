@@ -75,10 +75,21 @@ class SimtModel:
         sequences = np.arange(len(tokens), dtype=np.int32)
         return self._call("decode", tokens=tokens, positions=positions, token_seq=sequences)
 
-    def _call(self, name: str, **inputs: Any) -> np.ndarray:
+    def layer(self, kind: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The stages of the first layer of a kind on x f32 [n, hidden], one sequence from its
+        beginning; see `GptOss.layer`."""
+        positions = np.arange(len(x))
+        return self._call(
+            f"layer_{kind}", x=x, positions=positions, token_seq=np.zeros_like(positions)
+        )
+
+    def _call(self, name: str, **inputs: Any) -> Any:
         assert max(inputs["positions"]) < self._room
         function = self._module[name]
-        given = {key: np.asarray(value, np.int32) for key, value in inputs.items()}
+        given = {
+            key: np.asarray(value, np.float32 if key == "x" else np.int32)
+            for key, value in inputs.items()
+        }
         values: dict[Any, Any] = {p: {**self._values, **given}[p.name] for p in function.params}
         sizes: dict[str, int] = {}
         for parameter in function.params:
@@ -91,13 +102,15 @@ class SimtModel:
         for parameter in function.params:
             if parameter.name.startswith("kv_"):
                 self._values[parameter.name] = values[parameter]
-        return values[function.body.body]
+        return self._value(function.body.body, values, sizes)
 
     def _value(self, value: Any, values: dict[Any, Any], sizes: Mapping[str, int]) -> Any:
         if isinstance(value, relax.TupleGetItem):
             return values[value.tuple_value][value.index]
         if isinstance(value, relax.Var):
             return values[value]
+        if isinstance(value, relax.Tuple):
+            return tuple(values[field] for field in value.fields)
         kernel, passed = value.args[0].name_hint, list(value.args[1].fields)
         types = value.ty_args[0]
         types = list(types.fields) if isinstance(types, relax.TupleType) else [types]
