@@ -63,13 +63,19 @@ def mean_divergence(exact: Any, other: Any, asked: Iterable[Case]) -> float:
 
     exact, other: engines of the same weights.
     """
-    total, count = 0.0, 0
+    total, count = np.float64(0), 0
     for case in asked:
         tokens = [*case.prefix, *case.dialogue()[0]]
-        p, q = (_log_softmax(engine.logits(tokens)) for engine in (exact, other))
-        total += float((np.exp(p) * (p - q)).sum())
+        total += divergence(exact.logits(tokens), other.logits(tokens)).sum()
         count += len(tokens)
-    return total / count
+    return float(total / count)
+
+
+def divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL(exact ‖ other) in nats, [n], of logits f32 [n, vocab]."""
+    p, q = _log_softmax(exact), _log_softmax(other)
+    kl: np.ndarray = (np.exp(p) * (p - q)).sum(axis=-1)
+    return kl
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

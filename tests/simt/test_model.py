@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checkpoints.random_checkpoint import write_checkpoint
 from checkpoints.shapes import Shape
+from nano.evaluation import divergence
 from support.simt.model import SimtModel
 
 from mxforge import Engine, compile_model
@@ -34,6 +35,8 @@ SHAPE = {
     "vocab_size": 203,
 }
 EXACT, FAST = 1e-4, 1e-2
+FAST_FORMATS = Precision("float16", "bf16", "i8xf32")  # of CUDA
+NATS = 0.01
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +90,7 @@ def test_long_prompts_take_products_of_many_tokens(simt, kind, checkpoint):
 def test_fast_layers_are_within_the_bound(simt, checkpoint):
     """On the inputs that the reference gives them; by turns many tokens, some, few and one."""
     opened = HFCheckpoint(checkpoint)
-    precision = Precision("float16", "bf16", "i8xf32")  # of CUDA
-    model = SimtModel(simt, "cuda", opened, opened.config, precision, sequences=1, pages=13)
+    model = SimtModel(simt, "cuda", opened, opened.config, FAST_FORMATS, sequences=1, pages=13)
     reference = ReferenceModel(opened)
     tokens = np.random.default_rng(7).integers(1, SHAPE["vocab_size"], 200)
     assert len(tokens) * SHAPE["num_experts_per_tok"] >= (
@@ -103,6 +105,21 @@ def test_fast_layers_are_within_the_bound(simt, checkpoint):
             assert same.mean() >= 0.95
             assert error(y[same], truth.output[same]) <= FAST
             x = truth.output
+
+
+@pytest.mark.slow
+def test_fast_says_nearly_what_exact_says(simt, nano, tmp_path):
+    """The mean of the Kullback-Leibler divergence over some of a conversation, in nats."""
+    text = " ".join(f"What is {a} + {3 * a}? {a} + {3 * a} = {4 * a}." for a in range(10, 18))
+    with Engine.load(compile_model(nano, "cpu", tmp_path / "exact", "exact")) as engine:
+        tokens = engine.encode(text)
+        exact = engine.logits(tokens)
+    opened = HFCheckpoint(nano)
+    model = SimtModel(simt, "cuda", opened, opened.config, FAST_FORMATS, sequences=1, pages=10)
+    rows = range(3, len(tokens), 8)
+    fast = model.forward(tokens, range(len(tokens)), [0] * len(tokens), rows)
+    assert len(rows) >= 12
+    assert divergence(exact[list(rows)], fast).mean() <= NATS
 
 
 @pytest.mark.slow

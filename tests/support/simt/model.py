@@ -61,13 +61,17 @@ class SimtModel:
         self.called: set[str] = set()  # kernels
 
     def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], token_seq: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        token_seq: Sequence[int],
+        rows: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Logits f32 [n, vocab] of all these tokens."""
-        everything = np.arange(len(tokens), dtype=np.int32)
+        """Logits f32 [n, vocab] of all these tokens, or of those of these numbers."""
+        indices = range(len(tokens)) if rows is None else rows
         return self._call(
             "forward",
-            tokens=tokens, positions=positions, token_seq=token_seq, logit_indices=everything,
+            tokens=tokens, positions=positions, token_seq=token_seq, logit_indices=indices,
         )  # fmt: skip
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
