@@ -156,7 +156,7 @@ def prepare(
                         mine[rank] = first + i * LANES
                 at[0] = at[0] + T.Cast("int32", T.popcount(lanes))
             barrier()
-            for i in T.serial(T.ceildiv(T.max(here, 0) * pieces, threads)):
+            for i in T.serial(T.ceildiv(T.max(here, 0) * pieces, threads), unroll=False):
                 item: T.let = i * threads + tx
                 if item < here * pieces:
                     make_piece(
