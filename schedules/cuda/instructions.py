@@ -42,6 +42,43 @@ mma_f16 = _mma("m16n8k16.row.col.f32.f16.f16.f32")
 mma_s8 = _mma("m16n8k32.row.col.s32.s8.s8.s32")
 
 
+_MMA_SCALED = (
+    r"""
+__forceinline__ __device__ void mx_mma_scaled(
+    float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+    uint32_t b0, uint32_t b1, uint32_t scale_a, uint16_t byte_a, uint32_t scale_b, uint16_t byte_b,
+    uint16_t lane_b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X"""
+    r""".f32.e2m1.e4m3.f32.ue8m0 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, """
+    r"""{%10}, {%11, 0}, {%12}, {%13, %14};"
+               : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(scale_a), "h"(byte_a),
+                 "r"(scale_b), "h"(byte_b), "h"(lane_b));
+}
+"""
+)
+
+
+@T.inline
+def mma_scaled(d, d_at, a, a_at, b, b_at, scale_a, byte_a, scale_b, byte_b, lane_b):
+    """d [4] += (a [4] · its scales) · (b [2] · its scales), of 32 inputs; sm_120a.
+
+    Fragments are those of mma_s8. a holds e2m1, each in the middle of a byte between two bits 0
+    and two more, b e4m3. Scales are e8m0, a row's and a column's: byte byte_a of scale_a of the
+    lane 4·g is row g's, that of lane 4·g + 1 row g + 8's, byte byte_b of scale_b of the lane
+    4·g + lane_b column g's.
+    """
+    T.evaluate(
+        T.cuda.func_call(
+            "mx_mma_scaled",
+            d[d_at], d[d_at + 1], d[d_at + 2], d[d_at + 3],
+            a[a_at], a[a_at + 1], a[a_at + 2], a[a_at + 3], b[b_at], b[b_at + 1],
+            scale_a, byte_a, scale_b, byte_b, lane_b,
+            source_code=_MMA_SCALED,
+        )
+    )  # fmt: skip
+
+
 @T.inline
 def copy_async(to, start):
     """16 bytes from the address `start` in global memory to the address `to` in shared memory."""

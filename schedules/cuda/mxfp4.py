@@ -83,14 +83,22 @@ def steps(k: int) -> int:
     return -(-k // STEP)
 
 
-def layouts(rows: Rows) -> dict[str, Layout]:
-    """How the weights [e, rows, k] are packed; `rows` says which two of a tile are a lane's."""
-    halves = _halves()
+def pairs_apart(blocks: np.ndarray) -> np.ndarray:
+    """u8 [e, rows, k/32, 16] -> u32 [e, rows, k/32, 4 lanes]: words as said above."""
+    words = np.zeros((*blocks.shape[:3], 4), np.uint32)
+    for pair, halves in enumerate(_halves()):
+        words |= halves[blocks[..., pair::4]]
+    return words
+
+
+def layouts(
+    rows: Rows, packed: Callable[[np.ndarray], np.ndarray] = pairs_apart
+) -> dict[str, Layout]:
+    """How the weights [e, rows, k] are packed; `rows` says which two of a tile are a lane's, and
+    `packed` makes its words."""
 
     def packed_blocks(blocks: np.ndarray) -> np.ndarray:
-        words = np.zeros((*blocks.shape[:3], 4), np.uint32)
-        for pair in range(4):
-            words |= halves[pair][blocks[..., pair::4]]
+        words = packed(blocks)
         # [e, tile, g, row, step, block, t] -> [e, tile, step, g, t, block, row]
         words = rows(_stepped(words)).transpose(0, 1, 4, 2, 6, 5, 3)
         return np.ascontiguousarray(words).view(np.uint8).reshape(len(words), -1)
@@ -259,7 +267,7 @@ def multiply_step(inputs, words, scale, slot, groups, read, b, a, part, acc, to)
     """
     own = T.meta_var(inputs.own)
     for block in T.unroll(2):
-        unpack(words, 4 * slot + 2 * block, a)
+        inputs.unpack(words, 4 * slot + 2 * block, a)
         for group in T.unroll(groups):
             if read is not None:
                 read(slot, group, block)
@@ -274,15 +282,20 @@ def multiply_step(inputs, words, scale, slot, groups, read, b, a, part, acc, to)
                 )
 
 
-def rows(k: int) -> ProductRows:
-    """Of weights [experts, rows, k], for a product of many columns."""
+def loader(k: int) -> Callable[..., Any]:
+    """`ProductRows.load` of weights [experts, rows, k]."""
 
     @T.inline
     def load(weights, expert, number, at, lane, words, scale, slot):
         load_step(weights[0], weights[1], expert, number * steps(k), at, lane, words, scale, slot)
 
+    return load
+
+
+def rows(k: int) -> ProductRows:
+    """Of weights [experts, rows, k], for a product of many columns."""
     return ProductRows(
-        blocks=2, ahead=2, words=4, scales=1, load=load, look=_large_scales,
+        blocks=2, ahead=2, words=4, scales=1, load=loader(k), look=_large_scales,
         fragments=_unpack_scaled,
     )  # fmt: skip
 
@@ -366,12 +379,18 @@ class Inputs:
     fragments(raw, at, lane, pairs, b, to): b[to …] u32 [8] = a lane's inputs of a step and a group
         of columns, of what `load_inputs` brought to raw[at …]; all lanes of a warp; pairs u32 [4]
         is scratch
+    unpack, packed: how the weights' words become bfloat16, and what made them, as `unpack` and
+        `pairs_apart` do
+    scaled: whether they are MXFP8, which many tokens are multiplied as (cuda/mxfp8.py)
     """
 
     parts: int
     width: int
     columns: Any
     fragments: Any
+    unpack: Any = unpack
+    packed: Callable[[np.ndarray], np.ndarray] = pairs_apart
+    scaled: bool = False
 
     @property
     def own(self) -> int:

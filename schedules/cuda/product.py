@@ -4,6 +4,9 @@ A column is a token's inputs as bfloat16, or one of the two parts of its f32 inp
 some rows of W and some columns of X. Rows go from memory to registers, and each is unpacked once
 for all columns of the block; columns come to shared memory in steps of 64 inputs, some steps ahead.
 No sum is added to by two blocks: results repeat.
+
+On sm_120a columns may be MXFP8 (mxfp8.py): a step then has 128 inputs in as many bytes, and behind
+a step's columns in shared memory stand their scales.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from typing import Any
 
 from ..gpu.barriers import barrier
 from ..kernel import T, TileConfig
-from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, mma_bf16, shared_words
+from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, mma_bf16, mma_scaled, shared_words
 
 STEP = 64  # inputs
 BLOCK = 32  # inputs that two mma take: half of a step
 PIECES = STEP // 8  # 16 bytes each, of a column's inputs of a step
 COLUMN = STEP // 2  # u32 of them
 TOGETHER = 4  # groups of columns that are left out together
+SCALED_STEP = 2 * STEP
+SCALE_WORDS = 4  # of a column and step
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def _nothing_known(_scale: Any, _first: Any, _count: int) -> Any:
 class ProductRows:
     """How a tile of 16 rows becomes fragments: what depends on W's format. T.inline functions.
 
-    blocks: of 32 inputs, that a lane loads at once
+    blocks: halves of a step, that a lane loads at once
     ahead: such loads, of a tile
     words, scales: u32 of such a load
     load(weights, expert, number, at, lane, words, scale, slot): number `at` of them, of tile
@@ -59,6 +64,8 @@ class ProductRows:
     look(scale, first, count) -> `known`: of the scales in so many places
     sums(scale, slot, block, part, acc, to): adds part f32 [4], the sums of a block; None where
         fragments are the values, scales and all
+    row_scales(scale, slot, lane) -> u32: of columns with scales, those of the lane's row g + 8 · (t
+        % 2) of a half step, of its blocks in the bytes 0 and 2
     """
 
     blocks: int
@@ -69,6 +76,7 @@ class ProductRows:
     fragments: Callable[..., Any]
     look: Callable[..., Any] = _nothing_known
     sums: Callable[..., Any] | None = None
+    row_scales: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class ProductColumns:
     source(given, number) -> the first row of X that is token `number`'s
     store(given, expert, number, tile, g, sums): sums f32 [4], the first two of a token and of the
         rows of a tile that are of the lanes 4g … 4g+3; two are scratch
+    scaled: whether they are MXFP8
     """
 
     parts: int
@@ -89,6 +98,7 @@ class ProductColumns:
     choose: Callable[..., Any]
     source: Callable[..., Any]
     store: Callable[..., Any]
+    scaled: bool = False
 
 
 def product(
@@ -104,16 +114,20 @@ def product(
     parts = columns.parts
     tokens = tile.columns // parts  # of a block
     own = 2 // parts  # tokens of a group whose sums a lane has
-    all_steps = -(-k // STEP)
+    scaled = columns.scaled
+    all_steps = -(-k // (SCALED_STEP if scaled else STEP))
+    all_pieces = all_steps * PIECES if scaled else k // 8
     threads = LANES * warps
     copies = tile.columns * PIECES // threads  # of a thread and step
-    stage_words = tile.columns * COLUMN
-    loads = STEP // BLOCK // rows.blocks  # of a tile and step
+    scales_at = tile.columns * COLUMN  # of a stage
+    stage_words = scales_at + (tile.columns * SCALE_WORDS if scaled else 0)
+    loads = 2 // rows.blocks  # of a tile and step
     turn = -(-rows.ahead // loads)  # steps after which places repeat
-    all_loads = -(-k // (BLOCK * rows.blocks))
+    all_loads = -(-k // ((SCALED_STEP if scaled else STEP) // 2 * rows.blocks))
     assert copies * threads == tile.columns * PIECES
     assert groups % TOGETHER == 0
     assert rows.ahead % loads == 0
+    assert tile.columns <= threads
 
     def place(column: Any, piece: Any) -> Any:
         """Where 16 bytes of a column are. Lanes of neighbouring columns read the same piece: they
@@ -128,9 +142,10 @@ def product(
         scale = T.sblock_alloc_buffer((scales,), "uint32", scope="local")
         a = T.sblock_alloc_buffer((8 * tiles,), "uint32", scope="local")
         b = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+        scales_ = T.sblock_alloc_buffer((1,), "uint32", scope="local")
         part = T.sblock_alloc_buffer((4,), "float32", scope="local")
         acc = T.sblock_alloc_buffer((4 * tiles * groups,), "float32", scope="local")
-        source = T.sblock_alloc_buffer((copies,), "int32", scope="local")
+        source = T.sblock_alloc_buffer((copies + scaled,), "int32", scope="local")
         span = T.sblock_alloc_buffer((3,), "int32", scope="local")
         stage = T.sblock_alloc_buffer((2,), "int32", scope="local")
         T.attr(0, "pragma_unroll_explicit", False)  # nvcc unrolls: the text stays short
@@ -148,13 +163,21 @@ def product(
             for i in T.unroll(copies):
                 column: T.let = (i * threads + tx) // PIECES
                 piece: T.let = tx % PIECES
-                inside: T.let = T.min((step * PIECES + piece) * 8, k - 8)
-                there: T.let = T.And(source[i] >= 0, (step * PIECES + piece) * 8 < k)
+                inside: T.let = T.min(step * PIECES + piece, all_pieces - 1)
+                there: T.let = T.And(source[i] >= 0, step * PIECES + piece < all_pieces)
                 T.ptx["cp.async.cg.shared.global"](
                     T.address_of(xs[to * stage_words + place(column, piece)]),
-                    T.address_of(x[T.max(source[i], 0), inside // 8 * columns.width]),
+                    T.address_of(x[T.max(source[i], 0), inside * columns.width]),
                     16,
                     T.Select(there, T.uint32(16), T.uint32(0)),
+                )
+            if scaled and tx < tile.columns:
+                at: T.let = all_steps * COLUMN + step * SCALE_WORDS
+                T.ptx["cp.async.cg.shared.global"](
+                    T.address_of(xs[to * stage_words + scales_at + tx * SCALE_WORDS]),
+                    T.address_of(x[T.max(source[copies], 0), at]),
+                    16,
+                    T.Select(source[copies] >= 0, T.uint32(16), T.uint32(0)),
                 )
 
         @T.inline
@@ -167,13 +190,26 @@ def product(
         def multiply(slot, block, some, known, from_):
             """A block by some groups of columns; its number in the load of place `slot`, and in
             the step, which is in stage `from_`."""
+            if scaled:
+                own_: T.let = (some * TOGETHER + lane % 4) * MMA_COLUMNS + lane // 4
+                shared_words(
+                    [scales_[0]],
+                    xs[from_ * stage_words + scales_at + own_ * SCALE_WORDS + lane % 4],
+                )
             for i in T.unroll(TOGETHER):
                 column: T.let = (some * TOGETHER + i) * MMA_COLUMNS + lane // 4
                 at: T.let = from_ * stage_words + place(column, block[1] * 4 + lane % 4)
                 shared_words([b[0], b[1], b[2], b[3]], xs[at])
                 for m in T.unroll(tiles):
                     to: T.let = 4 * (m * groups + some * TOGETHER + i)
-                    if rows.sums is None:
+                    if scaled:
+                        for half in T.unroll(2):
+                            mma_scaled(
+                                acc, to, a, 8 * m + 4 * half, b, 2 * half,
+                                rows.row_scales(scale, slot * tiles + m, lane), 2 * half,
+                                scales_[0], 2 * block[1] + half, i,
+                            )  # fmt: skip
+                    elif rows.sums is None:
                         for half in T.unroll(2):
                             mma_bf16(acc, to, a, 8 * m + 4 * half, b, 2 * half)
                     else:
@@ -196,6 +232,10 @@ def product(
             source[i] = -1
             if column // parts < span[2]:
                 source[i] = columns.source(given, span[1] + column // parts) + column % parts
+        if scaled:
+            source[copies] = -1
+            if tx < span[2]:
+                source[copies] = columns.source(given, span[1] + tx)
         for i in T.unroll(4 * tiles * groups):
             acc[i] = T.float32(0)
         for i in T.unroll(stages - 1):

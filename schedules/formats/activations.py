@@ -23,6 +23,8 @@ class ActivationFormat:
     kernel: computes `quantize` from x, with k as its only static argument; None for x itself
     put(value): what the f32 expression becomes, where k is even; None where a number does not
         become one by itself, but with its neighbours
+    multiplied_as: the name of another format that its tensors are of too, whose products take them;
+        None where it has its own
     """
 
     name: str
@@ -32,11 +34,17 @@ class ActivationFormat:
     values: Callable[..., np.ndarray]
     kernel: Kernel | None
     put: Callable[[Any], Any] | None = None
+    multiplied_as: str | None = None
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """What has to run before a product."""
         return () if self.kernel is None else (self.kernel,)
+
+    @property
+    def product(self) -> str:
+        """The name of the format whose products take its tensors."""
+        return self.multiplied_as or self.name
 
     @property
     def results(self) -> ActivationFormat:

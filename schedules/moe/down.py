@@ -27,10 +27,12 @@ from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, f32, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
+from ..round_mxfp8 import MXFP8
 from . import down_cpu, down_cuda, down_gpu
 from .experts import (
     cases,
     expert_arrays,
+    few_cases,
     plan_arguments,
     routing,
     tame,
@@ -124,12 +126,13 @@ def _case(
 
 
 def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kernel:
+    made = partial(_case, activations)
     return Kernel(
         name,
         partial(signature, activations),
         partial(down_ref, activations),
-        cases(partial(_case, activations), 240 if activations is I8 else 254),
-        (*down_cpu.schedules(activations.name), *others),
+        few_cases(made) if activations is MXFP8 else cases(made, 240 if activations is I8 else 254),
+        (*down_cpu.schedules(activations), *others),
     )
 
 
@@ -137,10 +140,11 @@ DOWN = {
     F32.name: _kernel(
         "mxfp4w_moe_down",
         F32,
-        *down_cuda.schedules(F32.name),
+        *down_cuda.schedules(F32),
         *down_gpu.SCHEDULES,
         one_thread_an_item(down_gpu.elements),
     ),
-    BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16, *down_cuda.schedules(BF16.name)),
+    BF16.name: _kernel("mxfp4w_bf16_moe_down", BF16, *down_cuda.schedules(BF16)),
     I8.name: _kernel("mxfp4w_i8_moe_down", I8),
+    MXFP8.name: _kernel("mxfp4w_mxfp8_moe_down", MXFP8, *down_cuda.schedules(MXFP8)),
 }

@@ -12,6 +12,7 @@ import tvm
 
 from ..cpu.int8 import GROUP
 from ..cpu.mxfp4 import layouts
+from ..formats.activations import ActivationFormat
 from ..kernel import Schedule, T, Tensor, TileConfig, prim_func
 from .experts_cpu import PRODUCTS, Product, expert_walk
 
@@ -60,7 +61,7 @@ def _build(
     return prim_func(arguments, body)
 
 
-def schedules(activations: str) -> tuple[Schedule, ...]:
+def schedules(activations: ActivationFormat) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(
             product.name,
@@ -69,5 +70,5 @@ def schedules(activations: str) -> tuple[Schedule, ...]:
             product.tile,
             layouts=layouts(product.places),
         )
-        for product in PRODUCTS[activations]
+        for product in PRODUCTS[activations.product]
     )

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import tvm
 
 from ..cuda.instructions import LANES, MMA_COLUMNS, MMA_ROWS
 from ..cuda.mxfp4 import (
-    INPUTS,
     LOWER,
     STEP,
     Inputs,
@@ -33,6 +31,7 @@ from ..cuda.mxfp4 import (
     steps,
 )
 from ..cuda.warps import count_below, lane_value, lanes_where, smallest
+from ..formats.activations import ActivationFormat
 from ..gpu.barriers import barrier
 from ..kernel import Schedule, Size, T, Tensor, TileConfig, f32, prim_func
 from .down_many_cuda import ManyTile, many_tokens
@@ -64,15 +63,15 @@ def _words(inputs: Inputs, intermediate: int, tile: DownTile) -> int:
     return max(staged, tile.splits * MMA_COLUMNS // inputs.parts * MMA_ROWS)
 
 
-def _fits(inputs: Inputs, tile: DownTile, *, top_k: int, intermediate: int, **_: int) -> bool:
+def _fits(*, inputs: Inputs, tile: DownTile, top_k: int, intermediate: int, **_: int) -> bool:
     shared = 4 * (_words(inputs, intermediate, tile) + MMA_COLUMNS * (1 + MMA_ROWS))
     return top_k <= LANES and shared <= 48 << 10
 
 
 def _build(
-    inputs: Inputs,
     arguments: tuple[Tensor, ...],
     *,
+    inputs: Inputs,
     experts: int,
     top_k: int,
     hidden: int,
@@ -347,16 +346,20 @@ def _many_tokens(
 
 
 def _scratch(
-    inputs: Inputs, *, hopper: bool, experts: int, top_k: int, hidden: int, intermediate: int
+    *, inputs: Inputs, hopper: bool, experts: int, top_k: int, hidden: int, intermediate: int
 ) -> tuple[Tensor, ...]:
     slots = Size("n", top_k)
     plan = scratch(inputs, slots, experts, slots, intermediate, hopper=hopper)
     return (f32("outputs", slots, hidden), *plan)
 
 
-def schedules(activations: str) -> tuple[Schedule, ...]:
-    tile = DownTile()
-    inputs = INPUTS[activations]
-    build, fits = partial(_build, inputs), partial(_fits, inputs, tile)
-    room = partial(_scratch, inputs)
-    return schedule("a tile of 16 rows a block, {}", build, tile, neighbours, fits, room)
+def schedules(activations: ActivationFormat) -> tuple[Schedule, ...]:
+    return schedule(
+        "a tile of 16 rows a block, {}",
+        activations,
+        _build,
+        DownTile(),
+        neighbours,
+        _fits,
+        _scratch,
+    )

@@ -104,3 +104,14 @@ def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ..
         case("the largest scale, beside which the others vanish", 3, edge=(1, largest_scale)),
         case("20b shapes, four experts", 1, experts=4, top_k=4, hidden=2880, intermediate=2880),
     )
+
+
+def few_cases(case: Callable[..., Case]) -> tuple[Case, ...]:
+    """The same of a format whose products of few tokens are those of another one."""
+    return (
+        case("one token", 1),
+        case("150 tokens, steps not full", 150, experts=4, hidden=160, intermediate=160),
+        case("600 tokens, more rows than a block", 600, experts=3, intermediate=288),
+        case("large, 200 tokens", 200, experts=4, top_k=1, hidden=576, intermediate=576),
+        case("140 tokens, the largest scale", 140, experts=4, edge=(1, 254)),
+    )

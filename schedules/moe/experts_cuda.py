@@ -7,33 +7,41 @@ from functools import partial
 from typing import Any
 
 from ..cuda.instructions import LANES
-from ..cuda.mxfp4 import Rows, layouts, load_word
+from ..cuda.mxfp4 import INPUTS, Rows, layouts, load_word
+from ..cuda.mxfp8 import SCALED
 from ..cuda.warps import count_below, lanes_where, largest, shared_with, smallest
+from ..formats.activations import ActivationFormat
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 
 
 def schedule(
     name: str,
+    activations: ActivationFormat,
     build: Callable[..., Any],
     tile: TileConfig,
     rows: Rows,
     fits: Callable[..., bool],
     scratch: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Schedule, ...]:
-    """Of one half, which makes its own plan: on Hopper, and elsewhere. `rows` says which two of a
-    tile's are a lane's. build and scratch are told too whether it is for `hopper`."""
+    """Of one half, which makes its own plan: on sm_120a, where it multiplies the format as it is,
+    on Hopper, and elsewhere. `rows` says which two of a tile's are a lane's. build, fits and
+    scratch are told `inputs` too, build and scratch whether it is for `hopper`."""
+    inputs = INPUTS[activations.product]
+    kinds = [("sm_90a", "mma.sync, wgmma", inputs), ("sm_80", "mma.sync", inputs)]
+    if activations.name in SCALED:
+        kinds.insert(0, ("sm_120a", "mma.sync, scaled", SCALED[activations.name]))
     return tuple(
         Schedule(
             name.format(instruction),
             gpu("cuda", arch),
-            partial(build, hopper=arch == "sm_90a"),
+            partial(build, inputs=inputs, hopper=arch == "sm_90a"),
             tile,
-            layouts=layouts(rows),
-            fits=fits,
+            layouts=layouts(rows, inputs.packed),
+            fits=partial(fits, inputs=inputs, tile=tile),
             unused=frozenset({"offsets", "order"}),
-            scratch=partial(scratch, hopper=arch == "sm_90a"),
+            scratch=partial(scratch, inputs=inputs, hopper=arch == "sm_90a"),
         )
-        for arch, instruction in (("sm_90a", "mma.sync, wgmma"), ("sm_80", "mma.sync"))
+        for arch, instruction, inputs in kinds
     )
 
 

@@ -27,10 +27,12 @@ from ..gpu.items import one_thread_an_item
 from ..kernel import Case, Kernel, Schedule, Signature, Size, i32
 from ..quantize import I8
 from ..round_bf16 import BF16
+from ..round_mxfp8 import MXFP8
 from . import gate_up_cpu, gate_up_cuda, gate_up_gpu
 from .experts import (
     cases,
     expert_arrays,
+    few_cases,
     plan_arguments,
     routing,
     tame,
@@ -124,11 +126,12 @@ def _case(
 
 
 def _kernel(name: str, activations: ActivationFormat, *others: Schedule) -> Kernel:
+    made = partial(_case, activations)
     return Kernel(
         name,
         partial(signature, activations),
         partial(gate_up_ref, activations),
-        cases(partial(_case, activations), 240 if activations is I8 else 254),
+        few_cases(made) if activations is MXFP8 else cases(made, 240 if activations is I8 else 254),
         (*gate_up_cpu.schedules(activations), *others),
     )
 
@@ -143,4 +146,5 @@ GATE_UP = {
     ),
     BF16.name: _kernel("mxfp4w_bf16_moe_gate_up_swiglu", BF16, *gate_up_cuda.schedules(BF16)),
     I8.name: _kernel("mxfp4w_i8_moe_gate_up_swiglu", I8),
+    MXFP8.name: _kernel("mxfp4w_mxfp8_moe_gate_up_swiglu", MXFP8, *gate_up_cuda.schedules(MXFP8)),
 }

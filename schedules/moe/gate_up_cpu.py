@@ -81,5 +81,5 @@ def schedules(activations: ActivationFormat) -> tuple[Schedule, ...]:
             product.tile,
             layouts={**layouts(product.places, row_order), "bias": BIAS},
         )
-        for product in PRODUCTS[activations.name]
+        for product in PRODUCTS[activations.product]
     )

@@ -20,7 +20,6 @@ import tvm
 
 from ..cuda.instructions import LANES, MMA_ROWS
 from ..cuda.mxfp4 import (
-    INPUTS,
     LOWER,
     STEP,
     Inputs,
@@ -74,22 +73,22 @@ def _few(inputs: Inputs, top_k: int, tile: GateUpTile) -> int:
     return min(tile.columns // inputs.parts, LANES // top_k)
 
 
-def _fits(inputs: Inputs, tile: GateUpTile, *, top_k: int, hidden: int, **_: float) -> bool:
+def _fits(*, inputs: Inputs, tile: GateUpTile, top_k: int, hidden: int, **_: float) -> bool:
     shared = 4 * (_words(inputs, hidden, tile) + tile.columns)
     return top_k <= LANES and shared <= 48 << 10
 
 
 def _build(
-    activations: ActivationFormat,
+    put: Any,
     arguments: tuple[Tensor, ...],
     *,
+    inputs: Inputs,
     experts: int,
     top_k: int,
     tile: GateUpTile,
     hopper: bool,
     **shape: Any,
 ) -> tvm.tirx.PrimFunc:
-    inputs, put = INPUTS[activations.name], activations.results.put
     most = _few(inputs, top_k, tile)
     shape |= {"experts": experts, "top_k": top_k, "put": put}
     few = _few_tokens(inputs, most, tile, **shape)
@@ -445,19 +444,18 @@ def _many_tokens(
 
 
 def _scratch(
-    inputs: Inputs, *, hopper: bool, experts: int, top_k: int, hidden: int, **_: float
+    *, inputs: Inputs, hopper: bool, experts: int, top_k: int, hidden: int, **_: float
 ) -> tuple[Tensor, ...]:
     return scratch(inputs, Size("n", top_k), experts, Size("n"), hidden, hopper=hopper)
 
 
 def schedules(activations: ActivationFormat) -> tuple[Schedule, ...]:
-    tile = GateUpTile()
-    inputs = INPUTS[activations.name]
     return schedule(
         "a tile of 16 rows a warp, {}",
-        partial(_build, activations),
-        tile,
+        activations,
+        partial(_build, activations.results.put),
+        GateUpTile(),
         alternating,
-        partial(_fits, inputs, tile),
-        partial(_scratch, inputs),
+        _fits,
+        _scratch,
     )

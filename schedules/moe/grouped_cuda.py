@@ -7,7 +7,7 @@ The launches:
     mixture   of the second half: a token's weighted outputs
 
 On Hopper the first of them makes columns of the sorted slots' inputs, for bulk copies
-(cuda/product_wgmma.py).
+(cuda/product_wgmma.py). On sm_120a it makes MXFP8 again of inputs that are.
 """
 
 from __future__ import annotations
@@ -16,12 +16,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cuda import product_wgmma
+from ..cuda import mxfp8, product_wgmma
 from ..cuda.instructions import LANES, MMA_COLUMNS, MMA_ROWS
 from ..cuda.mxfp4 import Inputs, load_pair, load_word, load_words, split_floats
 from ..cuda.mxfp4 import rows as product_rows
-from ..cuda.product import ProductColumns, ProductTile, product
-from ..cuda.warps import added, count_below, lane_value, lanes_where, largest, value_before
+from ..cuda.product import (
+    ProductColumns,
+    ProductTile,
+    product,
+)
+from ..cuda.warps import (
+    added,
+    count_below,
+    lane_value,
+    lanes_where,
+    largest,
+    value_before,
+)
 from ..gpu.barriers import barrier
 from ..kernel import Size, T, Tensor, TileConfig, i32
 from .experts_cuda import read_id, whole
@@ -42,16 +53,21 @@ class Grouped(TileConfig):
     large: ProductTile = field(default_factory=ProductTile)
     hopper_small: ProductTile = field(default_factory=lambda: ProductTile(groups=8, stages=6))
     hopper_large: ProductTile = field(default_factory=lambda: ProductTile(stages=6))
+    scaled_small: ProductTile = field(default_factory=lambda: ProductTile(groups=4, stages=4))
+    scaled_large: ProductTile = field(default_factory=lambda: ProductTile(stages=2))
 
 
 def scratch(
     inputs: Inputs, n: Size, experts: int, rows: Size, k: int, *, hopper: bool
 ) -> tuple[Tensor, ...]:
     """What a product of inputs [rows, k] needs: `begins` and `by_expert` are moe_plan's offsets and
-    order, `parts` the two bfloat16 of each input; on Hopper the columns of the sorted slots."""
+    order, `parts` the two bfloat16 of each input, or rows of MXFP8; on Hopper the columns of the
+    sorted slots."""
     plan = (i32("begins", experts + 1), i32("by_expert", n))
     if hopper:
         return (*plan, product_wgmma.columns_of("parts", n * inputs.parts, k))
+    if inputs.scaled:
+        return (*plan, Tensor("parts", (rows, mxfp8.words(k)), "uint32"))
     if inputs.parts == 1:
         return plan
     return (*plan, Tensor("parts", (Size(rows.name, rows.factor * inputs.parts), k // 2), "uint32"))
@@ -67,13 +83,15 @@ def prepare(
 
     A block for each expert sorts: it counts and places its slots, of which a warp takes some that
     follow each other. Where inputs are f32, further blocks split x [rows, k] into parts u32
-    [2·rows, k/2]: the bfloat16 of each, then of what that leaves.
+    [2·rows, k/2]: the bfloat16 of each, then of what that leaves; where they are MXFP8, into rows
+    as cuda/mxfp8.py says.
 
     On Hopper several blocks sort for each expert, and each makes the columns of some of its slots;
     `share` slots have the same row of x.
     """
     threads = SORTERS * LANES
-    splits = inputs.parts == 2 and not hopper
+    splits = (inputs.parts == 2 or inputs.scaled) and not hopper
+    own_pieces = mxfp8.pieces(k) if inputs.scaled else k // 4  # 16 bytes each, a thread's
     pieces = product_wgmma.pieces(k)
 
     @T.inline
@@ -175,8 +193,8 @@ def prepare(
     def split(piece, rows, x, parts):
         word = T.sblock_alloc_buffer((4,), "uint32", scope="local")
         pairs = T.sblock_alloc_buffer((4,), "uint32", scope="local")
-        row: T.let = piece // (k // 4)
-        at: T.let = piece % (k // 4)
+        row: T.let = piece // own_pieces
+        at: T.let = piece % own_pieces
         if row < rows:
             load_words(word, 0, T.address_of(x[row, at * 4]))
             split_floats(word, 0, 1, pairs)
@@ -184,7 +202,7 @@ def prepare(
                 parts[2 * row + part, T.ramp(at * 2, 1, 2)] = pairs[T.ramp(2 * part, 1, 2)]
 
     def blocks(rows: Any) -> Any:
-        return experts + T.ceildiv(rows * (k // 4), threads) if splits else experts
+        return experts + T.ceildiv(rows * own_pieces, threads) if splits else experts
 
     def sorting(n: Any) -> Any:
         """Blocks that sort for an expert, on Hopper."""
@@ -203,6 +221,8 @@ def prepare(
                             T.Cast("int32", vb), 0, 1, tx, T.Cast("int32", n * top_k), ids, x,
                             begins, by_expert, parts,
                         )  # fmt: skip
+                    elif inputs.scaled:
+                        mxfp8.make_piece(k, (vb - experts) * threads + tx, rows, x, parts)
                     elif splits:
                         split((vb - experts) * threads + tx, rows, x, parts)
 
@@ -278,10 +298,11 @@ def _columns(
 
     return ProductColumns(
         parts=inputs.parts,
-        width=4 if inputs.parts == 2 else 8,
+        width=4 if inputs.parts == 2 or inputs.scaled else 8,
         choose=choose,
         source=lambda given, number: given[1][number] // share * inputs.parts,
         store=stored,
+        scaled=inputs.scaled,
     )
 
 
@@ -300,9 +321,12 @@ def grouped_products(
     def blocks(n: Any, tokens: int) -> Any:
         return T.min(n * top_k, n * top_k // tokens + experts)
 
+    tiles = (grouped.small, grouped.large)
+    if inputs.scaled:
+        tiles = (grouped.scaled_small, grouped.scaled_large)
+    of = mxfp8.rows(k) if inputs.scaled else product_rows(k)
     small, large = (
-        product(product_rows(k), columns, tile, all_tiles=rows // MMA_ROWS, k=k, blocks=blocks)
-        for tile in (grouped.small, grouped.large)
+        product(of, columns, tile, all_tiles=rows // MMA_ROWS, k=k, blocks=blocks) for tile in tiles
     )
     ready = prepare(inputs, experts, top_k, k, share=share, hopper=False)
 

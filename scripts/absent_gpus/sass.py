@@ -77,7 +77,7 @@ def functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 # A factor that only scales of 128 and more ask for: 2^126 (schedules/cuda/mxfp4.py).
 _SELDOM = re.compile(r"^8\.507059\d*e\+37$")
-MATRIX = ("HMMA", "IMMA")  # tensor cores
+MATRIX = ("HMMA", "IMMA", "QMMA")  # tensor cores
 _BEYOND = ("HGMMA", "LD", "ST", "BAR", "DEPBAR", "BRA", "EXIT")  # more than computing
 
 

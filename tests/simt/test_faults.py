@@ -30,6 +30,16 @@ METAL = """
   got[0] = {2};
   if (got[0] < 0) y[tx] = 0;
 """
+SCALED = """float d[4] = {{}};
+  uint32_t a = {0}, zero = 0;
+  uint16_t byte_a = {1}, lane_b = {2};
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X\
+.f32.e2m1.e4m3.f32.ue8m0 {{%0, %1, %2, %3}}, {{%4, %4, %4, %4}}, {{%5, %5}}, {{%0, %1, %2, %3}}, \
+{{%5}}, {{%6, 0}}, {{%5}}, {{0, %7}};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a), "r"(zero), "h"(byte_a), "h"(lane_b));
+  y[tx] = d[0] + d[1] + d[2] + d[3];
+"""
 LOCAL = "  alignas(64) float a_ptr[8];\n"
 
 
@@ -44,6 +54,11 @@ class Body:
 
 
 BODIES = (
+    # ---- scaled products
+    Body("e2m1 in the middle of bytes", SCALED.format("0x3C3C3C3C", 0, 0)),
+    Body("e2m1 at the end of bytes", SCALED.format("0x0F0F0F0F", 0, 0), "e2m1 .* in bits 2 to 5"),
+    Body("selectors that differ", SCALED.format(0, "tx & 1", 0), "selectors .* same in all lanes"),
+    Body("a lane of more than four", SCALED.format(0, 0, 4), "a lane of four"),
     # ---- bounds
     Body("in bounds", "y[tx] = x[63 - tx];"),
     Body(

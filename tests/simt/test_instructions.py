@@ -10,6 +10,8 @@ import pytest
 from support.simt.bodies import compile_body
 from support.simt.harness import ORDERS, Fault
 
+from mxforge.schedules.cuda.instructions import mma_scaled
+from mxforge.schedules.formats.mxfp4 import VALUES
 from mxforge.schedules.kernel import T
 
 TWO_BYTES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -158,6 +160,60 @@ def test_int8_product_by_mma_sync(simt, k):
     arrays = [a.view(np.uint32), b.view(np.uint32), np.zeros((16, 8), np.uint32)]
     *_, c = simt.run(program, arrays, {2})
     np.testing.assert_array_equal(c.view(np.int32), a.astype(np.int32) @ b.astype(np.int32).T)
+
+
+@cache
+def scaled_product_16x8(byte_a, byte_b, lane_b):
+    """c = a · bᵀ by one warp, of e2m1 and e4m3 with a scale a row and column: `scales_a` are what
+    lanes hold for rows, `scales_b` for columns."""
+
+    @T.prim_func(s_tir=True, private=True)
+    def main(
+        a: T.Buffer((16, 8), "uint32"),
+        b: T.Buffer((8, 8), "uint32"),
+        scales_a: T.Buffer((32,), "uint32"),
+        scales_b: T.Buffer((32,), "uint32"),
+        c: T.Buffer((16, 8), "float32"),
+    ):
+        for block in T.thread_binding(1, thread="blockIdx.x"):
+            for lane in T.thread_binding(32, thread="threadIdx.x"):
+                with T.sblock("warp"):
+                    _, t = T.axis.remap("SS", [block, lane])
+                    T.reads(a[0:16, 0:8], b[0:8, 0:8], scales_a[0:32], scales_b[0:32])
+                    T.writes(c[0:16, 0:8])
+                    ra = T.sblock_alloc_buffer((4,), "uint32", scope="local")
+                    rb = T.sblock_alloc_buffer((2,), "uint32", scope="local")
+                    acc = T.sblock_alloc_buffer((4,), "float32", scope="local")
+                    for i in T.unroll(4):
+                        acc[i] = T.float32(0)
+                        ra[i] = a[t // 4 + i % 2 * 8, t % 4 + i // 2 * 4]
+                    for i in T.unroll(2):
+                        rb[i] = b[t // 4, t % 4 + i * 4]
+                    mma_scaled(
+                        acc, 0, ra, 0, rb, 0, scales_a[t], byte_a, scales_b[t], byte_b, lane_b
+                    )
+                    for i in T.unroll(4):
+                        c[t // 4 + i // 2 * 8, t % 4 * 2 + i % 2] = acc[i]
+
+    return main.with_attr("tirx.is_scheduled", True)
+
+
+@pytest.mark.parametrize(("byte_a", "byte_b", "lane_b"), [(0, 0, 0), (2, 3, 1), (3, 1, 3)])
+def test_scaled_product_by_mma_sync(simt, byte_a, byte_b, lane_b):
+    program = simt.compile(scaled_product_16x8(byte_a, byte_b, lane_b), "cuda")
+    rng = np.random.default_rng(byte_a)
+    nibbles, b = rng.integers(0, 16, (16, 32), dtype=np.uint8), rng.integers(0, 255, (8, 32))
+    b = np.where(b & 0x7F == 0x7F, 0, b).astype(np.uint8)  # no NaN
+    scales_a, scales_b = rng.integers(117, 137, (2, 32, 4), dtype=np.uint8)
+    words = [array.view(np.uint32) for array in (nibbles << 2, b, scales_a, scales_b)]
+    words[2:] = [word.ravel() for word in words[2:]]
+    *_, c = simt.run(program, [*words, np.full((16, 8), np.nan, np.float32)], {4})
+    lanes = np.arange(8) * 4
+    of_rows = scales_a[np.concatenate([lanes, lanes + 1]), byte_a] - 127.0
+    of_columns = scales_b[lanes + lane_b, byte_b] - 127.0
+    values = VALUES[nibbles].astype(np.float64) @ b.view(ml_dtypes.float8_e4m3fn).astype("f8").T
+    expected = values * 2 ** (of_rows[:, None] + of_columns)
+    np.testing.assert_array_equal(c, expected.astype(np.float32))
 
 
 @cache

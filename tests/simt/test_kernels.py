@@ -38,6 +38,25 @@ MANY_TOKENS = {
 }  # fmt: skip
 
 
+# What only sm_120a runs: products of many tokens. With few tokens, and elsewhere, its kernels are
+# those of another format.
+SM_120A = "sm_120a"
+BLACKWELL = gpu_target("cuda", *features(SM_120A))
+
+
+def blackwells() -> list[Any]:
+    return [
+        pytest.param(*run.values, id=run.id, marks=[pytest.mark.slow] if slow(case) else [])
+        for run in parameters(BLACKWELL, "cuda")
+        for _, _, case, schedule in [run.values]
+        if SM_120A in schedule.needs and case.name != "one token"
+    ]
+
+
+def has_its_own_on_blackwell(kernel: Kernel) -> bool:
+    return any(SM_120A in schedule.needs for schedule in kernel.schedules)
+
+
 def marks_before_hopper(kernel: Kernel, case: Case, schedule: Schedule) -> Any:
     """None where a schedule is not of that kind. Few of many tokens run, others with --full."""
     if schedule is kernel.choose(TARGETS["cuda"], **case.static):
@@ -59,6 +78,8 @@ def by_turns() -> list[Any]:
     waiting = {(*case, of[i % 2]) for i, (case, of) in enumerate(kinds.items()) if len(of) > 1}
 
     def marks(kind: str, kernel: Kernel, case: Case, schedule: Schedule, given: Any) -> Any:
+        if has_its_own_on_blackwell(kernel):
+            return [pytest.mark.full]
         before = marks_before_hopper(kernel, case, schedule) if kind == "cuda" else None
         if before is not None:
             return before
@@ -67,7 +88,7 @@ def by_turns() -> list[Any]:
     return [
         pytest.param(*run.values, id=run.id, marks=marks(*run.values, run.marks))
         for run in every_kind()
-    ]
+    ] + blackwells()
 
 
 @pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), by_turns())

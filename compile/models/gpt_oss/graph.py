@@ -117,21 +117,16 @@ class GptOss(Emitter[GptOssConfig]):
             MOE_PLAN, {"ids": ids}, experts=c.num_local_experts, top_k=c.num_experts_per_tok
         )
         plan = {"ids": ids, "offsets": offsets, "order": order}
-        format_ = ACTIVATIONS[precision.activations]
         between = self.call(
             gate_up,
             # [experts, 2·intermediate, hidden]
             {**h, **plan, **_mxfp4(w, "mlp.experts.gate_up_proj")},
             **self._static["mlp.experts.gate_up_proj"],
         )
-        if format_.results is format_:
-            inputs = {"h": between}
-        else:
-            inputs = self.activations("h", between, c.intermediate_size, format_)
         x = self.call(
             down,
             {
-                **inputs,
+                **self.experts_inputs("h", (between,), c.intermediate_size),
                 **plan,
                 "weights": expert_weights,
                 **_mxfp4(w, "mlp.experts.down_proj"),  # [experts, hidden, intermediate]
@@ -147,14 +142,12 @@ class GptOss(Emitter[GptOssConfig]):
         router's weight bf16 [experts, hidden], bias f32 [experts].
         """
         c, norm = self.config, w["post_attention_layernorm.weight"]  # [hidden]
-        format_ = ACTIVATIONS[self.precision.activations]
         if fused := self._fused["mlp.router.weight"]:
             kernel, static = fused
             parts = self.weight_parts(w, "mlp.router", DENSE["bf16"])
             inputs = {"x": x, "norm_weight": norm, **parts, "bias": w["mlp.router.bias"]}
             *h, ids, weights = self.call(kernel, inputs, **static)
-            names = [tensor.name for tensor in format_.tensors("x", 0, c.hidden_size)]
-            return dict(zip(names, h, strict=True)), ids, weights
+            return self.experts_inputs("x", h, c.hidden_size), ids, weights
         normed = self.norm(x, norm, c.rms_norm_eps)
         static = self._static["mlp.router.weight"]
         logits = self.dense(normed, w, "mlp.router", DENSE["bf16"], **static)
@@ -164,7 +157,17 @@ class GptOss(Emitter[GptOssConfig]):
             experts=c.num_local_experts,
             top_k=c.num_experts_per_tok,
         )
+        format_ = ACTIVATIONS[self.precision.activations]
         return self.activations("x", normed, c.hidden_size, format_), ids, weights
+
+    def experts_inputs(self, name: str, made: Sequence[Expr], k: int) -> dict[str, Expr]:
+        """What a kernel wrote for the experts, [n, k], as their arguments called `name`."""
+        format_ = ACTIVATIONS[self.precision.activations]
+        if format_.results is not format_:
+            (x,) = made
+            return self.activations(name, x, k, format_)
+        names = [tensor.name for tensor in format_.tensors(name, 0, k)]
+        return dict(zip(names, made, strict=True))
 
     def head(self, x: Expr, w: Weights) -> Expr:
         h = self.norm(x, w[tensors.FINAL_NORM], self.config.rms_norm_eps)  # [hidden]

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mxforge.schedules.attention import QKV_INSERT
+from mxforge.schedules.formats import ACTIVATIONS
 from mxforge.schedules.moe import ROUTE
 
 from ...config import Layout
@@ -143,7 +144,9 @@ def fused(config: GptOssConfig) -> dict[str, Fused]:
             lambda precision: {**normed, **attention_arguments(config, precision.kv)},
         ),
         "mlp.router.weight": Fused(
-            ROUTE, lambda precision: precision.activations, lambda _precision: normed | routing
+            ROUTE,
+            lambda precision: ACTIVATIONS[precision.activations].results.name,
+            lambda _precision: normed | routing,
         ),
     }
 

@@ -210,6 +210,64 @@ MMA_SHORT(m16n8k16_row_col_s32_s8_s8_s32, 4, 16, int64_t, S8)
 #undef MMA_LONG
 #undef MMA_SHORT
 
+// mma of e2m1 by e4m3, m16n8k32, each block of 32 with its e8m0 scale. The selectors say which byte
+// of whose registers has it: of rows those of the first or second two lanes of four, of columns
+// those of one of four.
+struct ScaledFragments {
+  Fragments<32, 4> of;
+  uint32_t scale_a, scale_b;
+  uint16_t byte_a, lanes_a, byte_b, lane_b;
+};
+SIMT_INLINE double e2m1(uint8_t byte) {
+  if (byte & 0xC3) simt::fail("an e2m1 of mma.sync is in bits 2 to 5, the others of its byte are 0");
+  int magnitude = byte >> 2 & 7, exponent = magnitude >> 1, digit = magnitude & 1;
+  double value = exponent ? std::ldexp(2 + digit, exponent - 2) : digit * 0.5;
+  return byte & 0x20 ? -value : value;
+}
+SIMT_INLINE double e4m3(uint8_t byte) {
+  int exponent = byte >> 3 & 15, digits = byte & 7;
+  if (exponent == 15 && digits == 7) return NAN;
+  double value = exponent ? std::ldexp(8 + digits, exponent - 10) : std::ldexp(digits, -9);
+  return byte & 0x80 ? -value : value;
+}
+SIMT_INLINE double e8m0(uint32_t word, int byte) {
+  int scale = word >> 8 * byte & 255;
+  return scale == 255 ? NAN : std::ldexp(1.0, scale - 127);
+}
+SIMT_CALL Results<float> mma_scaled(ScaledFragments mine, Results<float> c) {
+  auto all = simt::gather("mma.sync", ~0u, mine);
+  for (auto& each : all.of)
+    if (each.byte_a != mine.byte_a || each.lanes_a != mine.lanes_a ||
+        each.byte_b != mine.byte_b || each.lane_b != mine.lane_b)
+      simt::fail("the selectors of scales are the same in all lanes of an mma.sync");
+  if (mine.byte_a > 3 || mine.lanes_a > 1 || mine.byte_b > 3 || mine.lane_b > 3)
+    simt::fail("selectors of scales: a byte of four, two of four lanes by 0 or 1, a lane of four");
+  int g = simt::lane_index() / 4, t = simt::lane_index() % 4;
+  for (int i = 0; i < 4; i++) {
+    int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 32; k++) {
+      int j = k / 16, lane = k % 16 / 4, shift = k % 4 * 8;
+      sum += e2m1(all.of[row % 8 * 4 + lane].of.a[2 * j + row / 8] >> shift) *
+             e4m3(all.of[column * 4 + lane].of.b[j] >> shift);
+    }
+    double x = e8m0(all.of[row % 8 * 4 + 2 * mine.lanes_a + row / 8].scale_a, mine.byte_a);
+    double y = e8m0(all.of[column * 4 + mine.lane_b].scale_b, mine.byte_b);
+    c.of[i] = float(c.of[i] + sum * x * y);
+  }
+  return c;
+}
+SIMT_INLINE void
+mma_sync_aligned_m16n8k32_row_col_kind_mxf8f6f4_block_scale_scale_vec_1X_f32_e2m1_e4m3_f32_ue8m0(
+    float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+    uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3, uint32_t scale_a,
+    uint16_t byte_a, uint16_t lanes_a, uint32_t scale_b, uint16_t byte_b, uint16_t lane_b) {
+  auto d = mma_scaled({{{a0, a1, a2, a3}, {b0, b1}}, scale_a, scale_b, byte_a, lanes_a, byte_b,
+                       lane_b},
+                      {{c0, c1, c2, c3}});
+  d0 = d.of[0], d1 = d.of[1], d2 = d.of[2], d3 = d.of[3];
+}
+
 // wgmma m64nNk16, D = A · B + D: a warp has 16 rows; its registers of A are those of mma m16n8k16,
 // and D's of every eight columns too. B is what a descriptor says.
 SIMT_INLINE void wgmma_fence_sync_aligned() { simt::wgmma_fence(); }
