@@ -107,9 +107,10 @@ def cases(case: Callable[..., Case], largest_scale: int = 254) -> tuple[Case, ..
 
 
 def few_cases(case: Callable[..., Case]) -> tuple[Case, ...]:
-    """The same of a format whose products of few tokens are those of another one."""
+    """The same of a format whose products are those of another one, but for many tokens."""
     return (
         case("one token", 1),
+        case("17 tokens", 17, experts=32, top_k=4),
         case("150 tokens, steps not full", 150, experts=4, hidden=160, intermediate=160),
         case("600 tokens, more rows than a block", 600, experts=3, intermediate=288),
         case("large, 200 tokens", 200, experts=4, top_k=1, hidden=576, intermediate=576),

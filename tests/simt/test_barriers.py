@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from support.kernels import compare, made_inputs
 from support.simt.harness import Fault, Program
-from support.simt.kernels import TARGETS, program_of, run_case
+from support.simt.kernels import TARGETS, has_blackwells, of_blackwell, program_of, run_case
 
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import Case, Kernel, Schedule
@@ -49,7 +49,12 @@ SCHEDULES = [
     for kind, target in TARGETS.items()
     for kernel in KERNELS.values()
     for schedule in kernel.schedules
-    if schedule.needs <= target.features
+    if schedule.needs <= target.features and not has_blackwells(kernel)
+] + [
+    pytest.param("cuda", kernel, schedule, id=f"cuda, {kernel.name} ({schedule.name})")
+    for kernel in KERNELS.values()
+    for schedule in kernel.schedules
+    if of_blackwell(schedule)
 ]
 OF_THEIR_OWN = [one for one in SCHEDULES if one.values[1].name not in LIKE]
 ALIKE = [one for one in SCHEDULES if one.values[1].name in LIKE]
@@ -133,9 +138,11 @@ def _functions(text: str) -> set[str]:
     return set(functions)
 
 
-def _names_of_its_own(text: str, others: str) -> dict[tuple[str, int], int]:
-    """`_names`, but those of functions that another text has too."""
-    own = "".join(_functions(text) - _functions(others))
+def _names_of_its_own(
+    text: str, others: str = "", instruction: str = ""
+) -> dict[tuple[str, int], int]:
+    """`_names`, but those of functions that another text has too, or that lack an instruction."""
+    own = "".join(one for one in _functions(text) - _functions(others) if instruction in one)
     return {name: number for name, number in _names(text).items() if f" {name[0]}(" in own}
 
 
@@ -166,6 +173,8 @@ def _check(simt, kind: str, kernel: Kernel, schedule: Schedule, counted: list[Ca
         return False
 
     def names_of(case: Case) -> dict[tuple[str, int], int]:
+        if of_blackwell(schedule):  # its other functions are another format's
+            return _names_of_its_own(numbered(case).text, instruction="mx_mma_scaled")
         best = kernel.choose(TARGETS[kind], **case.static)
         if best is schedule:
             return _names(numbered(case).text)

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 from support.kernels import compare, made_inputs, parameters
-from support.simt.kernels import TARGETS, program_of, run_case
+from support.simt.kernels import (
+    TARGETS,
+    has_blackwells,
+    of_blackwell,
+    program_of,
+    run_case,
+)
+from support.targets import BLACKWELL
 
 from mxforge.compile.cuda import features
 from mxforge.compile.targets import gpu_target
@@ -27,6 +34,11 @@ def every_kind(**options: bool) -> list[Any]:
         run
         for kind, target in TARGETS.items()
         for run in parameters(target, kind, slow=slow, **options)
+        if not has_blackwells(run.values[1])
+    ] + [
+        run
+        for run in parameters(BLACKWELL, "cuda", slow=slow, **options)
+        if of_blackwell(run.values[3])
     ]
 
 
@@ -38,28 +50,9 @@ MANY_TOKENS = {
 }  # fmt: skip
 
 
-# What only sm_120a runs: products of many tokens. With few tokens, and elsewhere, its kernels are
-# those of another format.
-SM_120A = "sm_120a"
-BLACKWELL = gpu_target("cuda", *features(SM_120A))
-
-
-def blackwells() -> list[Any]:
-    return [
-        pytest.param(*run.values, id=run.id, marks=[pytest.mark.slow] if slow(case) else [])
-        for run in parameters(BLACKWELL, "cuda")
-        for _, _, case, schedule in [run.values]
-        if SM_120A in schedule.needs and case.name != "one token"
-    ]
-
-
-def has_its_own_on_blackwell(kernel: Kernel) -> bool:
-    return any(SM_120A in schedule.needs for schedule in kernel.schedules)
-
-
 def marks_before_hopper(kernel: Kernel, case: Case, schedule: Schedule) -> Any:
     """None where a schedule is not of that kind. Few of many tokens run, others with --full."""
-    if schedule is kernel.choose(TARGETS["cuda"], **case.static):
+    if schedule is kernel.choose(TARGETS["cuda"], **case.static) or of_blackwell(schedule):
         return None
     if schedule is not kernel.choose(BEFORE_HOPPER, **case.static):
         return None
@@ -78,8 +71,6 @@ def by_turns() -> list[Any]:
     waiting = {(*case, of[i % 2]) for i, (case, of) in enumerate(kinds.items()) if len(of) > 1}
 
     def marks(kind: str, kernel: Kernel, case: Case, schedule: Schedule, given: Any) -> Any:
-        if has_its_own_on_blackwell(kernel):
-            return [pytest.mark.full]
         before = marks_before_hopper(kernel, case, schedule) if kind == "cuda" else None
         if before is not None:
             return before
@@ -88,7 +79,7 @@ def by_turns() -> list[Any]:
     return [
         pytest.param(*run.values, id=run.id, marks=marks(*run.values, run.marks))
         for run in every_kind()
-    ] + blackwells()
+    ]
 
 
 @pytest.mark.parametrize(("kind", "kernel", "case", "schedule"), by_turns())

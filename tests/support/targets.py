@@ -8,6 +8,7 @@ from mxforge.schedules.kernel import Target
 
 PLAIN_CPU = Target("cpu", frozenset({"cpu"}))
 CUDA = gpu_target("cuda", *cuda.features("sm_90a"))
+BLACKWELL = gpu_target("cuda", *cuda.features("sm_120a"))
 METAL = gpu_target("metal")
 VULKAN = gpu_target("vulkan", *VULKAN_PROFILES[0].features)
 GPUS = (*(gpu_target("cuda", *cuda.features(arch)) for arch in cuda.ARCHS), METAL, VULKAN)

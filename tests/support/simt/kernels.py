@@ -17,6 +17,17 @@ from .harness import Order, Program, Simt
 TARGETS = {"cuda": CUDA, "metal": METAL}
 
 
+def of_blackwell(schedule: Schedule) -> bool:
+    """Whether only sm_120a runs it."""
+    return "sm_120a" in schedule.needs
+
+
+def has_blackwells(kernel: Kernel) -> bool:
+    """Whether a kernel has such schedules. The others are those of another format, whose kernels
+    run in their place."""
+    return any(map(of_blackwell, kernel.schedules))
+
+
 def program_of(
     simt: Simt,
     kind: str,
