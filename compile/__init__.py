@@ -45,7 +45,8 @@ def compile_model(
     output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>
     numerics        "exact" (f32 throughout) or "fast" (number formats chosen for speed)
     kv              format of the cache: "f32", "f16", "bf16", "int8"; None: that of `numerics`
-    activations     format of the experts' inputs: "f32", "bf16", "int8"; None: that of `numerics`
+    activations     format of the experts' inputs: "f32", "bf16", "int8", "mxfp8"; None: that of
+                    `numerics`
     dense           format of the other large weights: "bf16", "int8"; None: that of `numerics`
     max_batch       most sequences in one step
     prefill_chunk   most prompt tokens in one step

@@ -114,5 +114,5 @@ def few_cases(case: Callable[..., Case]) -> tuple[Case, ...]:
         case("150 tokens, steps not full", 150, experts=4, hidden=160, intermediate=160),
         case("600 tokens, more rows than a block", 600, experts=3, intermediate=288),
         case("large, 200 tokens", 200, experts=4, top_k=1, hidden=576, intermediate=576),
-        case("140 tokens, the largest scale", 140, experts=4, edge=(1, 254)),
+        case("140 tokens, the largest scale", 140, hidden=288, intermediate=288, edge=(1, 254)),
     )

@@ -14,6 +14,7 @@ from mxforge.compile.formats import TABLES, Formats, Precision
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.targets import resolve
 from mxforge.errors import TargetError, UsageError
+from mxforge.schedules.moe import DOWN, GATE_UP
 
 Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
@@ -77,6 +78,21 @@ def test_experts_take_bfloat16_where_tensor_cores_do():
     assert target.precision("fast", large).activations == "f32"
     with pytest.raises(TargetError, match="bf16 where experts=8, .*, intermediate=4096; leave it"):
         target.precision("fast", large, asked)
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_mxfp8_is_asked_for_and_native_on_one_architecture():
+    asked = Formats.of("fast", activations="mxfp8")
+    for name, scaled in (("cpu", False), ("cuda:sm_80", False), ("cuda:sm_120a", True)):
+        target = resolve(name)
+        assert target.precision("fast", TINY).activations != "mxfp8"
+        assert target.precision("fast", TINY, asked).activations == "mxfp8"
+        for halves in (GATE_UP, DOWN):
+            chosen = halves["mxfp8"].choose(target.kernels, **TINY.expert_sizes)
+            assert chosen.name.endswith("scaled") == scaled
+    for name in ("metal", "cuda:sm_75"):
+        with pytest.raises(TargetError, match="no kernel for activations mxfp8; leave it out"):
+            resolve(name).precision("fast", TINY, asked)
 
 
 @pytest.mark.parametrize("kv", TABLES["kv"].options())
