@@ -11,6 +11,7 @@ import tvm
 from mxforge.kv_layout import PAGE_TOKENS
 
 from ..formats.kv import KV, scale_at
+from ..gpu.matrices import Matrices, unless_there
 from ..kernel import T, Tensor, prim_func
 from .pages import first_visible
 from .splits import SPLITS, split_pages
@@ -115,37 +116,53 @@ _NUMBER: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def is_alone(token: Any, n: Any, token_seq: Any) -> Any:
+    """Whether no other token is of its sequence: those of a sequence follow each other."""
+    before = T.And(token > 0, token_seq[T.max(token - 1, 0)] == token_seq[token])
+    after = T.And(token + 1 < n, token_seq[T.min(token + 1, n - 1)] == token_seq[token])
+    return T.Not(T.Or(before, after))
+
+
+def is_alone(token: Any, n: Any, token_seq: Any) -> Any:
+    """Whether no other token is of its sequence: those of a sequence follow each other."""
+    before = T.And(token > 0, token_seq[T.max(token - 1, 0)] == token_seq[token])
+    after = T.And(token + 1 < n, token_seq[T.min(token + 1, n - 1)] == token_seq[token])
+    return T.Not(T.Or(before, after))
+
+
 def once(split: bool, low: Any, high: Any) -> Any:
     """Iterations of a loop that stands for `low <= high`: TVM puts no barriers in a condition."""
     return T.Select(low > high, 0, 1) if split else 1
 
 
-def over_blocks(
+def by_token(
     attend: Any,
     split: bool,
-    arguments: tuple[Tensor, ...],
     words: Words,
     *,
     heads: int,
     kv_heads: int,
     window: int,
-    least: int = 0,
-    many: Any = None,
-) -> tvm.tirx.PrimFunc:
-    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION.
-
-    many(n, b, …, out), the body's arguments, is launched where there are `least` tokens beyond one
-    of each sequence. Else a block is a token, HEADS heads of a KV head and, of split keys, a split.
-    Its threads:
+    alone: bool = False,
+) -> Any:
+    """The T.inline launch(n, b, …, out, partial, stats), where a block is a token, HEADS heads of a
+    KV head and, of split keys, a split. Its threads:
 
     attend(cache, q, page_table, first_page, sequence, sinks, out, stats, t, row, hb, low, high)
         T.inline: of head block hb of token t, the keys low … high, into `row` of out and stats;
         of split keys sinks are None, else stats and the row. There may be no keys in a split.
+
+    alone: there are none either for a token that is not the only one of its sequence
     """
     per_kv_head = -(-(heads // kv_heads) // HEADS)
 
+    def last_visible(t: Any, n: Any, positions: Any, token_seq: Any) -> Any:
+        if not alone:
+            return positions[t]
+        return T.Select(is_alone(t, n, token_seq), positions[t], T.int32(-1))
+
     @T.inline
-    def by_token(
+    def launch(
         n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out, partial,
         stats,
     ):  # fmt: skip
@@ -180,8 +197,8 @@ def over_blocks(
                         T.reads(
                             q[t, 0 : heads * words.head_dim],
                             kv[0:2, 0:kv_heads, 0:pages, 0 : kv.shape[3]],
-                            positions[t],
-                            token_seq[t],
+                            positions[0:n],
+                            token_seq[0:n],
                             page_table[0:b, 0:p],
                             first_page[0:b],
                             sinks[0:heads],
@@ -190,8 +207,33 @@ def over_blocks(
                         attend(
                             words.view(kv, kv_heads, pages), q, page_table, first_page,
                             token_seq[t], sinks, out, None, t, 0, hb,
-                            first_visible(positions[t], window), positions[t],
+                            first_visible(positions[t], window),
+                            last_visible(t, n, positions, token_seq),
                         )  # fmt: skip
+
+    return launch
+
+
+def over_blocks(
+    attend: Any,
+    split: bool,
+    arguments: tuple[Tensor, ...],
+    words: Words,
+    *,
+    heads: int,
+    kv_heads: int,
+    window: int,
+    least: int = 0,
+    many: Any = None,
+    units: Matrices | None = None,
+) -> tvm.tirx.PrimFunc:
+    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION.
+
+    attend: what by_token launches
+    many(n, b, …, out), the body's arguments, is launched where there are `least` tokens beyond one
+    of each sequence, and one of `units` if there are any.
+    """
+    one_by_one = by_token(attend, split, words, heads=heads, kv_heads=kv_heads, window=window)
 
     @T.inline
     def body(
@@ -199,12 +241,12 @@ def over_blocks(
         partial=None, stats=None,
     ):  # fmt: skip
         if many is None:
-            by_token(
+            one_by_one(
                 n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
                 partial, stats,
             )  # fmt: skip
-        elif n - b < least:
-            by_token(
+        elif unless_there(units, n - b < least):
+            one_by_one(
                 n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
                 None, None,
             )  # fmt: skip

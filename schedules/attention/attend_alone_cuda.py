@@ -11,15 +11,8 @@ from typing import Any
 from ..cuda.instructions import wait_for_launch_before
 from ..gpu.barriers import barrier
 from ..kernel import T
-from .attend import HEADS, Words
+from .attend import HEADS, Words, is_alone
 from .pages import first_visible
-
-
-def is_alone(token: Any, n: Any, token_seq: Any) -> Any:
-    """Whether no other token is of its sequence: those of a sequence follow each other."""
-    before = T.And(token > 0, token_seq[T.max(token - 1, 0)] == token_seq[token])
-    after = T.And(token + 1 < n, token_seq[T.min(token + 1, n - 1)] == token_seq[token])
-    return T.Not(T.Or(before, after))
 
 
 def alone(

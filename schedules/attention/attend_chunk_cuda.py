@@ -39,10 +39,9 @@ from ..formats.kv import KV
 from ..gpu.barriers import barrier
 from ..kernel import T, TileConfig
 from ..math import LOG2_E, LOWEST
-from .attend import HEADS, Words
-from .attend_alone_cuda import is_alone
+from .attend import HEADS, Words, is_alone
 from .chunk_pages_cuda import BLOCKS, HEAD, PART, PART_PAGES, TILES, Pages
-from .pages import first_visible
+from .pages import first_visible, is_hidden
 
 ROW_TILES = 2  # of a warp
 ROWS = 2 * ROW_TILES  # that a lane has a part of: tokens of a warp
@@ -98,11 +97,6 @@ class State(NamedTuple):
     page: Any  # u32: physical, that the thread brings
     turn: Any  # i32: its number
     stage: Any  # i32: of its pages
-
-
-def is_hidden(key: Any, last: Any, window: int) -> Any:
-    """Whether a query that sees keys up to `last` does not see this one."""
-    return T.Or(key > last, key <= last - window) if window else key > last
 
 
 def chunks(

@@ -25,9 +25,12 @@ import tvm
 from mxforge.kv_layout import PAGE_TOKENS
 
 from ..formats.kv import KV
+from ..gpu.barriers import barrier
+from ..gpu.matrices import MATRICES
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 from ..math import LOWEST, exp_f32
-from .attend import HEADS, WORDS, Words, once, over_blocks, upper
+from .attend import HEADS, WORDS, Words, by_token, over_blocks, upper
+from .attend_chunk_gpu import CHUNK, chunks, chunks_fit
 from .pages import physical_page
 
 PLANE = 4  # heads whose scores lie side by side: 16 bytes
@@ -92,6 +95,7 @@ class Seen(NamedTuple):
 
 
 def build(
+    features: tuple[str, ...],
     split: bool,
     arguments: tuple[Tensor, ...],
     *,
@@ -102,10 +106,7 @@ def build(
     window: int = 0,
     tile: AttendTile,
 ) -> tvm.tirx.PrimFunc:
-    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION.
-
-    Barriers are TVM's: it puts one wherever a thread reads what another one wrote to shared memory.
-    """
+    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION, for a target's features."""
     words = Words(kv_dtype, head_dim)
     scaled = KV[kv_dtype].scaled
     group = heads // kv_heads
@@ -267,6 +268,7 @@ def build(
         half of head_dim each: each of them ends half of the slots."""
         for i in T.unroll(32):
             own.sums[i] = T.float32(0)
+        barrier()  # nobody reads scores of the chunk before
         if tx // 4 % tile.pages < seen.pages:
             own.page[0] = physical_page(
                 page_table, first_page, sequence,
@@ -282,10 +284,12 @@ def build(
             put_scores(own, tx, wide // 2, 0)
         else:
             put_scores(own, tx, 0, wide // 2)
+        barrier()
         if tx < threads // 2:
             add_scores(own, tx, 0, wide // 2)
         else:
             add_scores(own, tx, wide // 2, 0)
+        barrier()
         if tx < threads // 2:
             end_scores(own, cache, kv_head, tx, 0, seen)
         else:
@@ -300,6 +304,7 @@ def build(
             own.part[k] = own.score[score_of(tx, k)]
             own.running[0] = T.max(own.running[0], own.part[k])
         own.largest[tx] = own.running[0]
+        barrier()
         own.running[0] = own.top[0]
         for k in T.unroll(parts):
             own.running[0] = T.max(own.running[0], own.largest[k * HEADS + tx % HEADS])
@@ -382,6 +387,7 @@ def build(
             for i in T.unroll(32 // PLANE):
                 at: T.let = i * (threads // 2) + tx - half * across
                 own.score[T.ramp(at * PLANE, 1, PLANE)] = own.acc[T.ramp(i * PLANE, 1, PLANE)]
+        barrier()
         if tx // across < count - half:
             for i in T.unroll(32 // PLANE):
                 own.four[T.ramp(0, 1, PLANE)] = own.score[
@@ -405,58 +411,106 @@ def build(
                             T.ramp(h * wide + i4 * 4, 1, 4)
                         ] / T.broadcast(own.factor[head], 4)
 
-    @T.inline
-    def attend(cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
-        """Head block hb of token t over the keys low … high, into `row` of out and stats."""
-        own = allocated()
-        kv_head: T.let = hb // per_kv_head
-        head0: T.let = kv_head * group + hb % per_kv_head * HEADS
-        heads_left: T.let = group - hb % per_kv_head * HEADS
-        page0: T.let = low // PAGE_TOKENS
-        page_end: T.let = high // PAGE_TOKENS + 1
-        for tx in T.thread_binding(threads, thread="threadIdx.x"):
-            head: T.let = head0 + tx % HEADS
-            exists: T.let = tx % HEADS < heads_left
-            if split and low > high and tx < HEADS and exists:
-                stats[t, row, head, 1] = T.float32(0)
-            take_query(own, q, t, head, exists, tx)
-            for _ in T.serial(once(split, low, high)):
-                own.top[0] = T.float32(LOWEST)
-                own.total[0] = T.float32(0)
-                if not split and exists:
-                    own.top[0] = T.max(sinks[head], T.float32(LOWEST))
+    def attending(keys_exist: bool) -> Any:
+        """The T.inline attend for by_token."""
+
+        @T.inline
+        def attend(cache, q, table, first_page, sequence, sinks, out, stats, t, row, hb, low, high):
+            """Head block hb of token t over the keys low … high, into `row` of out and stats."""
+            own = allocated()
+            kv_head: T.let = hb // per_kv_head
+            head0: T.let = kv_head * group + hb % per_kv_head * HEADS
+            heads_left: T.let = group - hb % per_kv_head * HEADS
+            page0: T.let = low // PAGE_TOKENS
+            page_end: T.let = high // PAGE_TOKENS + 1
+            for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                head: T.let = head0 + tx % HEADS
+                exists: T.let = tx % HEADS < heads_left
+                if split and low > high and tx < HEADS and exists:
+                    stats[t, row, head, 1] = T.float32(0)
+                if split or keys_exist:
+                    take_query(own, q, t, head, exists, tx)
+                if keys_exist or low <= high:
+                    if not (split or keys_exist):
+                        take_query(own, q, t, head, exists, tx)
+                    own.top[0] = T.float32(LOWEST)
+                    own.total[0] = T.float32(0)
+                    if not split and exists:
+                        own.top[0] = T.max(sinks[head], T.float32(LOWEST))
+                        if tx < HEADS:
+                            own.total[0] = exp_f32(sinks[head] - own.top[0])
+                    for i in T.unroll(32):
+                        own.acc[i] = T.float32(0)
+                    for chunk in T.serial(T.ceildiv(page_end - page0, tile.pages)):
+                        first: T.let = page0 + chunk * tile.pages
+                        seen = Seen(
+                            first * PAGE_TOKENS, T.min(page_end - first, tile.pages), low, high
+                        )
+                        score_keys(own, cache, kv_head, table, first_page, sequence, tx, seen)
+                        barrier()
+                        weigh(own, tx)
+                        barrier()
+                        sum_values(own, cache, kv_head, tx, seen)
+                    own.largest[tx] = own.total[0]
+                    barrier()
                     if tx < HEADS:
-                        own.total[0] = exp_f32(sinks[head] - own.top[0])
-                for i in T.unroll(32):
-                    own.acc[i] = T.float32(0)
-                for chunk in T.serial(T.ceildiv(page_end - page0, tile.pages)):
-                    first: T.let = page0 + chunk * tile.pages
-                    seen = Seen(first * PAGE_TOKENS, T.min(page_end - first, tile.pages), low, high)
-                    score_keys(own, cache, kv_head, table, first_page, sequence, tx, seen)
-                    weigh(own, tx)
-                    sum_values(own, cache, kv_head, tx, seen)
-                own.largest[tx] = own.total[0]
-                if tx < HEADS:
-                    own.running[0] = T.float32(0)
-                    for k in T.unroll(parts):
-                        own.running[0] = own.running[0] + own.largest[k * HEADS + tx]
-                    own.factor[tx] = own.running[0]
-                    if split and exists:
-                        stats[t, row, head, 0] = own.top[0]
-                        stats[t, row, head, 1] = own.running[0]
-                for r in T.unroll(rounds):
-                    add_rows(
-                        own, tx, T.ceildiv(rows, T.shift_left(1, r)),
-                        T.ceildiv(rows, T.shift_left(2, r)),
-                    )  # fmt: skip
-                if tx < across:
-                    put_result(own, out, t, row, head0, heads_left, tx)
+                        own.running[0] = T.float32(0)
+                        for k in T.unroll(parts):
+                            own.running[0] = own.running[0] + own.largest[k * HEADS + tx]
+                        own.factor[tx] = own.running[0]
+                        if split and exists:
+                            stats[t, row, head, 0] = own.top[0]
+                            stats[t, row, head, 1] = own.running[0]
+                    if rounds == 0:
+                        barrier()
+                    for r in T.unroll(rounds):
+                        add_rows(
+                            own, tx, T.ceildiv(rows, T.shift_left(1, r)),
+                            T.ceildiv(rows, T.shift_left(2, r)),
+                        )  # fmt: skip
+                        if r < rounds - 1:
+                            barrier()
+                    if tx < across:
+                        put_result(own, out, t, row, head0, heads_left, tx)
+
+        return attend
+
+    sizes = {"heads": heads, "kv_heads": kv_heads, "window": window}
+    attend = attending(keys_exist=not split)
+    units = None if split else MATRICES.get(features)
+    if units is None or not chunks_fit(units, head_dim=head_dim, kv_dtype=kv_dtype):
+        return over_blocks(attend, split, arguments, words, **sizes)
+    of_chunks = chunks(units, CHUNK, head_dim=head_dim, kv_dtype=kv_dtype, **sizes)
+    of_others = by_token(attending(keys_exist=False), split, words, **sizes, alone=True)
+
+    @T.inline
+    def many(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out):
+        of_chunks(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out)
+        if b > 1:
+            of_others(
+                n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out, None,
+                None,
+            )  # fmt: skip
 
     return over_blocks(
-        attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window
+        attend, split, arguments, words, **sizes, least=CHUNK.least, many=many, units=units
     )
 
 
 def schedules(*, split: bool) -> tuple[Schedule, ...]:
     """Of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION."""
-    return (Schedule("keys over threads", gpu(), partial(build, split), TILE, fits=fits),)
+    name = "keys over threads"
+    of_families = () if split else tuple(MATRICES)
+    return (
+        *(
+            Schedule(
+                f"{name}; chunks on matrix units, {' '.join(features)}",
+                gpu(*features),
+                partial(build, features, split),
+                TILE,
+                fits=fits,
+            )
+            for features in of_families
+        ),
+        Schedule(name, gpu(), partial(build, (), split), TILE, fits=fits),
+    )

@@ -36,6 +36,11 @@ def first_visible(position: Any, window: int) -> Any:
     return T.max(position - T.int32(window - 1), T.int32(0)) if window else T.int32(0)
 
 
+def is_hidden(key: Any, last: Any, window: int) -> Any:
+    """Whether a query that sees keys up to `last` does not see this one; window 0 means all."""
+    return T.Or(key > last, key <= last - window) if window else key > last
+
+
 def most_pages(window: int) -> int:
     """In which a query's keys may lie: they begin anywhere in a page."""
     return -(-(window - 1) // PAGE_TOKENS) + 1

@@ -27,8 +27,10 @@ class Matrices:
     fill(sums, i)                      = 0
     load_w(w, i, element, pitch)       from W [row][input], from `element` on
     load_x(x, i, element, pitch)       from X [token][input]
+    load_x_rows(x, i, element, pitch)  from X [input][token], of rows that W's pad is for
     multiply(sums, i, w, j, x, m)      sums += w · x
     store(sums, i, element, pitch)     to sums [token][row]
+    store_rows(sums, i, element, pitch)   to sums [row][token]
     warps: of a block of 64 rows and 64 tokens, along these
     there()                            for the host: whether the device has them; None where all do
     otherwise: taken where it does not; None where there are no others
@@ -46,8 +48,10 @@ class Matrices:
     fill: Callable[..., Any]
     load_w: Callable[..., Any]
     load_x: Callable[..., Any]
+    load_x_rows: Callable[..., Any]
     multiply: Callable[..., Any]
     store: Callable[..., Any]
+    store_rows: Callable[..., Any]
     warps: tuple[int, int] = (2, 2)
     there: Callable[[], Any] | None = None
     otherwise: Matrices | None = None
@@ -71,6 +75,15 @@ def _metal_load(transposed: bool) -> Callable[..., Any]:
     return load
 
 
+def _metal_store(transposed: bool) -> Callable[..., Any]:
+    def store(sums: Any, i: Any, element: Any, pitch: int) -> Any:
+        return T.metal.simdgroup_store(
+            sums.data, i, T.address_of(element), pitch, 8, 8, transposed
+        )
+
+    return store
+
+
 Shape = tuple[int, int, int]  # rows, columns, depth
 
 
@@ -79,6 +92,15 @@ def _cooperative_load(layout: str, shape: Shape) -> Callable[..., Any]:
         return T.tvm_load_matrix_sync(to.data, *shape, i, T.address_of(element), pitch, layout)
 
     return load
+
+
+def _cooperative_store(layout: str, shape: Shape) -> Callable[..., Any]:
+    def store(sums: Any, i: Any, element: Any, pitch: int) -> Any:
+        return T.tvm_store_matrix_sync(
+            sums.data, *shape, i, T.address_of(element), pitch, layout
+        )
+
+    return store
 
 
 def _cooperative(*shapes: tuple[Shape, int, tuple[int, int]]) -> Matrices:
@@ -104,12 +126,12 @@ def _cooperative(*shapes: tuple[Shape, int, tuple[int, int]]) -> Matrices:
         fill=fill,
         load_w=_cooperative_load("row_major", shape),
         load_x=_cooperative_load("col_major", shape),
+        load_x_rows=_cooperative_load("row_major", shape),
         multiply=lambda sums, i, w, j, x, m: T.tvm_mma_sync(
             sums.data, i, w.data, j, x.data, m, sums.data, i
         ),
-        store=lambda sums, i, element, pitch: T.tvm_store_matrix_sync(
-            sums.data, *shape, i, T.address_of(element), pitch, "col_major"
-        ),
+        store=_cooperative_store("col_major", shape),
+        store_rows=_cooperative_store("row_major", shape),
         warps=warps,
         there=lambda: T.call_packed("mxforge.vulkan.multiplies", product, lanes) == 1,
         otherwise=_cooperative(*others) if others else None,
@@ -144,12 +166,12 @@ MATRICES: dict[tuple[str, ...], Matrices] = {
         ),
         load_w=_metal_load(False),
         load_x=_metal_load(True),
+        load_x_rows=_metal_load(False),
         multiply=lambda sums, i, w, j, x, m: T.metal.simdgroup_multiply_accumulate(
             sums.data, i, w.data, j, x.data, m, sums.data, i
         ),
-        store=lambda sums, i, element, pitch: T.metal.simdgroup_store(
-            sums.data, i, T.address_of(element), pitch, 8, 8, True
-        ),
+        store=_metal_store(True),
+        store_rows=_metal_store(False),
     ),
     # Devices differ: NVIDIA's, and AMD's from RDNA3 on; Intel's from Battlemage and from Alchemist
     # on; lavapipe's on a CPU.
