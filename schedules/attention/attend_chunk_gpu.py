@@ -48,7 +48,7 @@ PIECE = OF_ROW * FOUR  # columns of a row, of which each of its threads has four
 EXACT = 1e-4  # formats with less tolerance have queries and weights in two parts
 NOT_SEEN = -(2.0**80)  # a score
 FAR = 1 << 30  # behind all positions
-MOST_HEAD = 64  # elements: more of them take more registers than there are
+HEAD_DIMS = (TURN, 2 * TURN)  # of which queries and sums have room in registers
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ CHUNK = ChunkTile()
 
 
 def chunks_fit(units: Matrices, *, head_dim: int, kv_dtype: str) -> bool:
-    """Whether fragments fill a head, and hold the cache's numbers: float16 not those of float32."""
+    """Whether there is room for a head, and float16 does for the cache: not for one in float32."""
     shapes = (units, *units.others())
-    whole = all(head_dim % size == 0 for one in shapes for size in (one.columns, one.depth, PIECE))
+    whole = head_dim in HEAD_DIMS
     exact = all(one.dtype == "float32" or kv_dtype != F32.name for one in shapes)
-    return whole and exact and head_dim <= MOST_HEAD
+    return whole and exact
 
 
 class State(NamedTuple):
@@ -85,8 +85,8 @@ class State(NamedTuple):
     tile: Any
     kept: Any  # of the units' type [parts, rows, pitch]: weights; once, the first TURN columns of q
     score: Any  # f32 [rows, pitch]: a turn's scores, then TURN columns of its sums
-    key_scale: Any  # f32 [TURN]
-    value_scale: Any  # f32 [TURN]
+    key_scale: Any  # f32 [TURN and more]
+    value_scale: Any  # f32 [TURN and more]
     exchange: Any  # f32 [threads]
     query: Any  # fragments of W [parts, of rows, of a head]
     w: Any  # fragments of W [of rows]
@@ -170,7 +170,7 @@ def _chunks(
     of_rows = rows // (row_warps * units.rows)
     of_columns = TURN // (column_warps * units.columns)
     of_turn, of_head = TURN // units.depth, head_dim // units.depth
-    panels = -(-head_dim // TURN)
+    panels = head_dim // TURN
     own_four = head_dim // PIECE  # of a row, in each of its threads
     # Shared memory.
     pitch = TURN + units.pads[0]
@@ -201,8 +201,8 @@ def _chunks(
             tile=shared(tile_size, units.dtype),
             kept=kept,
             score=shared(part_size) if halves else kept,
-            key_scale=shared(TURN if scaled else 1),
-            value_scale=shared(TURN if scaled else 1),
+            key_scale=shared(threads if scaled else 1),
+            value_scale=shared(threads if scaled else 1),
             exchange=shared(threads),
             query=local(parts * of_rows * of_head * size_w, units.dtype, units.scopes[0]),
             w=local(of_rows * size_w, units.dtype, units.scopes[0]),
@@ -298,9 +298,9 @@ def _chunks(
                     value, kv_head, physical(own, piece_page(value, piece)),
                     T.ramp(piece_word(value, piece), 1, WORDS),
                 ]  # fmt: skip
-        if scaled and tx < TURN:
+        if scaled:  # all threads, of which the first have what is used: TVM is slow with conditions
             own.raw_scale[0] = cache[
-                value, kv_head, physical(own, tx // PAGE_TOKENS),
+                value, kv_head, physical(own, tx // PAGE_TOKENS % PAGES),
                 words.scales + tx % PAGE_TOKENS // 2,
             ]  # fmt: skip
 
@@ -370,13 +370,13 @@ def _chunks(
                     own, i * WORDS, piece_place(value, piece), pitches[value],
                     first_half(tx),
                 )  # fmt: skip
-        if scaled and tx < TURN:
-            put_scale(own, own.value_scale if value == 1 else own.key_scale, key0 + tx, tx)
+        if scaled:
+            put_scale(own, own.value_scale if value == 1 else own.key_scale, key0 + tx % TURN, tx)
 
     @T.inline
     def put_query(own, to, panel, tx):
         """A part of TURN columns of acc; what is left of them stays there."""
-        for i in T.unroll(min(TURN // PIECE, own_four - panel * (TURN // PIECE))):
+        for i in T.unroll(TURN // PIECE):
             for e in T.unroll(FOUR):
                 at: T.let = (panel * (TURN // PIECE) + i) * FOUR + e
                 own.rounded[e] = T.Cast(units.dtype, own.acc[at])
@@ -388,7 +388,7 @@ def _chunks(
     @T.inline
     def load_query(own, source, panel, part, row0):
         for i in T.unroll(of_rows):
-            for d in T.unroll(min(of_turn, of_head - panel * of_turn)):
+            for d in T.unroll(of_turn):
                 units.load_w(
                     own.query, (part * of_rows + i) * of_head + panel * of_turn + d,
                     source[(row0 + i * units.rows) * pitch + d * units.depth], pitch,
@@ -538,16 +538,13 @@ def _chunks(
                     column: T.let = (
                         j // of_columns * TURN + column0 + j % of_columns * units.columns
                     )
-                    if column < head_dim:
-                        units.load_x_rows(
-                            own.x, 0,
-                            own.tile[k * units.depth * value_pitch + column],
-                            value_pitch,
-                        )  # fmt: skip
-                        for i in T.unroll(of_rows):
-                            units.multiply(
-                                own.sums, i * (panels * of_columns) + j, own.w, i, own.x, 0
-                            )
+                    units.load_x_rows(
+                        own.x, 0, own.tile[k * units.depth * value_pitch + column], value_pitch
+                    )
+                    for i in T.unroll(of_rows):
+                        units.multiply(
+                            own.sums, i * (panels * of_columns) + j, own.w, i, own.x, 0
+                        )
 
     @T.inline
     def add_sums(own, row0, column0, tx):
@@ -557,16 +554,15 @@ def _chunks(
             put_sums(own, panel * of_columns, panels * of_columns, row0, column0)
             barrier()
             for i in T.unroll(TURN // PIECE):
-                if panel * (TURN // PIECE) + i < own_four:
-                    own.four[T.ramp(0, 1, FOUR)] = own.score[
-                        T.ramp(tx // OF_ROW * pitch + own_column(i, tx), 1, FOUR)
-                    ]
-                    for e in T.unroll(FOUR):
-                        at: T.let = (panel * (TURN // PIECE) + i) * FOUR + e
-                        if scaled and halves:
-                            own.acc[at] = own.acc[at] + own.four[e] * own.undo[0]
-                        else:
-                            own.acc[at] = own.acc[at] + own.four[e]
+                own.four[T.ramp(0, 1, FOUR)] = own.score[
+                    T.ramp(tx // OF_ROW * pitch + own_column(i, tx), 1, FOUR)
+                ]
+                for e in T.unroll(FOUR):
+                    at: T.let = (panel * (TURN // PIECE) + i) * FOUR + e
+                    if scaled and halves:
+                        own.acc[at] = own.acc[at] + own.four[e] * own.undo[0]
+                    else:
+                        own.acc[at] = own.acc[at] + own.four[e]
 
     @T.inline
     def take_keys(
