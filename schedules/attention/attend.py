@@ -123,13 +123,6 @@ def is_alone(token: Any, n: Any, token_seq: Any) -> Any:
     return T.Not(T.Or(before, after))
 
 
-def is_alone(token: Any, n: Any, token_seq: Any) -> Any:
-    """Whether no other token is of its sequence: those of a sequence follow each other."""
-    before = T.And(token > 0, token_seq[T.max(token - 1, 0)] == token_seq[token])
-    after = T.And(token + 1 < n, token_seq[T.min(token + 1, n - 1)] == token_seq[token])
-    return T.Not(T.Or(before, after))
-
-
 def once(split: bool, low: Any, high: Any) -> Any:
     """Iterations of a loop that stands for `low <= high`: TVM puts no barriers in a condition."""
     return T.Select(low > high, 0, 1) if split else 1

@@ -21,8 +21,6 @@ Tokens of several sequences in one block are taken one sequence after the other,
 the only one of its sequence is left to another launch.
 """
 
-# ruff: noqa: B023 (T.inline functions are expanded where they are called, not closures)
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -81,9 +79,10 @@ def chunks_fit(units: Matrices, *, head_dim: int, kv_dtype: str) -> bool:
 class State(NamedTuple):
     """Of a block, in shared memory; then those that each thread has of its own."""
 
-    # Of the units' type: keys [D, pitch] or values [TURN, value pitch] of a turn; once, columns of q.
+    # Of the units' type: keys [D, pitch] or values [TURN, value pitch] of a turn; once, part of q.
     tile: Any
-    kept: Any  # of the units' type [parts, rows, pitch]: weights; once, the first TURN columns of q
+    # Of the units' type [parts, rows, pitch]: weights; once, the first TURN columns of q.
+    kept: Any
     score: Any  # f32 [rows, pitch]: a turn's scores, then TURN columns of its sums
     key_scale: Any  # f32 [TURN and more]
     value_scale: Any  # f32 [TURN and more]
@@ -125,7 +124,7 @@ def chunks(
     """The T.inline launch(n, b, p, pages, q, kv, positions, token_seq, page_table, first_page,
     sinks, out) of all tokens but those that are alone in their sequence, by the first of `units`
     and its others that the device has, which has one."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype,
         "window": window,
     }  # fmt: skip
@@ -253,9 +252,7 @@ def _chunks(
                 own.seen[1] = T.max(own.seen[1], position)
                 own.seen[2] = T.max(own.seen[2], first)
                 own.seen[3] = T.min(own.seen[3], position)
-                own.last[0] = T.Select(
-                    tx // (HEADS * OF_ROW) == i, position, own.last[0]
-                )
+                own.last[0] = T.Select(tx // (HEADS * OF_ROW) == i, position, own.last[0])
 
     @T.inline
     def find_pages(own, table, first_page, sequence, turn):
@@ -519,9 +516,7 @@ def _chunks(
                         "float32", own.rounded[e]
                     )
                 own.kept[
-                    T.ramp(
-                        part * part_size + tx // OF_ROW * pitch + own_column(i, tx), 1, FOUR
-                    )
+                    T.ramp(part * part_size + tx // OF_ROW * pitch + own_column(i, tx), 1, FOUR)
                 ] = own.rounded[T.ramp(0, 1, FOUR)]
 
     @T.inline
@@ -542,9 +537,7 @@ def _chunks(
                         own.x, 0, own.tile[k * units.depth * value_pitch + column], value_pitch
                     )
                     for i in T.unroll(of_rows):
-                        units.multiply(
-                            own.sums, i * (panels * of_columns) + j, own.w, i, own.x, 0
-                        )
+                        units.multiply(own.sums, i * (panels * of_columns) + j, own.w, i, own.x, 0)
 
     @T.inline
     def add_sums(own, row0, column0, tx):

@@ -106,7 +106,10 @@ def build(
     window: int = 0,
     tile: AttendTile,
 ) -> tvm.tirx.PrimFunc:
-    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION, for a target's features."""
+    """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION.
+
+    features: a key of MATRICES, or none
+    """
     words = Words(kv_dtype, head_dim)
     scaled = KV[kv_dtype].scaled
     group = heads // kv_heads
@@ -475,12 +478,12 @@ def build(
 
         return attend
 
-    sizes = {"heads": heads, "kv_heads": kv_heads, "window": window}
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "window": window}
     attend = attending(keys_exist=not split)
-    units = None if split else MATRICES.get(features)
-    if units is None or not chunks_fit(units, head_dim=head_dim, kv_dtype=kv_dtype):
+    matrices = None if split else MATRICES.get(features)
+    if matrices is None or not chunks_fit(matrices, head_dim=head_dim, kv_dtype=kv_dtype):
         return over_blocks(attend, split, arguments, words, **sizes)
-    of_chunks = chunks(units, CHUNK, head_dim=head_dim, kv_dtype=kv_dtype, **sizes)
+    of_chunks = chunks(matrices, CHUNK, head_dim=head_dim, kv_dtype=kv_dtype, **sizes)
     of_others = by_token(attending(keys_exist=False), split, words, **sizes, alone=True)
 
     @T.inline
@@ -493,7 +496,7 @@ def build(
             )  # fmt: skip
 
     return over_blocks(
-        attend, split, arguments, words, **sizes, least=CHUNK.least, many=many, units=units
+        attend, split, arguments, words, **sizes, least=CHUNK.least, many=many, units=matrices
     )
 
 

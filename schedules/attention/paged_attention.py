@@ -230,6 +230,13 @@ CASES = (
         for kv_dtype in ("float16", "bfloat16", "int8")
     ),
     attention_case(
+        "chunk, float32, head of 32, group of 2",
+        [(21, 90), (3, 4)],
+        heads=4,
+        head_dim=32,
+        window=20,
+    ),
+    attention_case(
         "chunk, group of 11", [(70, 138)], heads=11, kv_heads=1, head_dim=64, kv_dtype="float16"
     ),
     attention_case(

@@ -77,9 +77,7 @@ def _metal_load(transposed: bool) -> Callable[..., Any]:
 
 def _metal_store(transposed: bool) -> Callable[..., Any]:
     def store(sums: Any, i: Any, element: Any, pitch: int) -> Any:
-        return T.metal.simdgroup_store(
-            sums.data, i, T.address_of(element), pitch, 8, 8, transposed
-        )
+        return T.metal.simdgroup_store(sums.data, i, T.address_of(element), pitch, 8, 8, transposed)
 
     return store
 
@@ -96,9 +94,7 @@ def _cooperative_load(layout: str, shape: Shape) -> Callable[..., Any]:
 
 def _cooperative_store(layout: str, shape: Shape) -> Callable[..., Any]:
     def store(sums: Any, i: Any, element: Any, pitch: int) -> Any:
-        return T.tvm_store_matrix_sync(
-            sums.data, *shape, i, T.address_of(element), pitch, layout
-        )
+        return T.tvm_store_matrix_sync(sums.data, *shape, i, T.address_of(element), pitch, layout)
 
     return store
 

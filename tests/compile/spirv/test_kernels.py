@@ -20,8 +20,10 @@ RUNS = parameters(VULKAN)
 ((FEATURES, UNITS),) = ((each, units) for each, units in MATRICES.items() if "vulkan" in each)
 VARIANTS = (
     "bf16w_linear", "i8w_linear", "bf16w_norm_qkv_insert", "i8w_norm_qkv_insert",
-    "mxfp4w_moe_gate_up_swiglu", "mxfp4w_moe_down",
+    "mxfp4w_moe_gate_up_swiglu", "mxfp4w_moe_down", "f32_paged_attention",
 )  # fmt: skip
+
+OF_CHUNKS = {"heads": 8, "kv_heads": 1, "head_dim": 32, "window": 0, "kv_dtype": "float16"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,7 +58,7 @@ def test_agrees_with_reference(kernel, case, schedule):
 def test_all_variants_are_valid(name, monkeypatch):
     needs_tools()
     kernel = KERNELS[name]
-    static = kernel.cases[0].static
+    static = OF_CHUNKS if kernel is PAGED_ATTENTION else kernel.cases[0].static
     schedule = kernel.choose(VULKAN, **static)
     monkeypatch.setitem(MATRICES, FEATURES, UNITS)
     arguments = kernel.packed_signature(schedule, **static).arguments
