@@ -109,6 +109,7 @@ class State(NamedTuple):
     seen: Any  # i32 [4]: first and last key that any of them sees, first and last that all see
     page: Any  # i64 [PAGES]: physical
     turn: Any  # i32
+    answer: Any  # i32: to a question
 
 
 def chunks(
@@ -225,6 +226,7 @@ def _chunks(
             seen=local(4, "int32"),
             page=local(PAGES, "int64"),
             turn=local(1, "int32"),
+            answer=local(1, "int32"),
         )
 
     def own_column(i: Any, tx: Any) -> Any:
@@ -232,7 +234,13 @@ def _chunks(
         return i * PIECE + tx % OF_ROW * FOUR
 
     @T.inline
-    def find_run(own, token0, count, n, positions, token_seq, tx):
+    def ask(own, condition):
+        """answer = 1 where it is so, or else 0: TVM looks at each of a block's accesses for every
+        condition around it, which takes long if there is much in it."""
+        own.answer[0] = T.Select(condition, 1, 0)
+
+    @T.inline
+    def find_run(own, token0, count, n, heads_left, positions, token_seq, tx):
         """The tokens run[0] … run[1] - 1 of the tile are those from run[0] on that are of its
         sequence, and see `seen`."""
         sequence: T.let = token_seq[token0 + own.run[0]]
@@ -244,7 +252,8 @@ def _chunks(
         own.last[0] = -1
         for i in T.serial(tokens):
             t: T.let = T.min(token0 + i, n - 1)
-            if T.And(T.And(i == own.run[1], i < count), token_seq[t] == sequence):
+            ask(own, T.And(T.And(i == own.run[1], i < count), token_seq[t] == sequence))
+            if own.answer[0] > 0:
                 position: T.let = positions[t]
                 first: T.let = first_visible(position, window)
                 own.run[1] = i + 1
@@ -252,7 +261,10 @@ def _chunks(
                 own.seen[1] = T.max(own.seen[1], position)
                 own.seen[2] = T.max(own.seen[2], first)
                 own.seen[3] = T.min(own.seen[3], position)
-                own.last[0] = T.Select(tx // (HEADS * OF_ROW) == i, position, own.last[0])
+                own.last[0] = T.Select(
+                    T.And(tx // (HEADS * OF_ROW) == i, tx // OF_ROW % HEADS < heads_left),
+                    position, own.last[0],
+                )  # fmt: skip
 
     @T.inline
     def find_pages(own, table, first_page, sequence, turn):
@@ -464,7 +476,8 @@ def _chunks(
                 own.four[T.ramp(0, 1, FOUR)] = own.key_scale[T.ramp(own_column(i, tx), 1, FOUR)]
                 for e in T.unroll(FOUR):
                     own.weight[i * FOUR + e] = own.weight[i * FOUR + e] * own.four[e]
-        if T.Or(key0 < own.seen[2], key0 + TURN - 1 > own.seen[3]):
+        ask(own, T.Or(key0 < own.seen[2], key0 + TURN - 1 > own.seen[3]))
+        if own.answer[0] > 0:
             for i in T.unroll(TURN // PIECE):
                 for e in T.unroll(FOUR):
                     key: T.let = key0 + own_column(i, tx) + e
@@ -581,8 +594,10 @@ def _chunks(
             score_keys(own, row0, column0)
             barrier()  # the keys are no longer read
             take_scores(own, key0, tx)
-            if (not scaled) and T.Or(key0 < own.seen[0], key0 + TURN - 1 > own.seen[1]):
-                hide_values(own, key0, tx)
+            if not scaled:
+                ask(own, T.Or(key0 < own.seen[0], key0 + TURN - 1 > own.seen[1]))
+                if own.answer[0] > 0:
+                    hide_values(own, key0, tx)
             put(own, 1, key0, tx)
             barrier()
             weigh(own, tx)
@@ -594,11 +609,11 @@ def _chunks(
             own.turn[0] = own.turn[0] + 1
 
     @T.inline
-    def put_result(own, sinks, out, token0, head0, heads_left, tx):
+    def put_result(own, sinks, out, token0, head0, tx):
         own.exchange[tx] = own.total[0]
         barrier()
         row: T.let = tx // OF_ROW
-        if T.And(own.last[0] >= 0, row % HEADS < heads_left):
+        if own.last[0] >= 0:
             head: T.let = head0 + row % HEADS
             sink: T.let = T.max(sinks[head] * T.float32(LOG2_E), T.float32(LOWEST))
             own.running[0] = T.max(own.top[0], sink)
@@ -623,14 +638,15 @@ def _chunks(
         column0: T.let = warp % column_warps * (of_columns * units.columns)
         own.run[0] = 0
         while own.run[0] < count:
-            find_run(own, token0, count, n, positions, token_seq, tx)
+            find_run(own, token0, count, n, heads_left, positions, token_seq, tx)
             token: T.let = token0 + own.run[0]
-            if T.Or(own.run[1] - own.run[0] > 1, T.Not(is_alone(token, n, token_seq))):
+            ask(own, T.Or(own.run[1] - own.run[0] > 1, T.Not(is_alone(token, n, token_seq))))
+            if own.answer[0] > 0:
                 take_keys(
                     own, cache, kv_head, table, first_page, token_seq[token], q, token0, n, head0,
                     heads_left, row0, column0, tx,
                 )  # fmt: skip
-                put_result(own, sinks, out, token0, head0, heads_left, tx)
+                put_result(own, sinks, out, token0, head0, tx)
             own.run[0] = own.run[1]
 
     @T.inline

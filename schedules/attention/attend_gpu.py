@@ -83,6 +83,7 @@ class Arrays(NamedTuple):
     part: Any  # f32: scores of a head
     four: Any  # f32: of four heads
     running: Any  # f32
+    last: Any  # i32: key that is seen
 
 
 class Seen(NamedTuple):
@@ -172,6 +173,7 @@ def build(
             part=local(keys // parts),
             four=local(PLANE),
             running=local(1),
+            last=local(1, dtype="int32"),
         )
 
     @T.inline
@@ -425,17 +427,15 @@ def build(
             head0: T.let = kv_head * group + hb % per_kv_head * HEADS
             heads_left: T.let = group - hb % per_kv_head * HEADS
             page0: T.let = low // PAGE_TOKENS
-            page_end: T.let = high // PAGE_TOKENS + 1
             for tx in T.thread_binding(threads, thread="threadIdx.x"):
                 head: T.let = head0 + tx % HEADS
                 exists: T.let = tx % HEADS < heads_left
                 if split and low > high and tx < HEADS and exists:
                     stats[t, row, head, 1] = T.float32(0)
-                if split or keys_exist:
+                own.last[0] = high
+                if keys_exist or low <= own.last[0]:
+                    page_end: T.let = own.last[0] // PAGE_TOKENS + 1
                     take_query(own, q, t, head, exists, tx)
-                if keys_exist or low <= high:
-                    if not (split or keys_exist):
-                        take_query(own, q, t, head, exists, tx)
                     own.top[0] = T.float32(LOWEST)
                     own.total[0] = T.float32(0)
                     if not split and exists:
@@ -447,8 +447,9 @@ def build(
                     for chunk in T.serial(T.ceildiv(page_end - page0, tile.pages)):
                         first: T.let = page0 + chunk * tile.pages
                         seen = Seen(
-                            first * PAGE_TOKENS, T.min(page_end - first, tile.pages), low, high
-                        )
+                            first * PAGE_TOKENS, T.min(page_end - first, tile.pages), low,
+                            own.last[0],
+                        )  # fmt: skip
                         score_keys(own, cache, kv_head, table, first_page, sequence, tx, seen)
                         barrier()
                         weigh(own, tx)
