@@ -123,11 +123,6 @@ def is_alone(token: Any, n: Any, token_seq: Any) -> Any:
     return T.Not(T.Or(before, after))
 
 
-def once(split: bool, low: Any, high: Any) -> Any:
-    """Iterations of a loop that stands for `low <= high`: TVM puts no barriers in a condition."""
-    return T.Select(low > high, 0, 1) if split else 1
-
-
 def by_token(
     attend: Any,
     split: bool,
@@ -156,8 +151,8 @@ def by_token(
 
     @T.inline
     def launch(
-        n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out, partial,
-        stats,
+        n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
+        partial=None, stats=None,
     ):  # fmt: skip
         # Two dimensions or three, since some devices end each of them at 65,535 blocks.
         for token in T.thread_binding(n, thread="blockIdx.x"):
@@ -207,6 +202,46 @@ def by_token(
     return launch
 
 
+def by_chunk(
+    work: Any, words: Words, *, tokens: int, threads: int, heads: int, kv_heads: int
+) -> Any:
+    """The T.inline launch(n, b, p, pages, q, kv, positions, token_seq, page_table, first_page,
+    sinks, out), where a block is `tokens` tokens that follow each other and HEADS heads of a KV
+    head. Its threads:
+
+    work(tx, token0, hb, n, cache, q, positions, token_seq, page_table, first_page, sinks, out)
+        T.inline: of head block hb of the tokens from token0 on, of n in all
+    """
+    per_kv_head = -(-(heads // kv_heads) // HEADS)
+    width = heads * words.head_dim
+
+    @T.inline
+    def launch(n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out):
+        for group_of_tokens in T.thread_binding(T.ceildiv(n, tokens), thread="blockIdx.x"):
+            for head_block in T.thread_binding(kv_heads * per_kv_head, thread="blockIdx.y"):
+                for thread in T.thread_binding(threads, thread="threadIdx.x"):
+                    with T.sblock("chunk"):
+                        vt, hb, tx = T.axis.remap("SSS", [group_of_tokens, head_block, thread])
+                        T.reads(
+                            q[0:n, 0:width],
+                            kv[0:2, 0:kv_heads, 0:pages, 0 : kv.shape[3]],
+                            positions[0:n],
+                            token_seq[0:n],
+                            page_table[0:b, 0:p],
+                            first_page[0:b],
+                            sinks[0:heads],
+                        )
+                        T.writes(out[0:n, 0:width])
+                        # Those that see most keys begin first.
+                        work(
+                            tx, T.Cast("int32", (T.ceildiv(n, tokens) - 1 - vt) * tokens), hb,
+                            T.Cast("int32", n), words.view(kv, kv_heads, pages), q, positions,
+                            token_seq, page_table, first_page, sinks, out,
+                        )  # fmt: skip
+
+    return launch
+
+
 def over_blocks(
     attend: Any,
     split: bool,
@@ -217,14 +252,16 @@ def over_blocks(
     kv_heads: int,
     window: int,
     least: int = 0,
-    many: Any = None,
+    chunks: Any = None,
+    others: Any = None,
     units: Matrices | None = None,
 ) -> tvm.tirx.PrimFunc:
     """The code of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION.
 
     attend: what by_token launches
-    many(n, b, …, out), the body's arguments, is launched where there are `least` tokens beyond one
-    of each sequence, and one of `units` if there are any.
+    chunks(n, b, …, out), the body's arguments, is launched where there are `least` tokens beyond
+    one of each sequence, and one of `units` if there are any; others(n, b, …, out) besides, of
+    tokens that are alone in their sequence, where there may be some.
     """
     one_by_one = by_token(attend, split, words, heads=heads, kv_heads=kv_heads, window=window)
 
@@ -233,17 +270,20 @@ def over_blocks(
         n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks=None, out=None,
         partial=None, stats=None,
     ):  # fmt: skip
-        if many is None:
+        if chunks is None:
             one_by_one(
                 n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
                 partial, stats,
             )  # fmt: skip
         elif unless_there(units, n - b < least):
             one_by_one(
-                n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
-                None, None,
-            )  # fmt: skip
+                n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out
+            )
         else:
-            many(n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out)
+            chunks(n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out)
+            if b > 1:
+                others(
+                    n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out
+                )
 
     return prim_func(arguments, body)

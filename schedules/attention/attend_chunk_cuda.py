@@ -39,7 +39,7 @@ from ..formats.kv import KV
 from ..gpu.barriers import barrier
 from ..kernel import T, TileConfig
 from ..math import LOG2_E, LOWEST
-from .attend import HEADS, Words, is_alone
+from .attend import HEADS, Words, by_chunk, is_alone
 from .chunk_pages_cuda import BLOCKS, HEAD, PART, PART_PAGES, TILES, Pages
 from .pages import first_visible, is_hidden
 
@@ -108,8 +108,7 @@ def chunks(
     window: int,
     tile: ChunkTile,
 ) -> Any:
-    """The T.inline launch(n, b, p, pages, q, kv, positions, token_seq, page_table, first_page,
-    sinks, out) of all tokens but those that are alone in their sequence."""
+    """by_chunk's launch of all tokens but those that are alone in their sequence."""
     words = Words(kv_dtype, head_dim)
     pages = Pages(kv_dtype, PAGES, tile.warps * LANES)
     half = pages.float16
@@ -413,6 +412,7 @@ def chunks(
     @T.inline
     def work(tx, token0, hb, n, cache, q, positions, token_seq, table, first_page, sinks, out):
         own = allocated()
+        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", tile.of_sm // warps)
         T.attr(0, "pragma_unroll_explicit", False)  # nvcc unrolls: the text stays short
         warp: T.let = tx // LANES
         lane: T.let = tx % LANES
@@ -440,31 +440,4 @@ def chunks(
                 put_result(own, sinks, out, token0, head0, heads_left, warp, lane)
             own.run[0] = own.run[1]
 
-    @T.inline
-    def launch(
-        n, b, p, n_pages, q, kv, positions, token_seq, page_table, first_page, sinks, out
-    ):  # fmt: skip
-        for group_of_tokens in T.thread_binding(T.ceildiv(n, tokens), thread="blockIdx.x"):
-            for head_block in T.thread_binding(kv_heads * per_kv_head, thread="blockIdx.y"):
-                for thread in T.thread_binding(threads, thread="threadIdx.x"):
-                    with T.sblock("chunk"):
-                        vt, hb, tx = T.axis.remap("SSS", [group_of_tokens, head_block, thread])
-                        T.reads(
-                            q[0:n, 0 : heads * head_dim],
-                            kv[0:2, 0:kv_heads, 0:n_pages, 0 : kv.shape[3]],
-                            positions[0:n],
-                            token_seq[0:n],
-                            page_table[0:b, 0:p],
-                            first_page[0:b],
-                            sinks[0:heads],
-                        )
-                        T.writes(out[0:n, 0 : heads * head_dim])
-                        T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", tile.of_sm // warps)
-                        # Those that see most keys begin first.
-                        work(
-                            tx, T.Cast("int32", (T.ceildiv(n, tokens) - 1 - vt) * tokens), hb,
-                            T.Cast("int32", n), words.view(kv, kv_heads, n_pages), q, positions,
-                            token_seq, page_table, first_page, sinks, out,
-                        )  # fmt: skip
-
-    return launch
+    return by_chunk(work, words, tokens=tokens, threads=threads, heads=heads, kv_heads=kv_heads)

@@ -577,15 +577,9 @@ def build(
         head_dim=head_dim, kv_dtype=kv_dtype, window=window,
     )  # fmt: skip
 
-    @T.inline
-    def many(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out):
-        of_chunks(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out)
-        if b > 1:
-            of_others(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out)
-
     return over_blocks(
         attend, split, arguments, words, heads=heads, kv_heads=kv_heads, window=window,
-        least=CHUNK.least, many=many,
+        least=CHUNK.least, chunks=of_chunks, others=of_others,
     )  # fmt: skip
 
 

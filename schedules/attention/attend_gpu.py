@@ -487,18 +487,10 @@ def build(
     of_chunks = chunks(matrices, CHUNK, head_dim=head_dim, kv_dtype=kv_dtype, **sizes)
     of_others = by_token(attending(keys_exist=False), split, words, **sizes, alone=True)
 
-    @T.inline
-    def many(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out):
-        of_chunks(n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out)
-        if b > 1:
-            of_others(
-                n, b, p, pages, q, kv, positions, token_seq, table, first_page, sinks, out, None,
-                None,
-            )  # fmt: skip
-
     return over_blocks(
-        attend, split, arguments, words, **sizes, least=CHUNK.least, many=many, units=matrices
-    )
+        attend, split, arguments, words, **sizes, least=CHUNK.least, chunks=of_chunks,
+        others=of_others, units=matrices,
+    )  # fmt: skip
 
 
 def schedules(*, split: bool) -> tuple[Schedule, ...]:
