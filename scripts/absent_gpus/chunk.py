@@ -57,8 +57,9 @@ def cache_read(tokens: int, context: int, window: int, of_block: int) -> int:
 
 
 def tokens_of_block(functions: dict[str, Any], kv_heads: int) -> int:
-    """Tokens that share a read of the cache: by the blocks of the prompt's attention."""
-    blocks = max(
+    """Tokens that share a read of the cache: by the blocks of the prompt's attention, which is
+    launched before that of tokens that are alone."""
+    blocks = next(
         one["blocks"] for name, one in functions.items() if name.startswith("f32_paged_attention")
     )
     return -(-(TOKENS + SEQUENCES) // -(-blocks // kv_heads))

@@ -123,12 +123,13 @@ def test_cache_that_a_chunk_reads():
     assert chunk.cache_read(32, 0, 0, 1) == 16 * 1 + 16 * 2  # pages
     assert chunk.cache_read(32, 0, 0, 16) == 1 + 2
     assert chunk.cache_read(17, 100, 20, 16) == 3 + 2  # keys 81 … 115, and 97 … 116
-    functions = {
-        "f32_paged_attention_1": {"blocks": 8 * 129},
-        "f32_paged_attention_2": {"blocks": 32},
-        "f32_rope_table": {"blocks": 10_000},
-    }
-    assert chunk.tokens_of_block(functions, kv_heads=8) == 16
+    for blocks, of_those_alone, tokens in ((8 * 129, 32, 16), (8 * 257, 8 * 2051, 8)):
+        functions = {
+            "f32_rope_table": {"blocks": 10_000},
+            "f32_paged_attention_1": {"blocks": blocks},
+            "f32_paged_attention_2": {"blocks": of_those_alone},
+        }
+        assert chunk.tokens_of_block(functions, kv_heads=8) == tokens
 
 
 def test_gate_of_a_chunks_launches():
