@@ -183,6 +183,7 @@ def _cases(weight: DenseWeight) -> tuple[Case, ...]:
         of("two to five tokens, scales", [(15, 17), (30, 33)], 160, 4, 1, 64, "int8"),
         of("17 tokens, scales", [(0, 9), (40, 48)], 96, 2, 2, 64, "int8"),
         of("60 tokens, scales", [(0, 9), (40, 91)], 96, 1, 1, 32, "int8"),
+        of("130 tokens, scales", [(0, 90), (40, 80)], 96, 1, 1, 64, "int8"),
         of("one token, scales", [(7, 8)], 1312, 1, 1, 64, "int8"),
         of("three tokens, many heads", [(7, 8), (20, 22)], 96, 60, 3, 64),
         of("int8, one token", [(31, 32)], 160, 4, 2, 64, "int8"),

@@ -5,7 +5,8 @@ stores them, as the query or in the cache. Every block computes the norm for its
 all of x anyhow, and the factor 1/rms comes last.
 
 A cache with scales wants to know all of a head before it stores any. There a block has heads of 64
-whole, and a warp's threads one of them: 32 pairs.
+whole. With up to 127 tokens a warp's threads have one of them: 32 pairs. Products of more leave
+sums in the warps that made them, and these tell each other the largest.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from mxforge.kv_layout import PAGE_TOKENS
 
 from ..cuda.dense import MOST_TILES, STEP, Arithmetic, DenseTile, Tiling, dense
 from ..cuda.dense_many import scratch, variants
-from ..cuda.instructions import ALL_LANES, LANES, MMA_ROWS
-from ..formats import bf16
-from ..formats.kv import KV, scale_at, scale_bits, scale_byte
+from ..cuda.instructions import LANES
+from ..formats.kv import KV
 from ..kernel import Layout, Schedule, T, Tensor, gpu, prim_func
 from ..linear import bf16_cuda, i8_f32_cuda
+from .kv_insert_gpu import insertion, rotation
 from .pages import physical_page
 
 HEAD_DIMS = (16, 32, 64)  # the order of W's rows depends on it
@@ -75,60 +76,44 @@ def _build(
 ) -> tvm.tirx.PrimFunc:
     half = head_dim // 2
     rows = (heads + 2 * kv_heads) * head_dim
-    kv_format, tiling = KV[kv_dtype], Tiling(head_dim)
-    key, value = kv_format.key_at, partial(kv_format.value_at, head_dim)
-    whole = head_dim // MMA_ROWS if kv_format.scaled else 1
-    launch = dense(
-        arithmetic, tile, tiling, rows=rows, k=hidden, eps=eps, whole=whole, hopper=hopper
-    )
+    scaled, tiling = KV[kv_dtype].scaled, Tiling(head_dim)
+    rotate, insert = rotation(head_dim), insertion(kv_dtype, head_dim)
 
     @T.inline
-    def rotate(pair, cos_sin, token, i):
-        pair[2] = pair[0] * cos_sin[token, i] - pair[1] * cos_sin[token, half + i]
-        pair[3] = pair[1] * cos_sin[token, i] + pair[0] * cos_sin[token, half + i]
+    def complete(given, token, tile, p, pair):
+        row: T.let = tiling.row(tile, p, 0)
+        pair[0] = pair[0] + given[0][row]
+        pair[1] = pair[1] + given[0][row + half]
+        if row // head_dim < heads + kv_heads:
+            rotate(pair, given[1], token, row % head_dim)
 
     @T.inline
-    def store(tables, kv, token, part, head, at, i, first, second):
+    def store(tables, kv, token, part, head, i, pair):
         positions, token_seq, page_table, first_page = tables
-        slot: T.let = positions[token] % PAGE_TOKENS
         page: T.let = physical_page(
             page_table, first_page, token_seq[token], positions[token] // PAGE_TOKENS
         )
-        if kv_format.scaled:
-            # Of numbers without a sign, the larger has the larger bits.
-            peak: T.let = T.call_extern(
-                "uint32", "__reduce_max_sync", T.uint32(ALL_LANES),
-                T.max(
-                    T.reinterpret("uint32", T.fabs(first)), T.reinterpret("uint32", T.fabs(second))
-                ),
-            )  # fmt: skip
-            bits: T.let = scale_bits(T.reinterpret("float32", peak))
-            scale: T.let = bf16.widened(bits)
-            kv[part, head, page, at(i, slot)] = kv_format.store(first, scale)
-            kv[part, head, page, at(half + i, slot)] = kv_format.store(second, scale)
-            if i == 0:
-                for byte in T.unroll(2):
-                    kv[part, head, page, scale_at(head_dim, slot) + byte] = scale_byte(bits, byte)
-        else:
-            kv[part, head, page, at(i, slot)] = kv_format.store(first, None)
-            kv[part, head, page, at(half + i, slot)] = kv_format.store(second, None)
+        insert(pair, kv, page, positions[token] % PAGE_TOKENS, part, head, i)
 
     @T.inline
     def finish(given, token, tile, p, pair):
         row: T.let = tiling.row(tile, p, 0)
         head: T.let = row // head_dim
         i: T.let = row % head_dim
-        pair[0] = pair[0] + given[0][row]
-        pair[1] = pair[1] + given[0][row + half]
+        if not scaled:
+            complete(given, token, tile, p, pair)
         if head < heads:
-            rotate(pair, given[1], token, i)
-            given[4][token, row] = pair[2]
-            given[4][token, row + half] = pair[3]
+            given[4][token, row] = pair[0]
+            given[4][token, row + half] = pair[1]
         elif head < heads + kv_heads:
-            rotate(pair, given[1], token, i)
-            store(given[2], given[3], token, 0, head - heads, key, i, pair[2], pair[3])
+            store(given[2], given[3], token, 0, head - heads, i, pair)
         else:
-            store(given[2], given[3], token, 1, head - heads - kv_heads, value, i, pair[0], pair[1])
+            store(given[2], given[3], token, 1, head - heads - kv_heads, i, pair)
+
+    launch = dense(
+        arithmetic, tile, tiling, rows=rows, k=hidden, eps=eps,
+        complete=complete if scaled else None, hopper=hopper,
+    )  # fmt: skip
 
     @T.inline
     def body(

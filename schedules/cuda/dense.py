@@ -30,9 +30,10 @@ from .instructions import (
     MMA_COLUMNS,
     MMA_ROWS,
     load_floats,
+    magnitude,
     wait_for_launch_before,
 )
-from .product import ProductRows, ProductTile
+from .product import WHOLE, ProductRows, ProductTile
 
 STEP = 32  # inputs: what two mma of bfloat16 take, and a block of 8-bit weights
 PAIRS = MMA_ROWS // 2  # of rows in a tile: a lane, later a thread, has both rows of a pair
@@ -232,31 +233,31 @@ def _fullest(most: int, steps: int, in_flight: int) -> int:
 
 def dense(
     arithmetic: Arithmetic, tile: DenseTile, tiling: Tiling, *, rows: int, k: int,
-    eps: float | None = None, whole: int = 1, hopper: bool = False,
+    eps: float | None = None, complete: Callable[..., Any] | None = None, hopper: bool = False,
 ) -> Callable[..., Any]:  # fmt: skip
     """The T.inline launch(n, x, norm_weight, weights, finish, given, parts) of x·Wᵀ, x f32 [n, k].
 
     finish(given, token, tile, p, pair): what one thread does with pair f32 [4], of which the first
         two are a token's sums of the rows of pair p, and two are its own
     eps: where it is given, of rms_norm(x, norm_weight, eps) in place of x
-    whole: so many tiles side by side, of which all numbers are whole ones, are one block's; then a
-        warp's threads have one token of them, pairs tile by tile
+    complete(given, token, tile, p, pair): where `finish` needs the largest magnitude of WHOLE tiles
+        of a token, pair[2]: what has to be done to the sums before
     parts: what dense_many.scratch says
     hopper: for that architecture alone
     """
     tiles, steps = tiling.tiles(rows), k // STEP
-    blocks = blocks_of(tile, arithmetic.mmas, tiles, steps, whole)
-    few, some = (_launch(arithmetic, b, tiles, k, eps, whole) for b in blocks)
+    blocks = blocks_of(tile, arithmetic.mmas, tiles, steps, 1 if complete is None else WHOLE)
+    few, some = (_launch(arithmetic, b, tiles, k, eps, complete) for b in blocks)
     many = products(
         arithmetic.rows(k), tile.small, tile.hopper_large if hopper else tile.large, tile.enough,
-        tiles=tiles, k=k, eps=eps, hopper=hopper,
+        tiles=tiles, k=k, eps=eps, complete=complete, hopper=hopper,
     )  # fmt: skip
 
     @T.inline
     def launch(n, x, norm_weight, weights, finish, given, parts):
         if n <= blocks[0].tokens:
             few(n, x, norm_weight, weights, finish, given)
-        elif (whole > 1) or (n < tile.least):
+        elif n < tile.least:
             some(n, x, norm_weight, weights, finish, given)
         else:
             many(n, x, norm_weight, weights, finish, given, parts)
@@ -265,9 +266,13 @@ def dense(
 
 
 def _launch(
-    arithmetic: Arithmetic, b: Block, tiles: int, k: int, eps: float | None, whole: int
-) -> Callable[..., Any]:
-    """One launch of `dense`."""
+    arithmetic: Arithmetic, b: Block, tiles: int, k: int, eps: float | None,
+    complete: Callable[..., Any] | None,
+) -> Callable[..., Any]:  # fmt: skip
+    """One launch of `dense`. Where tiles are whole, a warp's threads have one token of them at the
+    end, pairs tile by tile."""
+    whole = complete is not None
+    assert not whole or WHOLE * PAIRS == LANES
     columns, sums = arithmetic.columns, 2 * arithmetic.sums
     mma_tokens = MMA_COLUMNS // columns
     mma_tiles = b.tokens // mma_tokens
@@ -283,13 +288,13 @@ def _launch(
 
     def sum_at(warp: Any, m: Any, second: Any, token: Any) -> Any:
         """Where a warp leaves a sum. Several whole tiles are read side by side: from all banks."""
-        if whole > 1:
+        if whole:
             token = (token + warp // b.warps * b.row_tiles + m) % b.tokens
         return sums_at + warp * partials + ((m * 2 + second) * b.tokens + token) * PAIRS
 
     def item_of(item: Any) -> tuple[Any, Any]:
         """Of a thread at the end: its token and tile."""
-        if whole > 1:
+        if whole:
             return item // PAIRS // all_tiles, item // PAIRS % all_tiles
         return item // PAIRS % b.tokens, item // PAIRS // b.tokens
 
@@ -523,6 +528,14 @@ def _launch(
             m: T.let = item_of(item)[1]
             if (token < count) and (vy * all_tiles + m < T.min(tiles, (vy + 1) * all_tiles)):
                 add_up(token, m, item % PAIRS)
+                if whole:
+                    complete(given, first + token, vy * all_tiles + m, item % PAIRS, pair)
+                    pair[2] = T.reinterpret(
+                        "float32",
+                        T.call_extern(
+                            "uint32", "__reduce_max_sync", T.uint32(ALL_LANES), magnitude(pair)
+                        ),
+                    )
                 finish(given, first + token, vy * all_tiles + m, item % PAIRS, pair)
 
     @T.inline

@@ -139,7 +139,7 @@ def _columns(k: int, eps: float | None, *, hopper: bool) -> Callable[..., Any]:
 
 def products(
     rows: ProductRows, small: ProductTile, large: ProductTile, enough: int, *, tiles: int, k: int,
-    eps: float | None, hopper: bool,
+    eps: float | None, complete: Callable[..., Any] | None, hopper: bool,
 ) -> Callable[..., Any]:  # fmt: skip
     """The T.inline launch(n, x, norm_weight, weights, finish, given, parts) as of dense.py, by
     `large` blocks where there are `enough`, of so many tiles of 16 rows of W."""
@@ -154,9 +154,13 @@ def products(
     def store(given, expert, number, tile_, g, sums):
         given[1](given[2], T.Cast("int64", number), tile_, g, sums)
 
+    @T.inline
+    def complete_sums(given, expert, number, tile_, g, sums):
+        complete(given[2], T.Cast("int64", number), tile_, g, sums)
+
     columns = ProductColumns(
         parts=PARTS, width=4, choose=choose, source=lambda given, number: number * PARTS,
-        store=store,
+        store=store, complete=complete and complete_sums,
     )  # fmt: skip
 
     def blocks(n: Any, tokens: int) -> Any:

@@ -42,6 +42,13 @@ mma_f16 = _mma("m16n8k16.row.col.f32.f16.f16.f32")
 mma_s8 = _mma("m16n8k32.row.col.s32.s8.s8.s32")
 
 
+def magnitude(pair: Any) -> Any:
+    """u32: the bits of the larger magnitude of pair[0] and [1], f32. Larger numbers have larger
+    bits, and NaN has the largest."""
+    first, second = (T.reinterpret("uint32", T.fabs(pair[i])) for i in range(2))
+    return T.max(first, second)
+
+
 _MMA_SCALED = (
     r"""
 __forceinline__ __device__ void mx_mma_scaled(

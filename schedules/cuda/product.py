@@ -17,7 +17,17 @@ from typing import Any
 
 from ..gpu.barriers import barrier
 from ..kernel import T, TileConfig
-from .instructions import LANES, MMA_COLUMNS, MMA_ROWS, mma_bf16, mma_scaled, shared_words
+from .instructions import (
+    LANES,
+    MMA_COLUMNS,
+    MMA_ROWS,
+    magnitude,
+    mma_bf16,
+    mma_scaled,
+    shared_words,
+    store_shared_words,
+)
+from .warps import shared_with
 
 STEP = 64  # inputs
 BLOCK = 32  # inputs that two mma take: half of a step
@@ -26,6 +36,8 @@ COLUMN = STEP // 2  # u32 of them
 TOGETHER = 4  # groups of columns that are left out together
 SCALED_STEP = 2 * STEP
 SCALE_WORDS = 4  # of a column and step
+WHOLE = 4  # tiles side by side: 64 rows
+WORDS = 4  # u32 in 16 bytes
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,8 @@ class ProductColumns:
     store(given, expert, number, tile, g, sums): sums f32 [4], the first two of a token and of the
         rows of a tile that are of the lanes 4g … 4g+3; two are scratch
     scaled: whether they are MXFP8
+    complete(given, expert, number, tile, g, sums): where store needs the largest magnitude of WHOLE
+        tiles, sums[2]: what has to be done to sums[0] and [1] before
     """
 
     parts: int
@@ -99,6 +113,7 @@ class ProductColumns:
     source: Callable[..., Any]
     store: Callable[..., Any]
     scaled: bool = False
+    complete: Callable[..., Any] | None = None
 
 
 def product(
@@ -113,7 +128,6 @@ def product(
     warps, tiles, groups, stages = tile.warps, tile.tiles, tile.groups, tile.stages
     parts = columns.parts
     tokens = tile.columns // parts  # of a block
-    own = 2 // parts  # tokens of a group whose sums a lane has
     scaled = columns.scaled
     all_steps = -(-k // (SCALED_STEP if scaled else STEP))
     all_pieces = all_steps * PIECES if scaled else k // 8
@@ -128,6 +142,7 @@ def product(
     assert groups % TOGETHER == 0
     assert rows.ahead % loads == 0
     assert tile.columns <= threads
+    store_sums = ending(columns, tile, all_tiles=all_tiles, words=WORDS)
 
     def place(column: Any, piece: Any) -> Any:
         """Where 16 bytes of a column are. Lanes of neighbouring columns read the same piece: they
@@ -271,18 +286,7 @@ def product(
                             load(step * loads + load_ + rows.ahead, slot)
                     for j in T.unroll(2):
                         stage[j] = T.Select(stage[j] == stages - 1, 0, stage[j] + 1)
-        for g in T.unroll(groups):
-            for j in T.unroll(own):
-                token: T.let = g * (MMA_COLUMNS // parts) + lane % 4 * own + j
-                if token < span[2]:
-                    for m in T.unroll(tiles):
-                        if first + m < all_tiles:
-                            for r in T.unroll(2):
-                                at = T.meta_var(4 * (m * groups + g) + 2 * r + j)
-                                part[r] = acc[at] if own == 2 else acc[at] + acc[at + 1]
-                            columns.store(
-                                given, span[0], span[1] + token, first + m, lane // 4, part
-                            )
+        store_sums(given, span, first, 0, warp, lane, acc, part, xs, stage[0] * stage_words)
 
     @T.inline
     def launch(n, _number, x, weights, given):
@@ -294,3 +298,99 @@ def product(
                         work(vx, T.Cast("int32", vy), tx, x, weights, given)
 
     return launch
+
+
+def ending(
+    columns: ProductColumns, tile: ProductTile, *, all_tiles: int, words: int
+) -> Callable[..., Any]:
+    """The T.inline store_sums(given, span, first, before, warp, lane, acc, part, xs, at): a warp's
+    sums, of tiles from `first` on.
+
+    before: tokens of the block that are nobody's, ahead of its own
+    part: f32 [4], scratch
+    xs: shared memory, which nobody reads from `at` on; so many of its elements are 16 bytes
+    """
+    tiles, groups, parts = tile.tiles, tile.groups, columns.parts
+    own = 2 // parts  # tokens of a group whose sums a lane has
+    sharing = WHOLE // tiles  # warps that have 64 rows
+    whole = columns.complete is not None
+    assert not whole or (own == 1 and sharing * tiles == WHOLE and tile.warps % sharing == 0)
+
+    def peaks_at(warp: Any, four: Any, lane: Any) -> Any:
+        """Where those of a warp's tiles and a lane's tokens of four groups are."""
+        return ((warp * (groups // TOGETHER) + four) * 4 + lane % 4) * words
+
+    @T.inline
+    def store_sums(given, span, first, before, warp, lane, acc, part, xs, at):
+        @T.inline
+        def for_each_tile(g, j, use):
+            token: T.let = g * (MMA_COLUMNS // parts) + lane % 4 * own + j - before
+            if T.And(token >= 0, token < span[2]):
+                for m in T.unroll(tiles):
+                    if first + m < all_tiles:
+                        use(4 * (m * groups + g) + j, span[1] + token, first + m, g)
+
+        @T.inline
+        def add_parts(sum_):
+            for r in T.unroll(2):
+                part[r] = (
+                    acc[sum_ + 2 * r] if own == 2 else acc[sum_ + 2 * r] + acc[sum_ + 2 * r + 1]
+                )
+
+        @T.inline
+        def store(sum_, token, number, g):
+            add_parts(sum_)
+            columns.store(given, span[0], token, number, lane // 4, part)
+
+        @T.inline
+        def store_whole():
+            peak = T.sblock_alloc_buffer((TOGETHER,), "uint32", scope="local")
+            other = T.sblock_alloc_buffer((TOGETHER,), "uint32", scope="local")
+
+            @T.inline
+            def complete(sum_, token, number, g):
+                add_parts(sum_)
+                columns.complete(given, span[0], token, number, lane // 4, part)
+                for r in T.unroll(2):
+                    acc[sum_ + 2 * r] = part[r]
+                peak[g % TOGETHER] = T.max(peak[g % TOGETHER], magnitude(part))
+
+            @T.inline
+            def store_completed(sum_, token, number, g):
+                for r in T.unroll(2):
+                    part[r] = acc[sum_ + 2 * r]
+                part[2] = T.reinterpret("float32", peak[g % TOGETHER])
+                columns.store(given, span[0], token, number, lane // 4, part)
+
+            for four in T.unroll(groups // TOGETHER):
+                for i in T.unroll(TOGETHER):
+                    peak[i] = T.uint32(0)
+                    for_each_tile(four * TOGETHER + i, 0, complete)
+                    for distance in T.unroll(3):
+                        peak[i] = T.max(peak[i], shared_with(peak[i], T.shift_left(4, distance)))
+                if lane < 4:
+                    store_shared_words(
+                        [peak[0], peak[1], peak[2], peak[3]], xs[at + peaks_at(warp, four, lane)]
+                    )
+            barrier()
+            for four in T.unroll(groups // TOGETHER):
+                for i in T.unroll(TOGETHER):
+                    peak[i] = T.uint32(0)
+                for w in T.unroll(sharing):
+                    shared_words(
+                        [other[0], other[1], other[2], other[3]],
+                        xs[at + peaks_at(warp // sharing * sharing + w, four, lane)],
+                    )
+                    for i in T.unroll(TOGETHER):
+                        peak[i] = T.max(peak[i], other[i])
+                for i in T.unroll(TOGETHER):
+                    for_each_tile(four * TOGETHER + i, 0, store_completed)
+
+        if whole:
+            store_whole()
+        else:
+            for g in T.unroll(groups):
+                for j in T.unroll(own):
+                    for_each_tile(g, j, store)
+
+    return store_sums

@@ -21,8 +21,8 @@ from typing import Any
 
 from ..gpu.barriers import barrier
 from ..kernel import Size, T, Tensor
-from .instructions import LANES, MMA_COLUMNS
-from .product import BLOCK, COLUMN, PIECES, STEP, ProductColumns, ProductRows, ProductTile
+from .instructions import LANES
+from .product import BLOCK, COLUMN, PIECES, STEP, ProductColumns, ProductRows, ProductTile, ending
 from .wgmma import (
     COLUMN_BYTES,
     TOGETHER,
@@ -79,7 +79,6 @@ def product(
     warps, tiles, groups, stages = tile.warps, tile.tiles, tile.groups, tile.stages
     parts = columns.parts
     tokens = tile.columns // parts  # of a block
-    own = 2 // parts  # tokens of a group whose sums a lane has
     sums = 4 * groups  # of a lane and tile
     all_steps = -(-k // STEP)
     threads = LANES * warps
@@ -90,6 +89,7 @@ def product(
     assert warps % WARPGROUP == 0
     assert rows.ahead % loads == 0
     assert rows.sums is None
+    store_sums = ending(columns, tile, all_tiles=all_tiles, words=16 // WORD)
 
     @T.inline
     def work(bx, by, tx, number, x, weights, given):
@@ -206,18 +206,10 @@ def product(
                     stage[0] = T.Select(stage[0] == stages - 1, 0, stage[0] + 1)
                     stage[2] = stage[2] + T.Select(stage[0] == 0, 1, 0)
         wait_groups(0)
-        for g in T.unroll(groups):
-            for j in T.unroll(own):
-                token: T.let = g * (MMA_COLUMNS // parts) + lane % 4 * own + j - others // parts
-                if T.And(token >= 0, token < span[2]):
-                    for m in T.unroll(tiles):
-                        if first + m < all_tiles:
-                            for r in T.unroll(2):
-                                at = T.meta_var(m * sums + 4 * g + 2 * r + j)
-                                part[r] = acc[at] if own == 2 else acc[at] + acc[at + 1]
-                            columns.store(
-                                given, span[0], span[1] + token, first + m, lane // 4, part
-                            )
+        store_sums(
+            given, span, first, others // parts, warp, lane, acc, part, xs,
+            stage[0] * stage_words,
+        )  # fmt: skip
 
     @T.inline
     def launch(n, number, x, weights, given):
