@@ -9,7 +9,9 @@ import pytest
 from checkpoints.random_checkpoint import write_checkpoint
 from checkpoints.shapes import Shape
 from nano.evaluation import divergence
+from support.simt.kernels import TARGETS
 from support.simt.model import SimtModel
+from support.targets import BLACKWELL
 
 from mxforge import Engine, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
@@ -120,6 +122,28 @@ def test_fast_says_nearly_what_exact_says(simt, nano, tmp_path):
     fast = model.forward(tokens, range(len(tokens)), [0] * len(tokens), rows)
     assert len(rows) >= 12
     assert divergence(exact[list(rows)], fast).mean() <= NATS
+
+
+@pytest.mark.slow
+def test_layers_with_mxfp8_on_blackwell(simt, checkpoint, monkeypatch):
+    """Many tokens and few have the same numbers, and err as docs/numerics.md has it."""
+    monkeypatch.setitem(TARGETS, "cuda", BLACKWELL)
+    opened = HFCheckpoint(checkpoint)
+    precision = Precision("float16", "mxfp8", "i8xf32")
+    model = SimtModel(simt, "cuda", opened, opened.config, precision, sequences=1, pages=13)
+    reference = ReferenceModel(opened)
+    tokens = np.random.default_rng(7).integers(1, SHAPE["vocab_size"], 200)
+    x = reference.embed(tokens)
+    truth = reference.layer(0, x)
+    few = 3
+    layers = [model.layer(opened.config.kinds[0], x[:count]) for count in (len(x), few)]
+    assert any(name.endswith("scaled") for name in model.called)
+    (*_, ids, _, y), (*_, few_ids, _, few_y) = layers
+    same = (np.sort(ids) == np.sort(truth.expert_ids)).all(axis=1)
+    assert same.mean() >= 0.95
+    assert FAST < error(y[same], truth.output[same]) <= 5 * FAST
+    assert (ids[:few] == few_ids).all()
+    assert error(few_y, y[:few]) <= FAST / 5
 
 
 @pytest.mark.slow
