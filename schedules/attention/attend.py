@@ -131,28 +131,28 @@ def by_token(
     heads: int,
     kv_heads: int,
     window: int,
-    alone: bool = False,
 ) -> Any:
-    """The T.inline launch(n, b, …, out, partial, stats), where a block is a token, HEADS heads of a
-    KV head and, of split keys, a split. Its threads:
+    """The T.inline launch(n, b, …, out, partial, stats, alone), where a block is a token, HEADS
+    heads of a KV head and, of split keys, a split. Its threads:
 
     attend(cache, q, page_table, first_page, sequence, sinks, out, stats, t, row, hb, low, high)
         T.inline: of head block hb of token t, the keys low … high, into `row` of out and stats;
         of split keys sinks are None, else stats and the row. There may be no keys in a split.
 
-    alone: there are none either for a token that is not the only one of its sequence
+    alone: where it is given and is not 0, there are no keys either for a token that is not the only
+        one of its sequence
     """
     per_kv_head = -(-(heads // kv_heads) // HEADS)
 
-    def last_visible(t: Any, n: Any, positions: Any, token_seq: Any) -> Any:
-        if not alone:
+    def last_visible(t: Any, n: Any, positions: Any, token_seq: Any, alone: Any) -> Any:
+        if alone is None:
             return positions[t]
-        return T.Select(is_alone(t, n, token_seq), positions[t], T.int32(-1))
+        return T.Select(T.Or(alone == 0, is_alone(t, n, token_seq)), positions[t], T.int32(-1))
 
     @T.inline
     def launch(
         n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
-        partial=None, stats=None,
+        partial=None, stats=None, alone=None,
     ):  # fmt: skip
         # Two dimensions or three, since some devices end each of them at 65,535 blocks.
         for token in T.thread_binding(n, thread="blockIdx.x"):
@@ -196,7 +196,7 @@ def by_token(
                             words.view(kv, kv_heads, pages), q, page_table, first_page,
                             token_seq[t], sinks, out, None, t, 0, hb,
                             first_visible(positions[t], window),
-                            last_visible(t, n, positions, token_seq),
+                            last_visible(t, n, positions, token_seq, alone),
                         )  # fmt: skip
 
     return launch
@@ -260,8 +260,8 @@ def over_blocks(
 
     attend: what by_token launches
     chunks(n, b, …, out), the body's arguments, is launched where there are `least` tokens beyond
-    one of each sequence, and one of `units` if there are any; others(n, b, …, out) besides, of
-    tokens that are alone in their sequence, where there may be some.
+    one of each sequence, and one of `units` if there are any. Tokens that are alone in their
+    sequence are left to others(n, b, …, out) or, where it is None, to `attend`.
     """
     one_by_one = by_token(attend, split, words, heads=heads, kv_heads=kv_heads, window=window)
 
@@ -275,6 +275,18 @@ def over_blocks(
                 n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
                 partial, stats,
             )  # fmt: skip
+        elif others is None:
+            many: T.let = T.Select(unless_there(units, n - b < least), 0, 1)
+            # A loop: TVM looks at conditions around an access again for each access.
+            for _ in T.serial(many):
+                chunks(
+                    n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out
+                )
+            if T.Or(many == 0, b > 1):
+                one_by_one(
+                    n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out,
+                    alone=many,
+                )  # fmt: skip
         elif unless_there(units, n - b < least):
             one_by_one(
                 n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out

@@ -29,7 +29,7 @@ from ..gpu.barriers import barrier
 from ..gpu.matrices import MATRICES
 from ..kernel import Schedule, T, Tensor, TileConfig, gpu
 from ..math import LOWEST, exp_f32
-from .attend import HEADS, WORDS, Words, by_token, over_blocks, upper
+from .attend import HEADS, WORDS, Words, over_blocks, upper
 from .attend_chunk_gpu import CHUNK, chunks, chunks_fit
 from .pages import physical_page
 
@@ -480,16 +480,13 @@ def build(
         return attend
 
     sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "window": window}
-    attend = attending(keys_exist=not split)
     matrices = None if split else MATRICES.get(features)
     if matrices is None or not chunks_fit(matrices, head_dim=head_dim, kv_dtype=kv_dtype):
-        return over_blocks(attend, split, arguments, words, **sizes)
+        return over_blocks(attending(not split), split, arguments, words, **sizes)
     of_chunks = chunks(matrices, CHUNK, head_dim=head_dim, kv_dtype=kv_dtype, **sizes)
-    of_others = by_token(attending(keys_exist=False), split, words, **sizes, alone=True)
-
     return over_blocks(
-        attend, split, arguments, words, **sizes, least=CHUNK.least, chunks=of_chunks,
-        others=of_others, units=matrices,
+        attending(False), split, arguments, words, **sizes, least=CHUNK.least, chunks=of_chunks,
+        units=matrices,
     )  # fmt: skip
 
 
