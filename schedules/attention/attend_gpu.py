@@ -493,7 +493,7 @@ def build(
 def schedules(*, split: bool) -> tuple[Schedule, ...]:
     """Of PAGED_ATTENTION or, of split keys, of SPLIT_ATTENTION."""
     name = "keys over threads"
-    of_families = () if split else tuple(MATRICES)
+    of_families = () if split else [of for of, units in MATRICES.items() if units.store_rows]
     return (
         *(
             Schedule(

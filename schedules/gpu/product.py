@@ -167,9 +167,20 @@ def product(
     assert threads % rows.chunks == 0
     assert not halves or all_chunks + all_quads <= sums_size  # what finds the powers
 
+    def place(i: Any) -> Any:
+        """The row or token that is number i to those who fill tiles. Of float16 rows are 80 bytes
+        apart and four inputs are 8 bytes: neighbours would want the same banks."""
+        return i // 8 * 8 + i % 2 * 4 + i % 8 // 2 if halves else i
+
     def tile_row(turn: Any, row: Any) -> Any:
         """That of a row of a turn."""
         return row // warp_rows * (of_w * units.rows) + turn * warp_rows + row % warp_rows
+
+    def by_turn(row: Any) -> Any:
+        """The number of a tile's row among those of all turns, one turn after the other."""
+        of_warp = of_w * units.rows
+        before = row % of_warp // warp_rows * (2 * pairs) + row // of_warp * warp_rows
+        return before + row % warp_rows
 
     def own_or(own: bool, room: Any, size: int, dtype: str = "float32") -> Any:
         """Shared memory of its own, or `room`."""
@@ -177,14 +188,16 @@ def product(
 
     def row_of(bx: Any, chunk: Any) -> Any:
         """The row of one of a block's chunks. Behind the last chunk are the first again."""
-        at = chunk // rows.chunks % tile.rows
+        at = place(chunk // rows.chunks % tile.rows)
         return T.min(rows.row(bx * (tile.rows // 2) + at // 2, at % 2), all_rows - 1)
 
     @T.inline
     def work(bx, by, tx, x, gain, weights, given):
         room = T.sblock_alloc_buffer((room_size,), "float32", scope="shared")
         # One array may be all of these; the last of their names is its own.
-        undo = own_or(halves, room, tile.rows + tokens)  # powers of two, of rows and tokens
+        undo = own_or(
+            halves, room, tile.rows + tokens
+        )  # powers of two, of rows by turns and tokens
         peaks = own_or(grouped, room, tokens * pairs)  # largest magnitudes of pairs
         tiles = own_or(halves, room, tiles_size, units.dtype)
         words = T.sblock_alloc_buffer((own_chunks * WORDS,), "uint32", scope="local")
@@ -239,13 +252,13 @@ def product(
                 for e in T.unroll(QUAD):
                     rounded[e] = T.Cast(units.dtype, rest[e])
                     rest[e] = rest[e] - T.Cast("float32", rounded[e])
-                tiles[T.ramp(at + part * size, 1, QUAD)] = rounded[T.ramp(0, 1, QUAD)]
+                units.put(tiles, at + part * size, rounded)
 
         @T.inline
         def put(number, s):
             """Both to shared memory."""
             for i in T.unroll(own_chunks):
-                at: T.let = (i * threads + tx) // rows.chunks * w_pitch
+                at: T.let = place((i * threads + tx) // rows.chunks) * w_pitch
 
                 @T.inline
                 def keep(input, values, first):
@@ -258,7 +271,8 @@ def product(
                     chunk: T.let = number * rows.chunks + tx % rows.chunks
                     rows.put(words, scale, i, s, row_of(bx, i * threads + tx), chunk, keep)
             for i in T.unroll(own_quads):
-                at: T.let = x_at + (i * threads + tx) // QUADS * x_pitch + tx % QUADS * QUAD
+                token: T.let = place((i * threads + tx) // QUADS)
+                at: T.let = x_at + token * x_pitch + tx % QUADS * QUAD
                 if normed:
                     for e in T.unroll(QUAD):
                         square[i] = square[i] + four[i * QUAD + e] * four[i * QUAD + e]
@@ -338,7 +352,7 @@ def product(
                 power_of_two(power[i], pair)
                 power[i] = pair[0]
                 if tx % rows.chunks == 0 and (whole_chunks or i * threads + tx < all_chunks):
-                    undo[at] = pair[1]
+                    undo[by_turn(place(at))] = pair[1]
             for i in T.unroll(own_quads):
                 at: T.let = (i * threads + tx) // QUADS % tokens
                 power[own_chunks + i] = T.float32(0)
@@ -349,7 +363,7 @@ def product(
                 power_of_two(power[own_chunks + i], pair)
                 power[own_chunks + i] = pair[0]
                 if tx % QUADS == 0 and (whole_quads or i * threads + tx < all_quads):
-                    undo[tile.rows + at] = pair[1]
+                    undo[tile.rows + place(at)] = pair[1]
 
         @T.inline
         def take(turn, item, use):
@@ -361,7 +375,8 @@ def product(
                 pair[T.ramp(0, 1, 2)] = room[T.ramp(token * sums_pitch + row, 1, 2)]
                 if halves:
                     for r in T.unroll(2):
-                        pair[r] = pair[r] * undo[tile_row(turn, row) + r] * undo[tile.rows + token]
+                        of_row: T.let = undo[turn * (2 * pairs) + row + r]
+                        pair[r] = pair[r] * of_row * undo[tile.rows + token]
                 if normed:
                     square[0] = T.float32(0)
                     for q in T.unroll(QUADS):
@@ -391,7 +406,7 @@ def product(
         columns.choose(given, by, tokens, span)
         if span[0] >= 0:  # of all threads of the block
             for i in T.unroll(own_quads):
-                token: T.let = T.min((i * threads + tx) // QUADS, span[2] - 1)
+                token: T.let = T.min(place((i * threads + tx) // QUADS), span[2] - 1)
                 source[i] = columns.source(given, span[1] + token)
                 square[i] = T.float32(0)
             if halves:
@@ -416,7 +431,8 @@ def product(
             if normed:
                 for i in T.unroll(own_quads):
                     if whole_quads or i * threads + tx < all_quads:
-                        room[squares_at + i * threads + tx] = square[i]
+                        token: T.let = place((i * threads + tx) // QUADS)
+                        room[squares_at + token * QUADS + tx % QUADS] = square[i]
             for turn in T.unroll(turns):
                 if token0 < span[2]:
                     for i in T.unroll(of_w // turns):

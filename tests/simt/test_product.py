@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import ml_dtypes
@@ -15,10 +14,8 @@ from mxforge.schedules.kernel import Size, T, Tensor, f32, prim_func, scheduled
 from mxforge.schedules.linear.bf16_gpu import CHUNK, CHUNKS
 from mxforge.schedules.linear.rows_gpu import dense_products
 
-METAL = MATRICES["metal",]
-# As units have it that take float16: Apple's do, too.
-HALVES = replace(METAL, dtype="float16", parts=2)
-UNITS = {"float32": METAL, "float16": HALVES}
+UNITS = {"float32": MATRICES["metal",], "float16": MATRICES["cuda",]}
+MULTIPLY = {"metal": "simdgroup_multiply_accumulate", "cuda": "mma.sync"}
 TILES = ManyTiles(least=1, wide=40)
 ROWS, K = 72, 96
 
@@ -44,7 +41,7 @@ def program_of(simt, name: str, eps: float | None):
     arguments = (
         f32("x", n, K), f32("gain", K), Tensor("weight", (ROWS, K), "bfloat16"), f32("y", n, ROWS),
     )  # fmt: skip
-    return simt.compile(scheduled(prim_func(arguments, body), "product", "test"), "metal")
+    return simt.compile(scheduled(prim_func(arguments, body), "product", "test"), units.family)
 
 
 def operands(n: int):
@@ -95,8 +92,9 @@ def test_as_many_products_of_fragments_as_on_paper(simt, name, n, tile: ProductT
     busy = row_warps * -(-n // (tile.tokens // token_warps))  # warps that have tokens
     depths = -(-ROWS // tile.rows) * busy * K // units.depth
     products = depths * of_w * of_x * units.parts
-    assert simt.operations("simdgroup_multiply_accumulate") == products
-    assert simt.operations("simdgroup_load") == depths * (of_w + of_x * units.parts)
+    assert simt.operations(MULTIPLY[units.family]) == products
+    if units.family == "metal":
+        assert simt.operations("simdgroup_load") == depths * (of_w + of_x * units.parts)
     for what in ("shared read", "shared write"):
         cost = simt.costs()[what]
-        assert cost.passes <= (1.05 if units is METAL else 2) * cost.ideal
+        assert cost.passes <= 1.05 * cost.ideal
