@@ -30,14 +30,19 @@ SPREAD = {
     "instructions_a_weight": 0.05, "wide_loads_ahead": 0.3, "matrix_share": 0.02,
     "slots_a_cycle": 0.02,
 }  # fmt: skip
-_SPILL = "8 or 16 bytes of a thread wait in local memory, outside the steps over the weights"
+_SPILL = "8 to 32 bytes of a thread wait in local memory, outside the steps over the weights"
 _SPILLING = {
     "mxfp4w_moe_gate_up_swiglu": ("sm_120a",),
     "mxfp4w_moe_gate_up_swiglu_1": ("sm_80", "sm_89", "sm_90a", "sm_100a"),  # many tokens
     "mxfp4w_moe_down": ("sm_120a",),
     "mxfp4w_moe_down_2": ("sm_80", "sm_89", "sm_90a"),  # many tokens
+    "mxfp4w_bf16_moe_gate_up_swiglu": ("sm_120a",),
+    "mxfp4w_bf16_moe_gate_up_swiglu_1": ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"),
 }
 EXCEPTIONS = {(arch, kernel): _SPILL for kernel, archs in _SPILLING.items() for arch in archs}
+EXCEPTIONS["sm_90a", "mxfp4w_bf16_moe_gate_up_swiglu_1"] = (
+    "32 bytes of a thread wait in local memory, 4 of which are read in one of eight steps"
+)
 
 
 @dataclass(frozen=True)
