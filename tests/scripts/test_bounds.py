@@ -55,8 +55,8 @@ def test_tracked_bounds():
     assert bounds.gates(asked) == []
     counted = {line.what: {kernel for kernel, *_ in line.counts} for line in asked}
     for kind, called in bounds.KINDS.items():
-        assert len(counted[f"instructions a weight, {called}"]) == {"mxfp4w": 2}.get(kind, 3)
-    assert {"f32_split_attention", "mxfp4w_moe_down"} <= counted["warps of an SM, full grid"]
+        assert len(counted[f"instructions a weight, {called}"]) == {"mxfp4w": 4}.get(kind, 3)
+    assert {"f32_split_attention", "mxfp4w_bf16_moe_down"} <= counted["warps of an SM, full grid"]
     assert all(line.counts for line in asked)
     assert set(bounds.SMS) == set(cuda.COUNTED)
     assert bounds.H200 in token.CARDS

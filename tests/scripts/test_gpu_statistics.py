@@ -107,6 +107,7 @@ def test_tracked_instructions_a_weight():
         for kernel in (
             "bf16w_linear", "bf16w_linear1", "bf16w_norm_qkv_insert", "i8w_linear", "i8w_linear1",
             "i8w_norm_qkv_insert", "mxfp4w_moe_gate_up_swiglu", "mxfp4w_moe_down",
+            "mxfp4w_bf16_moe_gate_up_swiglu", "mxfp4w_bf16_moe_down",
         ):  # fmt: skip
             assert tracked["gpus"][arch][kernel]["instructions_a_weight"] > 0.5
 
