@@ -161,6 +161,7 @@ def _chunks(
     assert row_warps * column_warps * units.lanes == threads
     assert of_rows * row_warps * units.rows == rows
     assert of_columns * column_warps * units.columns == TURN
+    assert halves or column_warps == 1  # a warp's sums take the place of weights that it alone had
 
     def allocated():
         def shared(size, dtype="float32"):
@@ -288,7 +289,8 @@ def _chunks(
     def add_sums(own, row0, column0, tx):
         """acc += sums, by way of `score`."""
         for panel in T.unroll(panels):
-            barrier()  # nobody reads what is there: first weights, then older columns
+            if panel > 0:
+                barrier()  # nobody reads older columns
             put_sums(own, panel * of_columns, all_columns, row0, column0)
             barrier()
             own_rows.add(own, panel, tx)
