@@ -276,9 +276,9 @@ def over_blocks(
                 partial, stats,
             )  # fmt: skip
         elif others is None:
-            many: T.let = T.Select(unless_there(units, n - b < least), 0, 1)
-            # A loop: TVM looks at conditions around an access again for each access.
-            for _ in T.serial(many):
+            # An integer: TVM looks at conditions around an access again for each access.
+            many: T.let = T.Cast("int32", T.Not(unless_there(units, n - b < least)))
+            if many > 0:
                 chunks(
                     n, b, p, pages, q, kv, positions, token_seq, page_table, first_page, sinks, out
                 )
