@@ -108,7 +108,8 @@ class CompileTarget:
             return Precision()
         best = self.fast
         # One expert is nearly the whole layer: rounding its inputs to 8 bits costs more than the
-        # 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size.
+        # 1e-2 that fast numerics promise (1.1e-2), and speed is no matter at such a size. Nor is it
+        # at sizes that the target's best kernels do not take.
         if config.num_local_experts == 1 or best.unscheduled(self.kernels, **config.expert_sizes):
             best = replace(best, activations="f32")
         precision = best.with_asked(formats or Formats(), self.kernels)
