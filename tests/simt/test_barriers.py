@@ -57,7 +57,17 @@ SCHEDULES = [
     for schedule in kernel.schedules
     if of_blackwell(schedule)
 ]
-OF_THEIR_OWN = [one for one in SCHEDULES if one.values[1].name not in LIKE]
+
+
+def _is_metals(kind: str, kernel: Kernel, schedule: Schedule) -> bool:
+    """Whether Metal has the same code, in its own words."""
+    twin = schedule.name.removesuffix(", cuda") + ", metal"
+    return kind == "cuda" and any(each.name == twin for each in kernel.schedules)
+
+
+OF_THEIR_OWN = [
+    one for one in SCHEDULES if one.values[1].name not in LIKE and not _is_metals(*one.values)
+]
 ALIKE = [one for one in SCHEDULES if one.values[1].name in LIKE]
 
 
