@@ -10,7 +10,14 @@ from functools import partial
 import pytest
 from support.kernels import compare, made_inputs
 from support.simt.harness import Fault, Program
-from support.simt.kernels import TARGETS, has_blackwells, of_blackwell, program_of, run_case
+from support.simt.kernels import (
+    TARGETS,
+    has_blackwells,
+    is_metals,
+    of_blackwell,
+    program_of,
+    run_case,
+)
 
 from mxforge.schedules import KERNELS
 from mxforge.schedules.kernel import Case, Kernel, Schedule
@@ -58,15 +65,8 @@ SCHEDULES = [
     if of_blackwell(schedule)
 ]
 
-
-def _is_metals(kind: str, kernel: Kernel, schedule: Schedule) -> bool:
-    """Whether Metal has the same code, in its own words."""
-    twin = schedule.name.removesuffix(", cuda") + ", metal"
-    return kind == "cuda" and any(each.name == twin for each in kernel.schedules)
-
-
 OF_THEIR_OWN = [
-    one for one in SCHEDULES if one.values[1].name not in LIKE and not _is_metals(*one.values)
+    one for one in SCHEDULES if one.values[1].name not in LIKE and not is_metals(*one.values)
 ]
 ALIKE = [one for one in SCHEDULES if one.values[1].name in LIKE]
 

@@ -9,6 +9,7 @@ from support.kernels import compare, made_inputs, parameters
 from support.simt.kernels import (
     TARGETS,
     has_blackwells,
+    is_metals,
     of_blackwell,
     program_of,
     run_case,
@@ -42,7 +43,8 @@ def every_kind(**options: bool) -> list[Any]:
     ]
 
 
-# What GPUs before Hopper run in place of its schedules: of few tokens, code that these have too.
+# What GPUs before Hopper run in place of its schedules: of few tokens, code that these have too, as
+# Metal has that of those without tensor cores of their own.
 BEFORE_HOPPER = gpu_target("cuda", *features("sm_90"))
 MANY_TOKENS = {
     "150 tokens, steps not full", "600 tokens, 128 experts", "large, 200 tokens",
@@ -74,6 +76,9 @@ def by_turns() -> list[Any]:
         before = marks_before_hopper(kernel, case, schedule) if kind == "cuda" else None
         if before is not None:
             return before
+        taken = schedule is kernel.choose(TARGETS[kind], **case.static)
+        if is_metals(kind, kernel, schedule) and not taken and case.name not in MANY_TOKENS:
+            return [pytest.mark.full]
         return [pytest.mark.slow] if (kernel.name, case.name, kind) in waiting else given
 
     return [

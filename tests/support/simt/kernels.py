@@ -17,6 +17,12 @@ from .harness import Order, Program, Simt
 TARGETS = {"cuda": CUDA, "metal": METAL}
 
 
+def is_metals(kind: str, kernel: Kernel, schedule: Schedule) -> bool:
+    """Whether Metal has the same code, in its own words."""
+    twin = schedule.name.removesuffix(", cuda") + ", metal"
+    return kind == "cuda" and any(each.name == twin for each in kernel.schedules)
+
+
 def of_blackwell(schedule: Schedule) -> bool:
     """Whether only sm_120a runs it."""
     return "sm_120a" in schedule.needs
