@@ -1,13 +1,15 @@
-"""How pip builds mxforge: setuptools, and the Vulkan library where this machine can compile it.
+"""How pip builds mxforge: setuptools, and libmxforge by the C++ compiler that is here.
 
-Where it cannot, mxforge is installed without, and says what is missing when Vulkan is asked for.
+A wheel for another system: MXFORGE_SYSTEM=windows-x86_64 pip wheel . (the systems: build.SYSTEMS;
+zig compiles).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
+import os
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,27 +19,31 @@ from setuptools.build_meta import *  # noqa: F403
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).resolve().parents[2]
+ZIG = "ziglang>=0.13"
+SYSTEM = os.environ.get("MXFORGE_SYSTEM")  # another one that the wheel is for
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_headers()]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *_compiler()]
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_headers()]
+    return [*build_meta.get_requires_for_build_editable(config_settings), *_compiler()]
 
 
-def _headers() -> list[str]:
-    """The wheels whose headers the library needs, if it can be compiled at all."""
+def _compiler() -> list[str]:
+    """A compiler's package, where this machine has none, or not one for the wheel's system."""
     native = _native()
     try:
-        native.vulkan_headers(native.find_compiler())
+        if SYSTEM is None:
+            native.find_compiler()
+            return []
     except native.BuildError:
-        return []
-    return re.findall(r'"(apache-tvm(?:-ffi)?==[^"]+)"', (ROOT / "pyproject.toml").read_text())
+        pass
+    return [ZIG]
 
 
+@cache
 def _native() -> ModuleType:
     """build.py beside this file; by its path, as `build` is the name of another package."""
     spec = importlib.util.spec_from_file_location(
@@ -45,39 +51,37 @@ def _native() -> ModuleType:
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for themselves
     spec.loader.exec_module(module)
     return module
 
 
 class BuildPy(build_py):
-    """Copies the packages, with the library; an editable installation has it in the checkout."""
+    """Copies the packages, with libmxforge; an editable installation has it in the checkout."""
 
     def run(self) -> None:
         super().run()
         native = _native()
-        library = native.OUTPUT if self.editable_mode else self._library()
-        try:
-            native.build(library)
-        except native.BuildError as error:
-            self.warn(f"mxforge is built without Vulkan: {error}")
-            print(f"mxforge is built without Vulkan: {error}", file=sys.stderr)
+        native.build(native.CORE, self._output(), system=SYSTEM)
 
-    def _library(self) -> Path:
-        return Path(self.build_lib, "mxforge", "native", _native().OUTPUT.name)
+    def _output(self) -> Path:
+        core = _native().CORE
+        built = Path(self.build_lib, "mxforge", "native", core.output_on(SYSTEM).name)
+        return core.output if self.editable_mode else built
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         outputs: list[str] = super().get_outputs(include_bytecode)
-        if not self.editable_mode and self._library().exists():
-            outputs.append(str(self._library()))
-        return outputs
+        return outputs if self.editable_mode else [*outputs, str(self._output())]
 
 
 class BdistWheel(bdist_wheel):
-    """With the library in it, the wheel is of one platform, though of no Python version."""
+    """The wheel is of one platform, as libmxforge in it is, though of no Python version."""
+
+    def finalize_options(self) -> None:
+        # Which puts the package where Python looks for files of one platform.
+        self.distribution.has_ext_modules = lambda: True
+        super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
-        python, abi, platform = super().get_tag()
-        built = Path(self.get_finalized_command("build").build_lib)
-        if any(built.rglob("libmxforge_*")):
-            platform = self.plat_name.replace("-", "_").replace(".", "_")
-        return python, abi, platform
+        platform = _native().SYSTEMS[SYSTEM].platform if SYSTEM is not None else self.plat_name
+        return "py3", "none", platform.replace("-", "_").replace(".", "_")
