@@ -45,15 +45,13 @@ void Copier::WaitUntilUnused(const Buffer& buffer, Lock* lock) {
 Buffer* Copier::Resolve(uint64_t address, uint64_t bytes, const char* action) {
   Buffer* buffer = memory_->Find(address);
   if (buffer == nullptr) {
-    TVM_FFI_THROW(RuntimeError) << "Cannot " << action << " address " << address << " of "
-                                << core_->Label()
-                                << ": no tensor that is still alive has memory there.";
+    throw Failure(MXF_INVALID, "Cannot ", action, " address ", address, " of ", core_->Label(),
+                  ": no tensor that is still alive has memory there.");
   }
   const uint64_t offset = address - buffer->address;
   if (bytes > buffer->size - offset) {
-    TVM_FFI_THROW(RuntimeError) << "Cannot " << action << " " << bytes << " bytes at offset "
-                                << offset << " of an allocation of " << buffer->size << " bytes on "
-                                << core_->Label() << ".";
+    throw Failure(MXF_INVALID, "Cannot ", action, " ", bytes, " bytes at offset ", offset,
+                  " of an allocation of ", buffer->size, " bytes on ", core_->Label(), ".");
   }
   return buffer;
 }
@@ -168,6 +166,21 @@ void Copier::Download(Stream* stream, uint64_t from, uint8_t* to, uint64_t bytes
     }
     std::memcpy(to + drained * size, chunk.mapped, part);
   }
+}
+
+void Copier::Fetch(Stream* stream, uint64_t from, uint8_t* to, uint64_t bytes) {
+  if (bytes == 0) return;
+  const Lock lock(*device_mutex_);
+  core_->EnsureAlive();
+  Buffer* buffer = Resolve(from, bytes, "read");
+  Buffer* host = memory_->FindHost(to);
+  const uint64_t at = host == nullptr ? 0 : static_cast<uint64_t>(to - host->mapped);
+  if (host == nullptr || bytes > host->size - at) {
+    throw Failure(MXF_INVALID, "Copies from ", core_->Label(),
+                  " go to memory of the host that was allocated for them.");
+  }
+  stream->Copy(buffer, from - buffer->address, host, at, bytes, "fetch");
+  stream->PrepareHost(host, {host->resource, false, at, at + bytes});
 }
 
 void Copier::Within(Stream* stream, uint64_t from, uint64_t to, uint64_t bytes) {

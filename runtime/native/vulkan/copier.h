@@ -26,6 +26,8 @@ class Copier {
   void Upload(Stream* stream, const uint8_t* from, uint64_t to, uint64_t bytes);
   /*! \brief Waits for what the stream still does to these bytes. */
   void Download(Stream* stream, uint64_t from, uint8_t* to, uint64_t bytes);
+  /*! \brief Record a copy into memory of Memory::AllocateHost, without waiting for it. */
+  void Fetch(Stream* stream, uint64_t from, uint8_t* to, uint64_t bytes);
   /*! \brief From one address of the device to another, which may overlap. */
   void Within(Stream* stream, uint64_t from, uint64_t to, uint64_t bytes);
   /*! \brief Free the staging memory, of a lost device without tensors; its mutex is held. */

@@ -48,11 +48,10 @@ void Core::Check(VkResult result, const char* function) {
   if (result >= VK_SUCCESS) return;
   if (result == VK_ERROR_DEVICE_LOST) {
     Lose(result, function);
-    TVM_FFI_THROW(RuntimeError)
-        << Label() << " was lost in " << function
-        << " (VK_ERROR_DEVICE_LOST): a kernel ran too long or touched memory that is not there, or "
-           "the driver failed. Nothing on it can be used any more; "
-        << kOpenedAnew;
+    throw Failure(MXF_LOST, Label(), " was lost in ", function,
+                  " (VK_ERROR_DEVICE_LOST): a kernel ran too long or touched memory that is not "
+                  "there, or the driver failed. Nothing on it can be used any more; ",
+                  kOpenedAnew);
   }
   CheckResult(result, function);
 }
@@ -60,13 +59,9 @@ void Core::Check(VkResult result, const char* function) {
 void Core::CheckFatal(VkResult result, const char* function) {
   if (result < VK_SUCCESS && result != VK_ERROR_DEVICE_LOST) {
     Lose(result, function);
-    TVM_FFI_THROW(RuntimeError) << Label() << " takes no more work: " << function << " answered "
-                                << ResultName(result)
-                                << ", and what was recorded cannot be done; " << kOpenedAnew
-                                << (result == VK_ERROR_OUT_OF_DEVICE_MEMORY ||
-                                            result == VK_ERROR_OUT_OF_HOST_MEMORY
-                                        ? " Use a smaller model, batch or context."
-                                        : "");
+    throw Failure(MXF_LOST, Label(), " takes no more work: ", function, " answered ",
+                  ResultName(result), ", and what was recorded cannot be done; ", kOpenedAnew,
+                  IsOutOfMemory(result) ? " Use a smaller model, batch or context." : "");
   }
   Check(result, function);
 }
@@ -90,9 +85,8 @@ void Core::Destroy() {
 
 void Core::ThrowLost() const {
   const std::lock_guard<std::mutex> lock(cause_mutex_);
-  TVM_FFI_THROW(RuntimeError) << Label() << " was lost earlier (" << cause_
-                              << ") and takes no more work; " << kOpenedAnew;
-  TVM_FFI_UNREACHABLE();
+  throw Failure(MXF_LOST, Label(), " was lost earlier (", cause_, ") and takes no more work; ",
+                kOpenedAnew);
 }
 
 }  // namespace vulkan

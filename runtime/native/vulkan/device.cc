@@ -1,7 +1,5 @@
 #include "device.h"
 
-#include <tvm/ffi/extra/c_env_api.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -40,8 +38,6 @@ void AtExit() {
   exiting.store(true);
 }
 
-thread_local int current_id = 0;
-
 }  // namespace
 
 Device* Device::Get(int id) {
@@ -53,8 +49,8 @@ Device* Device::Get(int id) {
   const std::lock_guard<std::mutex> lock(registry.opening);
   Instance::Get().Chosen(id);  // throws where there is no such device
   if (id >= kMostDevices) {
-    TVM_FFI_THROW(RuntimeError) << "vulkan:" << id << " is beyond the " << kMostDevices
-                                << " devices that one process may use.";
+    throw Failure(MXF_TARGET, "vulkan:", id, " is beyond the ", kMostDevices,
+                  " devices that one process may use.");
   }
   Device* device = registry.devices[id].load(std::memory_order_acquire);
   if (device != nullptr && !device->GiveUp()) return device;
@@ -75,10 +71,6 @@ std::vector<Device*> Device::Opened() {
   }
   return opened;
 }
-
-int Device::CurrentId() { return current_id; }
-
-void Device::SetCurrentId(int id) { current_id = id; }
 
 Device::Device(int id, const Device* before)
     : core_(Instance::Get().Chosen(id)),
@@ -115,6 +107,12 @@ void* Device::Allocate(uint64_t bytes, uint64_t alignment) {
   return reinterpret_cast<void*>(memory_.Allocate(bytes, alignment)->address);
 }
 
+Buffer* Device::AllocateHost(uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  return memory_.AllocateHost(bytes);
+}
+
 void Device::Free(void* address) noexcept {
   if (exiting.load(std::memory_order_relaxed)) return;
   // Called from destructors: there is nobody to hear of a failure.
@@ -138,45 +136,78 @@ Stream* Device::Known(void* handle) {
   for (const auto& stream : streams_) {
     if (stream.get() == handle && stream->in_use) return stream.get();
   }
-  TVM_FFI_THROW(RuntimeError) << core_.Label() << " has no stream " << handle
-                              << "; it was freed, or belongs to another device.";
-  TVM_FFI_UNREACHABLE();
+  throw Failure(MXF_INVALID, core_.Label(), " has no stream ", handle,
+                "; it was freed, or belongs to another device.");
 }
 
 Stream* Device::StreamOf(void* handle) {
-  if (handle == nullptr) handle = TVMFFIEnvGetStream(kDLVulkan, core_.physical.device_id);
   const std::lock_guard<std::mutex> lock(mutex_);
   return Known(handle);
 }
 
-void Device::Launch(const Dispatch& dispatch, const PointerUse* pointers, size_t count) {
-  void* handle = TVMFFIEnvGetStream(kDLVulkan, core_.physical.device_id);
-  const std::lock_guard<std::mutex> lock(mutex_);
-  core_.EnsureAlive();
-  Stream* stream = Known(handle);
+void Device::Resolve(const Dispatch& dispatch, const PointerUse* pointers, size_t count) {
   accesses_.clear();
   buffers_.clear();
   for (size_t i = 0; i < count; ++i) {
     const PointerUse& pointer = pointers[i];
-    if (pointer.address == 0) continue;  // an optional argument that is not there
+    // An optional argument that is not there, or a tensor without elements.
+    if (pointer.address == 0 || pointer.bytes == 0) continue;
     Buffer* buffer = memory_.Find(pointer.address);
     if (buffer == nullptr) {
-      TVM_FFI_THROW(RuntimeError)
-          << "Kernel " << *dispatch.name << " got the address " << pointer.address << " for "
-          << *pointer.name << ", where " << core_.Label()
-          << " has no tensor: it was freed, or lies on another device or the host.";
+      throw Failure(MXF_INVALID, "Kernel ", *dispatch.name, " got the address ", pointer.address,
+                    " for ", *pointer.name, ", where ", core_.Label(),
+                    " has no tensor: it was freed, or lies on another device or the host.");
     }
     const uint64_t begin = pointer.address - buffer->address;
-    if (pointer.read) {
-      accesses_.push_back({buffer->resource, false, begin, buffer->size});
-      buffers_.push_back(buffer);
+    const uint64_t left = buffer->size - begin;
+    if (pointer.bytes > left && pointer.bytes != kToTheEnd) {
+      throw Failure(MXF_INVALID, "Kernel ", *dispatch.name, " needs ", pointer.bytes, " bytes of ",
+                    *pointer.name, ", but ", core_.Label(), " has ", left,
+                    " there: the tensor is smaller than its shape says.");
     }
-    if (pointer.write) {
-      accesses_.push_back({buffer->resource, true, begin, buffer->size});
+    const uint64_t end = begin + std::min(pointer.bytes, left);
+    for (const bool write : {false, true}) {
+      if (!(write ? pointer.write : pointer.read)) continue;
+      accesses_.push_back({buffer->resource, write, begin, end});
       buffers_.push_back(buffer);
     }
   }
+}
+
+void Device::Launch(void* handle, const Dispatch& dispatch, const PointerUse* pointers,
+                    size_t count) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  Stream* stream = Known(handle);
+  Resolve(dispatch, pointers, count);
   stream->Launch(dispatch, accesses_.data(), buffers_.data(), accesses_.size());
+}
+
+std::shared_ptr<Recording> Device::CreateRecording(void* handle) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  return std::make_shared<Recording>(&core_, &memory_, Known(handle)->batch_limit());
+}
+
+void Device::Record(Recording* recording, const Dispatch& dispatch, const PointerUse* pointers,
+                    size_t count) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  Resolve(dispatch, pointers, count);
+  recording->Add(dispatch, accesses_.data(), buffers_.data(), accesses_.size());
+}
+
+void Device::EndRecording(Recording* recording) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  recording->End();
+}
+
+bool Device::Replay(void* handle, const Recording& recording) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  if (!recording.IsCurrent()) return false;
+  Known(handle)->Replay(recording);
+  return true;
 }
 
 Stream* Device::CreateStream() {
@@ -200,8 +231,8 @@ void Device::FreeStream(void* handle) {
   std::unique_lock<std::mutex> lock(mutex_);
   Stream* stream = Known(handle);
   if (stream == streams_.front().get()) {
-    TVM_FFI_THROW(RuntimeError) << "The default stream of " << core_.Label()
-                                << " lives as long as the device and cannot be freed.";
+    throw Failure(MXF_INVALID, "The default stream of ", core_.Label(),
+                  " lives as long as the device and cannot be freed.");
   }
   stream->in_use = false;
   // Its timeline only grows: what still names it finds its old values ended, and who gets it next
@@ -210,13 +241,24 @@ void Device::FreeStream(void* handle) {
   memory_.Collect();
 }
 
-void Device::Synchronize(void* handle) {
+uint64_t Device::Submit(void* handle) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  core_.EnsureAlive();
+  return Known(handle)->Submit();
+}
+
+void Device::Wait(void* handle, uint64_t value) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Known(handle)->Wait(value, &lock);
+  memory_.Collect();
+}
+
+void Device::Synchronize(std::initializer_list<void*> handles) {
   std::unique_lock<std::mutex> lock(mutex_);
   core_.EnsureAlive();
-  void* current = TVMFFIEnvGetStream(kDLVulkan, core_.physical.device_id);
-  // Null means the default stream to some callers and the thread's own to others: both, then.
   // Found before the first wait, during which another thread may free them.
-  Stream* const streams[] = {Known(handle), Known(handle == nullptr ? current : handle)};
+  std::vector<Stream*> streams;
+  for (void* handle : handles) streams.push_back(Known(handle));
   for (Stream* stream : streams) stream->Wait(stream->Submit(), &lock);
   memory_.Collect();
 }
@@ -248,15 +290,18 @@ std::shared_ptr<Pipelines> Device::Prepare(const std::vector<KernelInfo>* kernel
   return made;
 }
 
-void Device::Retire(std::shared_ptr<Pipelines> pipelines) {
+void Device::Retire(std::shared_ptr<void> remains) noexcept {
   if (exiting.load(std::memory_order_relaxed)) {
-    new std::shared_ptr<Pipelines>(std::move(pipelines));  // never let go of
+    new std::shared_ptr<void>(std::move(remains));  // never let go of
     return;
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<Use> uses;
-  for (const auto& stream : streams_) uses.push_back({stream.get(), stream->Latest(), 0});
-  memory_.Bury(std::move(pipelines), std::move(uses));
+  try {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Use> uses;
+    for (const auto& stream : streams_) uses.push_back({stream.get(), stream->Latest(), 0});
+    memory_.Bury(std::move(remains), std::move(uses));
+  } catch (const std::exception&) {  // called from destructors: nobody could hear of it
+  }
 }
 
 void Device::LogHazards(bool on) {

@@ -6,6 +6,7 @@
 #define MXFORGE_VULKAN_DEVICE_H_
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -17,6 +18,7 @@
 #include "memory.h"
 #include "pipeline_cache.h"
 #include "pipelines.h"
+#include "recording.h"
 #include "stream.h"
 
 namespace mxforge {
@@ -25,10 +27,13 @@ namespace vulkan {
 /*! \brief A kernel's pointer argument, as far as hazards are concerned. */
 struct PointerUse {
   uint64_t address;
+  uint64_t bytes;  // that it may touch: kToTheEnd of the tensor where nobody knows
   bool read;
   bool write;
   const std::string* name;
 };
+
+constexpr uint64_t kToTheEnd = UINT64_MAX;
 
 class Device {
  public:
@@ -40,19 +45,31 @@ class Device {
   static Device* Get(int id);
   /*! \brief Every device opened so far. */
   static std::vector<Device*> Opened();
-  /*! \brief The device that this thread launches kernels on. */
-  static int CurrentId();
-  static void SetCurrentId(int id);
-
   void* Allocate(uint64_t bytes, uint64_t alignment);
+  /*! \brief As Memory::AllocateHost, freed by its address on the device. */
+  Buffer* AllocateHost(uint64_t bytes);
   void Free(void* address) noexcept;
-  void Launch(const Dispatch& dispatch, const PointerUse* pointers, size_t count);
+  /*! \brief Launch a kernel on the stream of a handle. */
+  void Launch(void* handle, const Dispatch& dispatch, const PointerUse* pointers, size_t count);
+
+  /*! \brief Something to record launches into, instead of launching them. */
+  std::shared_ptr<Recording> CreateRecording(void* handle);
+  void Record(Recording* recording, const Dispatch& dispatch, const PointerUse* pointers,
+              size_t count);
+  void EndRecording(Recording* recording);
+  /*! \brief Run a recording on the stream of a handle; false where that cannot be, because
+   *  tensors were freed since. */
+  bool Replay(void* handle, const Recording& recording);
 
   Stream* CreateStream();
   void FreeStream(void* handle);
-  void Synchronize(void* handle);
+  /*! \brief Let the device begin with what is recorded; returns the value to wait for. */
+  uint64_t Submit(void* handle);
+  void Wait(void* handle, uint64_t value);
+  /*! \brief Wait for all that was recorded on these streams. */
+  void Synchronize(std::initializer_list<void*> handles);
   void SynchronizeFromTo(void* from, void* to);
-  /*! \brief The stream of a handle; null is the one that this thread has set, or the default. */
+  /*! \brief The stream of a handle; null is the default. */
   Stream* StreamOf(void* handle);
   Copier& copier() { return copier_; }
 
@@ -61,8 +78,9 @@ class Device {
 
   /*! \brief A module's pipelines; throws where the device is lost or cannot run the kernels. */
   std::shared_ptr<Pipelines> Prepare(const std::vector<KernelInfo>* kernels);
-  /*! \brief The module is gone: keep its pipelines until recorded commands have ended. */
-  void Retire(std::shared_ptr<Pipelines> pipelines);
+  /*! \brief Keep what nobody will use any more, pipelines or a recording, until commands that
+   *  need it have ended. */
+  void Retire(std::shared_ptr<void> remains) noexcept;
 
   /*! \brief For hooks, which look into everything. */
   std::mutex& mutex() { return mutex_; }
@@ -94,6 +112,8 @@ class Device {
   std::vector<Buffer*> buffers_;
 
   Stream* Known(void* handle);
+  /*! \brief What a kernel touches, into `accesses_` and `buffers_`. */
+  void Resolve(const Dispatch& dispatch, const PointerUse* pointers, size_t count);
   /*! \brief Whether this is a lost device that nobody uses; then all that it has is freed. */
   bool GiveUp();
   /*! \brief Make memory free. Where a command is being recorded, its batch must stay open. */

@@ -44,11 +44,18 @@ std::string ResultName(VkResult result) {
   }
 }
 
+bool IsOutOfMemory(VkResult result) {
+  return result == VK_ERROR_OUT_OF_DEVICE_MEMORY || result == VK_ERROR_OUT_OF_HOST_MEMORY ||
+         result == VK_ERROR_TOO_MANY_OBJECTS;
+}
+
 void CheckResult(VkResult result, const char* call) {
-  if (result < VK_SUCCESS) {
-    TVM_FFI_THROW(RuntimeError) << call << " should succeed but answered " << ResultName(result)
-                                << "; the Vulkan driver or its settings are at fault.";
-  }
+  if (result >= VK_SUCCESS) return;
+  const mxf_status status = result == VK_ERROR_DEVICE_LOST ? MXF_LOST
+                            : IsOutOfMemory(result)        ? MXF_MEMORY
+                                                           : MXF_FAILED;
+  throw Failure(status, call, " should succeed but answered ", ResultName(result),
+                "; the Vulkan driver or its settings are at fault.");
 }
 
 std::string HumanBytes(uint64_t bytes) {

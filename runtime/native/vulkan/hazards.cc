@@ -176,6 +176,14 @@ Barrier HazardTracker::Command(Stage stage, const Access* accesses, size_t count
   return barrier;
 }
 
+Barrier HazardTracker::Everything(Stage to) {
+  Barrier barrier;
+  barrier.execution = barrier.memory = StageBit(Stage::kCompute) | StageBit(Stage::kTransfer);
+  barrier.to = to;
+  Apply(barrier);
+  return barrier;
+}
+
 Barrier HazardTracker::BeforeHost(const Access& access) {
   Barrier barrier;
   barrier.to = Stage::kHost;

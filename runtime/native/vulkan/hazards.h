@@ -68,6 +68,9 @@ class HazardTracker {
   /*! \brief Account for a command of the device; returns the barrier to record before it. */
   Barrier Command(Stage stage, const Access* accesses, size_t count, const std::string& name);
 
+  /*! \brief The barrier behind all that the device does before, whatever comes next. */
+  Barrier Everything(Stage to);
+
   /*! \brief The barrier towards the host to record (then submit, then wait) before the host may
    *  touch this; none if one was recorded since the last conflicting write. */
   Barrier BeforeHost(const Access& access);

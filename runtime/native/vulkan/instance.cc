@@ -114,8 +114,8 @@ void Instance::Create() {
   uint32_t version = VK_API_VERSION_1_0;
   global_.EnumerateInstanceVersion(&version);
   if (version < VK_API_VERSION_1_2) {
-    TVM_FFI_THROW(RuntimeError) << "Vulkan 1.2 is needed, but the loader knows "
-                                << VersionText(version) << "; update libvulkan.";
+    throw Failure(MXF_TARGET, "Vulkan 1.2 is needed, but the loader knows ", VersionText(version),
+                  "; update libvulkan.");
   }
   uint32_t count = 0;
   global_.EnumerateInstanceExtensionProperties(nullptr, &count, nullptr);
@@ -147,9 +147,9 @@ void Instance::Create() {
   info.ppEnabledExtensionNames = extensions.data();
   const VkResult result = global_.CreateInstance(&info, nullptr, &handle_);
   if (result == VK_ERROR_INCOMPATIBLE_DRIVER) {
-    TVM_FFI_THROW(RuntimeError)
-        << "Vulkan's loader is installed but finds no driver; install the GPU's, or "
-           "mesa-vulkan-drivers for one that runs on the CPU.";
+    throw Error(MXF_TARGET,
+                "Vulkan's loader is installed but finds no driver; install the GPU's, or "
+                "mesa-vulkan-drivers for one that runs on the CPU.");
   }
   CheckResult(result, "vkCreateInstance");
 }
@@ -329,14 +329,12 @@ std::string Instance::List() const {
 }
 
 const PhysicalDevice& Instance::Chosen(int id) const {
-  if (chosen_count_ == 0) TVM_FFI_THROW(RuntimeError) << refusal_;
+  if (chosen_count_ == 0) throw Error(MXF_TARGET, refusal_);
   for (const PhysicalDevice& device : devices_) {
     if (device.device_id == id && id >= 0) return device;
   }
-  TVM_FFI_THROW(RuntimeError) << "vulkan:" << id << " does not exist: this process uses "
-                              << chosen_count_ << " of the devices " << List()
-                              << ", counted from vulkan:0.";
-  TVM_FFI_UNREACHABLE();
+  throw Failure(MXF_TARGET, "vulkan:", id, " does not exist: this process uses ", chosen_count_,
+                " of the devices ", List(), ", counted from vulkan:0.");
 }
 
 uint64_t Instance::AvailableBytes(const PhysicalDevice& device) const {

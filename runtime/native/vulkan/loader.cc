@@ -5,6 +5,7 @@
 
 #ifdef _WIN32
 #include <windows.h>
+#undef CreateSemaphore  // Vulkan has one too
 #else
 #include <dlfcn.h>
 #endif
@@ -40,9 +41,9 @@ PFN_vkGetInstanceProcAddr FindEntry(const char* library) {
 template <typename Pointer>
 void Fill(Pointer* member, PFN_vkVoidFunction found, const char* name) {
   if (found == nullptr) {
-    TVM_FFI_THROW(RuntimeError) << "Vulkan's " << name
-                                << " should be there from version 1.2 on, but the driver has no "
-                                   "such function; update the Vulkan loader and the driver.";
+    throw Failure(MXF_TARGET, "Vulkan's ", name,
+                  " should be there from version 1.2 on, but the driver has no such function; "
+                  "update the Vulkan loader and the driver.");
   }
   *member = reinterpret_cast<Pointer>(found);
 }
@@ -58,10 +59,9 @@ GlobalFunctions LoadGlobalFunctions() {
     if (functions.GetInstanceProcAddr != nullptr) break;
   }
   if (functions.GetInstanceProcAddr == nullptr) {
-    TVM_FFI_THROW(RuntimeError)
-        << "Vulkan needs its loader, but " << candidates[0]
-        << " cannot be opened; install it (Debian and Ubuntu: apt-get install libvulkan1, and a "
-           "driver such as mesa-vulkan-drivers).";
+    throw Failure(MXF_TARGET, "Vulkan needs its loader, but ", candidates[0],
+                  " cannot be opened; install it (Debian and Ubuntu: apt-get install libvulkan1, "
+                  "and a driver such as mesa-vulkan-drivers).");
   }
 #define MXFORGE_VULKAN_LOAD(name) \
   Fill(&functions.name, functions.GetInstanceProcAddr(nullptr, "vk" #name), "vk" #name);

@@ -1,7 +1,5 @@
 #include "memory.h"
 
-#include <tvm/runtime/device_api.h>
-
 #include <algorithm>
 #include <new>
 
@@ -11,6 +9,7 @@ namespace mxforge {
 namespace vulkan {
 namespace {
 
+constexpr uint64_t kAlignment = 64;      // of tensors: what compilers count on
 constexpr uint64_t kBlocksOfAHeap = 16;  // at least: a block that is hardly used wastes little
 constexpr uint64_t kPartsOfABlock = 8;   // at least: larger tensors have memory of their own
 
@@ -18,11 +17,6 @@ constexpr uint64_t kPartsOfABlock = 8;   // at least: larger tensors have memory
 struct OutOfMemory {
   VkResult result;
 };
-
-bool IsOutOfMemory(VkResult result) {
-  return result == VK_ERROR_OUT_OF_DEVICE_MEMORY || result == VK_ERROR_OUT_OF_HOST_MEMORY ||
-         result == VK_ERROR_TOO_MANY_OBJECTS;
-}
 
 size_t Slot(uint64_t address) { return (address >> 6 ^ address >> 12 ^ address >> 21) % 64; }
 
@@ -141,7 +135,7 @@ void Buffer::Mark(Stream* stream, uint64_t value, bool write) {
 Memory::Memory(Core* core)
     : allocation_limit(core->physical.limits.maxMemoryAllocationCount),
       core_(core),
-      granularity_(std::max<uint64_t>({tvm::runtime::kAllocAlignment,
+      granularity_(std::max<uint64_t>({kAlignment,
                                        core->physical.limits.minStorageBufferOffsetAlignment,
                                        core->physical.limits.nonCoherentAtomSize})) {
   // The validation layers know where a VkBuffer ends, not where a tensor does.
@@ -223,7 +217,7 @@ std::vector<uint32_t> Memory::TypesFor(uint32_t allowed_types, MemoryKind kind) 
                              [&](uint32_t type) { return (allowed_types >> type & 1) == 0; }),
               types.end());
   if (types.empty()) {
-    TVM_FFI_THROW(RuntimeError) << core_->Label() << " has no memory of a kind that buffers need.";
+    throw Failure(MXF_TARGET, core_->Label(), " has no memory of a kind that buffers need.");
   }
   return types;
 }
@@ -302,20 +296,17 @@ std::unique_ptr<Buffer> Memory::TryTwice(uint64_t bytes, MemoryKind kind, bool a
     return Try(bytes, kind, alone);
   } catch (const OutOfMemory& failure) {
     if (allocations >= allocation_limit) {
-      TVM_FFI_THROW(RuntimeError)
-          << core_->Label() << " allows " << allocation_limit
-          << " allocations at once (maxMemoryAllocationCount), and this process has as many; use "
-             "fewer, larger tensors, or a smaller model, batch or context.";
+      throw Failure(MXF_MEMORY, core_->Label(), " allows ", allocation_limit,
+                    " allocations at once (maxMemoryAllocationCount), and this process has as "
+                    "many; use fewer, larger tensors, or a smaller model, batch or context.");
     }
     const uint64_t available = Instance::Get().AvailableBytes(core_->physical);
-    TVM_FFI_THROW(RuntimeError)
-        << core_->Label() << " is out of memory (" << ResultName(failure.result) << "): " << bytes
-        << " bytes (" << HumanBytes(bytes) << ") were asked for, about " << available << " bytes ("
-        << HumanBytes(available) << ") are available and "
-        << HumanBytes(core_->statistics.reserved_bytes)
-        << " are in use by this process; use a smaller model, batch or context.";
+    throw Failure(MXF_MEMORY, core_->Label(), " is out of memory (", ResultName(failure.result),
+                  "): ", bytes, " bytes (", HumanBytes(bytes), ") were asked for, about ",
+                  available, " bytes (", HumanBytes(available), ") are available and ",
+                  HumanBytes(core_->statistics.reserved_bytes),
+                  " are in use by this process; use a smaller model, batch or context.");
   }
-  TVM_FFI_UNREACHABLE();
 }
 
 std::unique_ptr<Buffer> Memory::Create(uint64_t bytes, MemoryKind kind) {
@@ -336,24 +327,34 @@ Buffer* Memory::Allocate(uint64_t bytes, uint64_t alignment) {
   for (const auto& [limit, what] : limits) {
     if (bytes <= limit) continue;
     const uint64_t available = Instance::Get().AvailableBytes(physical);
-    TVM_FFI_THROW(RuntimeError) << core_->Label() << " cannot allocate " << bytes << " bytes ("
-                                << HumanBytes(bytes) << ") at once: " << what << " holds " << limit
-                                << " bytes (" << HumanBytes(limit) << "), of " << available
-                                << " bytes (" << HumanBytes(available)
-                                << ") available; split the tensor or use another device.";
+    throw Failure(MXF_MEMORY, core_->Label(), " cannot allocate ", bytes, " bytes (",
+                  HumanBytes(bytes), ") at once: ", what, " holds ", limit, " bytes (",
+                  HumanBytes(limit), "), of ", available, " bytes (", HumanBytes(available),
+                  ") available; split the tensor or use another device.");
   }
   Collect();
   // Whole 16 bytes, at least once: an empty tensor has an address too.
   const uint64_t rounded = std::max<uint64_t>((bytes + 15) / 16 * 16, 16);
   std::unique_ptr<Buffer> buffer = TryTwice(rounded, MemoryKind::kDevice, alignment > granularity_);
   if (alignment != 0 && buffer->address % alignment != 0) {
-    TVM_FFI_THROW(RuntimeError) << core_->Label() << " aligns memory to less than the " << alignment
-                                << " bytes asked for (address " << buffer->address
-                                << "); no kernel can rely on its vector loads there.";
+    throw Failure(MXF_TARGET, core_->Label(), " aligns memory to less than the ", alignment,
+                  " bytes asked for (address ", buffer->address,
+                  "); no kernel can rely on its vector loads there.");
   }
-  Buffer* result = buffer.get();
-  live_.emplace(result->address, std::move(buffer));
-  return result;
+  return Keep(std::move(buffer));
+}
+
+Buffer* Memory::AllocateHost(uint64_t bytes) {
+  Collect();
+  Buffer* made = Keep(Create(std::max<uint64_t>(bytes, 16), MemoryKind::kReadback));
+  host_.emplace(made->mapped, made);
+  return made;
+}
+
+Buffer* Memory::Keep(std::unique_ptr<Buffer> buffer) {
+  Buffer* kept = buffer.get();
+  live_.emplace(kept->address, std::move(buffer));
+  return kept;
 }
 
 void Memory::Free(uint64_t address) {
@@ -361,6 +362,11 @@ void Memory::Free(uint64_t address) {
   if (found == live_.end()) return;  // nobody could do anything about it in a destructor
   std::shared_ptr<Buffer> buffer = std::move(found->second);
   live_.erase(found);
+  ++frees_;
+  if (const auto host = host_.find(buffer->mapped);
+      host != host_.end() && host->second == buffer.get()) {
+    host_.erase(host);
+  }
   recent_.fill(nullptr);
   std::vector<Use> uses = std::move(buffer->uses);
   Bury(std::move(buffer), std::move(uses));
@@ -375,6 +381,13 @@ Buffer* Memory::Find(uint64_t address) {
   if (address - buffer->address >= buffer->size) return nullptr;
   recent = buffer;
   return buffer;
+}
+
+Buffer* Memory::FindHost(const uint8_t* mapped) {
+  auto after = host_.upper_bound(mapped);
+  if (after == host_.begin()) return nullptr;
+  Buffer* buffer = std::prev(after)->second;
+  return static_cast<uint64_t>(mapped - buffer->mapped) < buffer->size ? buffer : nullptr;
 }
 
 void Memory::Bury(std::shared_ptr<void> remains, std::vector<Use> uses) {

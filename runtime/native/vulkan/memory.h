@@ -107,10 +107,15 @@ class Memory {
 
   /*! \brief A tensor's memory; throws an error that names what was asked and what is left. */
   Buffer* Allocate(uint64_t bytes, uint64_t alignment);
-  /*! \brief Free it once pending commands are done with it. */
+  /*! \brief Memory that the host reads, and copies go to: `mapped` is there, and `address` finds
+   *  it as it does tensors. */
+  Buffer* AllocateHost(uint64_t bytes);
+  /*! \brief Free either once pending commands are done with it. */
   void Free(uint64_t address);
   /*! \brief The buffer that holds this address, or null. */
   Buffer* Find(uint64_t address);
+  /*! \brief The buffer of AllocateHost that holds this byte, or null. */
+  Buffer* FindHost(const uint8_t* mapped);
 
   /*! \brief A buffer that is not a tensor. */
   std::unique_ptr<Buffer> Create(uint64_t bytes, MemoryKind kind);
@@ -121,6 +126,9 @@ class Memory {
   void Collect();
   /*! \brief Free all that is left of a lost device without tensors. */
   void GiveUp();
+
+  /*! \brief How many tensors were freed: an address may be another's afterwards. */
+  uint64_t frees() const { return frees_; }
 
   size_t live() const { return live_.size(); }
   size_t blocks() const { return blocks_.size(); }
@@ -151,13 +159,16 @@ class Memory {
   const uint64_t granularity_;  // of parts of blocks: what any tensor's address is aligned to
   std::vector<std::shared_ptr<Block>> blocks_;        // for many
   std::map<uint64_t, std::unique_ptr<Buffer>> live_;  // by address
+  std::map<const uint8_t*, Buffer*> host_;            // of AllocateHost, by its first byte
   std::array<Buffer*, 64> recent_{};  // where an address was found last, by its hash
   std::vector<Grave> graves_;
   std::vector<uint32_t> free_resources_;
   uint32_t resources_ = 0;
+  uint64_t frees_ = 0;
   std::function<void(bool)> reclaim_;
   std::function<void(uint32_t)> forget_;
 
+  Buffer* Keep(std::unique_ptr<Buffer> buffer);
   uint64_t Rounded(uint64_t bytes) const;
   /*! \brief The size of the next block. */
   uint64_t BlockBytes() const;

@@ -1,18 +1,19 @@
 #include "module_format.h"
 
-#include <tvm/ffi/extra/json.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <optional>
 #include <set>
 
+#include "../core/json.h"
+#include "error.h"
+
 namespace mxforge {
 namespace vulkan {
 namespace {
 
-namespace ffi = tvm::ffi;
+using core::Json;
 
 constexpr char kModuleMagic[] = {'M', 'X', 'F', 'S', 'P', 'I', 'R', 'V'};
 constexpr uint32_t kModuleVersion = 3;
@@ -21,14 +22,12 @@ constexpr uint32_t kMaxPushConstants = 128;       // what every device has
 constexpr uint32_t kMaxArgumentBytes = 64 << 10;  // far beyond any kernel
 constexpr uint32_t kMaxAlignment = 4096;          // far beyond any access
 constexpr uint32_t kMaxMatrix = 1 << 16;          // far beyond any device's
-constexpr int kMaxDepth = 32;                     // of the JSON; the parser recurses
 constexpr uint32_t kSpirvMagic = 0x07230203;
 constexpr size_t kSpirvHeaderWords = 5;
 
 [[noreturn]] void Corrupt(const std::string& what) {
-  TVM_FFI_THROW(ValueError) << "This is no module of Vulkan kernels that can be used: " << what
-                            << "; compile it again.";
-  TVM_FFI_UNREACHABLE();
+  throw Failure(MXF_CORRUPT, "This is no module of Vulkan kernels that can be used: ", what,
+                "; compile it again.");
 }
 
 uint32_t ReadU32(std::string_view bytes, size_t at) {
@@ -37,76 +36,53 @@ uint32_t ReadU32(std::string_view bytes, size_t at) {
          static_cast<uint32_t>(data[2]) << 16 | static_cast<uint32_t>(data[3]) << 24;
 }
 
-void CheckDepth(std::string_view json) {
-  int depth = 0;
-  bool quoted = false;
-  for (size_t i = 0; i < json.size(); ++i) {
-    const char c = json[i];
-    if (quoted) {
-      if (c == '\\') ++i;
-      if (c == '"') quoted = false;
-    } else if (c == '"') {
-      quoted = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > kMaxDepth) Corrupt("its JSON is nested too deeply");
-    } else if (c == ']' || c == '}') {
-      --depth;
-    }
-  }
-}
-
 /*! \brief A JSON object with typed access; errors name the path. */
 class Fields {
  public:
-  Fields(const ffi::Any& value, std::string path) : path_(std::move(path)) {
-    std::optional<ffi::json::Object> object = value.as<ffi::json::Object>();
-    if (!object.has_value()) Corrupt(path_ + " should be an object");
-    object_ = *object;
+  Fields(const Json& value, std::string path) : object_(value), path_(std::move(path)) {
+    if (value.kind() != Json::Kind::kObject) Corrupt(path_ + " should be an object");
   }
 
-  ffi::Any Get(const char* name) const {
-    const auto found = object_.find(ffi::String(name));
-    if (found == object_.end()) Corrupt(path_ + " lacks \"" + name + "\"");
-    return (*found).second;
+  const Json& Get(const char* name) const {
+    const Json* found = object_.Find(name);
+    if (found == nullptr) Corrupt(path_ + " lacks \"" + name + "\"");
+    return *found;
   }
 
   std::string Text(const char* name) const { return AsText(Get(name), Path(name)); }
 
   bool Bool(const char* name) const {
-    const ffi::Any value = Get(name);
-    if (value.type_index() != ffi::TypeIndex::kTVMFFIBool) {
-      Corrupt(Path(name) + " should be true or false");
-    }
-    return value.cast<bool>();
+    const Json& value = Get(name);
+    if (value.kind() != Json::Kind::kBool) Corrupt(Path(name) + " should be true or false");
+    return value.Bool();
   }
 
   uint32_t Number(const char* name, uint64_t largest) const {
     return AsNumber(Get(name), Path(name), largest);
   }
 
-  ffi::json::Array List(const char* name) const {
-    std::optional<ffi::json::Array> list = Get(name).as<ffi::json::Array>();
-    if (!list.has_value()) Corrupt(Path(name) + " should be a list");
-    return *list;
+  const std::vector<Json>& List(const char* name) const {
+    const Json& value = Get(name);
+    if (value.kind() != Json::Kind::kList) Corrupt(Path(name) + " should be a list");
+    return value.List();
   }
 
   std::vector<std::string> Texts(const char* name) const {
     std::vector<std::string> texts;
-    for (const ffi::Any& each : List(name)) texts.push_back(AsText(each, Path(name)));
+    for (const Json& each : List(name)) texts.push_back(AsText(each, Path(name)));
     return texts;
   }
 
   std::string Path(const char* name) const { return path_ + "." + name; }
 
-  static std::string AsText(const ffi::Any& value, const std::string& path) {
-    std::optional<ffi::String> text = value.as<ffi::String>();
-    if (!text.has_value()) Corrupt(path + " should be a text");
-    return std::string(text->data(), text->size());
+  static const std::string& AsText(const Json& value, const std::string& path) {
+    if (value.kind() != Json::Kind::kText) Corrupt(path + " should be a text");
+    return value.Text();
   }
 
-  static uint32_t AsNumber(const ffi::Any& value, const std::string& path, uint64_t largest) {
-    if (value.type_index() != ffi::TypeIndex::kTVMFFIInt) Corrupt(path + " should be an integer");
-    const auto number = value.cast<int64_t>();
+  static uint32_t AsNumber(const Json& value, const std::string& path, uint64_t largest) {
+    if (value.kind() != Json::Kind::kInteger) Corrupt(path + " should be an integer");
+    const int64_t number = value.Integer();
     if (number < 0 || static_cast<uint64_t>(number) > largest) {
       Corrupt(path + " is " + std::to_string(number) + ", outside 0 to " + std::to_string(largest));
     }
@@ -114,7 +90,7 @@ class Fields {
   }
 
  private:
-  ffi::json::Object object_;
+  const Json& object_;
   std::string path_;
 };
 
@@ -133,7 +109,7 @@ ScalarType ParseType(const std::string& dtype, const std::string& path) {
   Corrupt(path + " has the unknown dtype " + dtype);
 }
 
-ArgumentInfo ParseArgument(const ffi::Any& value, const std::string& path,
+ArgumentInfo ParseArgument(const Json& value, const std::string& path,
                            uint32_t argument_bytes) {
   const Fields fields(value, path);
   ArgumentInfo argument;
@@ -194,21 +170,21 @@ void CheckCode(const std::vector<uint32_t>& code, const std::string& path) {
   if (!entry) Corrupt(path + ".code has no compute entry point \"main\"");
 }
 
-MatrixProduct ParseProduct(const ffi::Any& value, const std::string& path) {
+MatrixProduct ParseProduct(const Json& value, const std::string& path) {
   const Fields fields(value, path);
   const auto size = [&](const char* name) { return fields.Number(name, kMaxMatrix); };
   return {size("m"),        size("n"),        size("k"),       fields.Text("a"),
           fields.Text("b"), fields.Text("c"), fields.Text("result")};
 }
 
-KernelInfo ParseKernel(const ffi::Any& value, const std::string& path, std::string_view spirv) {
+KernelInfo ParseKernel(const Json& value, const std::string& path, std::string_view spirv) {
   const Fields fields(value, path);
   KernelInfo kernel;
   kernel.name = fields.Text("name");
   if (kernel.name.empty()) Corrupt(path + " has an empty name");
   const std::string named = path + " (" + kernel.name + ")";
 
-  const ffi::json::Array code = fields.List("code");
+  const std::vector<Json>& code = fields.List("code");
   if (code.size() != 2) Corrupt(named + ".code should be [offset, bytes]");
   const uint64_t offset = Fields::AsNumber(code[0], named + ".code", UINT32_MAX);
   const uint64_t bytes = Fields::AsNumber(code[1], named + ".code", UINT32_MAX);
@@ -228,7 +204,7 @@ KernelInfo ParseKernel(const ffi::Any& value, const std::string& path, std::stri
             " bytes of arguments, more than the 128 that push constants hold");
   }
   size_t index = 0;
-  for (const ffi::Any& argument : fields.List("arguments")) {
+  for (const Json& argument : fields.List("arguments")) {
     kernel.arguments.push_back(ParseArgument(
         argument, named + ".arguments[" + std::to_string(index++) + "]", kernel.argument_bytes));
   }
@@ -240,7 +216,7 @@ KernelInfo ParseKernel(const ffi::Any& value, const std::string& path, std::stri
     }
     kernel.launch.push_back(extent);
   }
-  const ffi::json::Array sizes = fields.List("local_size");
+  const std::vector<Json>& sizes = fields.List("local_size");
   if (sizes.size() != 3) Corrupt(named + ".local_size should have 3 numbers");
   for (int axis = 0; axis < 3; ++axis) {
     kernel.local_size[axis] = Fields::AsNumber(sizes[axis], named + ".local_size", 1U << 20);
@@ -256,10 +232,10 @@ KernelInfo ParseKernel(const ffi::Any& value, const std::string& path, std::stri
                                     "computeFullSubgroups") != kernel.features.end();
   kernel.extensions = needs.Texts("extensions");
   kernel.subgroup_operations = needs.Texts("subgroup_operations");
-  if (needs.Get("subgroup_size").type_index() != ffi::TypeIndex::kTVMFFINone) {
+  if (!needs.Get("subgroup_size").IsNull()) {
     kernel.subgroup_size = needs.Number("subgroup_size", 1024);
   }
-  for (const ffi::Any& product : needs.List("matrices")) {
+  for (const Json& product : needs.List("matrices")) {
     kernel.products.push_back(ParseProduct(product, needs.Path("matrices")));
   }
   return kernel;
@@ -305,14 +281,11 @@ std::vector<KernelInfo> ParseModule(std::string_view bytes) {
   }
   const std::string_view json = bytes.substr(kHeaderBytes, json_bytes);
   const std::string_view spirv = bytes.substr(kHeaderBytes + json_bytes);
-  CheckDepth(json);
-  ffi::String error;
-  const ffi::Any root = ffi::json::Parse(ffi::String(json.data(), json.size()), &error);
-  if (!error.empty()) Corrupt("its JSON cannot be read (" + std::string(error) + ")");
+  const Json root = Json::Parse(json, "The description of Vulkan kernels");
 
   std::vector<KernelInfo> kernels;
   std::set<std::string> names;
-  for (const ffi::Any& value : Fields(root, "the JSON").List("kernels")) {
+  for (const Json& value : Fields(root, "the JSON").List("kernels")) {
     const std::string path = "kernels[" + std::to_string(kernels.size()) + "]";
     kernels.push_back(ParseKernel(value, path, spirv));
     if (!names.insert(kernels.back().name).second) {

@@ -9,7 +9,7 @@
  *   SPIR-V   modules one after another, each 4-aligned
  *
  * All numbers are little-endian. The bytes may come from anywhere: whatever is wrong with them is
- * a ValueError that names it.
+ * an error that names it.
  */
 #ifndef MXFORGE_VULKAN_MODULE_FORMAT_H_
 #define MXFORGE_VULKAN_MODULE_FORMAT_H_
@@ -82,7 +82,7 @@ struct KernelInfo {
   }
 };
 
-/*! \brief Parse and check; throws ValueError. */
+/*! \brief Parse and check: Error (MXF_CORRUPT). */
 std::vector<KernelInfo> ParseModule(std::string_view bytes);
 
 }  // namespace vulkan

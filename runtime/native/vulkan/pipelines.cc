@@ -22,7 +22,7 @@ const std::string* Intern(const std::string& name) {
 
 /*! \brief Throw what is wrong, if anything. */
 void Require(const std::string& why_not) {
-  if (!why_not.empty()) TVM_FFI_THROW(RuntimeError) << why_not;
+  if (!why_not.empty()) throw Error(MXF_TARGET, why_not);
 }
 
 /*! \brief Why blocks of this size do not run; empty where they do. */
@@ -258,8 +258,8 @@ VkPipeline Pipelines::Create(size_t index, const LocalSize& size) {
     const std::string what =
         "vkCreateComputePipelines for kernel " + kernel.name + " on " + core_->Label();
     core_->Check(result, what.c_str());
-    TVM_FFI_THROW(RuntimeError) << "The driver of " << core_->Label() << " does not compile kernel "
-                                << kernel.name << " (" << ResultName(result) << ").";
+    throw Failure(MXF_TARGET, "The driver of ", core_->Label(), " does not compile kernel ",
+                  kernel.name, " (", ResultName(result), ").");
   }
   return pipeline;
 }

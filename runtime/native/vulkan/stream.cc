@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "batch_limit.h"
+#include "recording.h"
 
 namespace mxforge {
 namespace vulkan {
@@ -56,19 +57,26 @@ Batch::~Batch() {
   core_->call.DestroyCommandPool(core_->handle, pool_, nullptr);
 }
 
-void Batch::Begin(uint64_t new_value) {
-  value = new_value;
+void Batch::Restart(VkCommandBufferUsageFlags flags) {
   count = 0;
-  position = 0;
   bound = VK_NULL_HANDLE;
+  replayed = VK_NULL_HANDLE;
   argument_chunk_ = 0;
   argument_offset_ = 0;
   stamped_.clear();
+  stamping_ = false;
   core_->Check(core_->call.ResetCommandPool(core_->handle, pool_, 0), "vkResetCommandPool");
   auto info = Struct<VkCommandBufferBeginInfo>(VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO);
-  info.flags = VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT;
+  info.flags = flags;
   core_->Check(core_->call.BeginCommandBuffer(commands, &info), "vkBeginCommandBuffer");
-  stamping_ = false;
+}
+
+void Batch::BeginKept() { Restart(VK_COMMAND_BUFFER_USAGE_SIMULTANEOUS_USE_BIT); }
+
+void Batch::Begin(uint64_t new_value) {
+  value = new_value;
+  position = 0;
+  Restart(VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT);
   if (core_->physical.timestamp_bits == 0) return;
   if (span_ == VK_NULL_HANDLE) span_ = CreateQueries(2);
   core_->call.CmdResetQueryPool(commands, span_, 0, 2);
@@ -77,6 +85,40 @@ void Batch::Begin(uint64_t new_value) {
   stamping_ = true;
   if (queries_ == VK_NULL_HANDLE) queries_ = CreateQueries(kQueries);
   core_->call.CmdResetQueryPool(commands, queries_, 0, kQueries);
+}
+
+void Batch::Record(const Barrier& barrier) {
+  if (!barrier) return;
+  ++core_->statistics.barriers;
+  const uint8_t to = StageBit(barrier.to);
+  auto memory = Struct<VkMemoryBarrier>(VK_STRUCTURE_TYPE_MEMORY_BARRIER);
+  memory.srcAccessMask = WriteMask(barrier.memory);
+  memory.dstAccessMask = ReadMask(to) | WriteMask(to);
+  core_->call.CmdPipelineBarrier(commands, StageMask(barrier.execution), StageMask(to), 0,
+                                 barrier.memory != 0 ? 1 : 0, &memory, 0, nullptr, 0, nullptr);
+}
+
+PushedBlock Batch::Pushed(const Dispatch& dispatch) {
+  if (!dispatch.argument_buffer) return {dispatch.block, dispatch.block_bytes, 0};
+  return {nullptr, sizeof(uint64_t), WriteArguments(dispatch.block, dispatch.block_bytes)};
+}
+
+void Batch::Launch(const Dispatch& dispatch, const PushedBlock& pushed) {
+  const auto& call = core_->call;
+  if (bound != dispatch.pipeline) {
+    call.CmdBindPipeline(commands, VK_PIPELINE_BIND_POINT_COMPUTE, dispatch.pipeline);
+    bound = dispatch.pipeline;
+  }
+  if (pushed.size != 0) {
+    const void* bytes = pushed.bytes != nullptr ? static_cast<const void*>(pushed.bytes)
+                                                : &pushed.address;
+    call.CmdPushConstants(commands, dispatch.layout, VK_SHADER_STAGE_COMPUTE_BIT, 0, pushed.size,
+                          bytes);
+  }
+  StampBefore(dispatch.name);
+  call.CmdDispatch(commands, dispatch.groups[0], dispatch.groups[1], dispatch.groups[2]);
+  StampAfter();
+  ++core_->statistics.dispatches;
 }
 
 VkQueryPool Batch::CreateQueries(uint32_t count) {
@@ -90,7 +132,7 @@ VkQueryPool Batch::CreateQueries(uint32_t count) {
 }
 
 void Batch::End() {
-  if (span_ != VK_NULL_HANDLE) {
+  if (span_ != VK_NULL_HANDLE) {  // never of what is kept
     core_->call.CmdWriteTimestamp(commands, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, span_, 1);
   }
   core_->CheckFatal(core_->call.EndCommandBuffer(commands), "vkEndCommandBuffer");
@@ -196,17 +238,6 @@ Batch* Stream::Open() {
   return open_.get();
 }
 
-void Stream::Record(const Barrier& barrier) {
-  if (!barrier) return;
-  ++core_->statistics.barriers;
-  const uint8_t to = StageBit(barrier.to);
-  auto memory = Struct<VkMemoryBarrier>(VK_STRUCTURE_TYPE_MEMORY_BARRIER);
-  memory.srcAccessMask = WriteMask(barrier.memory);
-  memory.dstAccessMask = ReadMask(to) | WriteMask(to);
-  core_->call.CmdPipelineBarrier(open_->commands, StageMask(barrier.execution), StageMask(to), 0,
-                                 barrier.memory != 0 ? 1 : 0, &memory, 0, nullptr, 0, nullptr);
-}
-
 void Stream::Count() {
   Batch* batch = open_.get();
   batch->position = hazards.Position();
@@ -224,30 +255,31 @@ void Stream::Count() {
 void Stream::Launch(const Dispatch& dispatch, const Access* accesses, Buffer* const* buffers,
                     size_t count) {
   Batch* batch = Open();
-  const auto& call = core_->call;
-  const uint8_t* push = dispatch.block;
-  uint32_t push_bytes = dispatch.block_bytes;
-  uint64_t address = 0;
-  if (dispatch.argument_buffer) {  // before anything is recorded: it may find no memory
-    address = batch->WriteArguments(dispatch.block, dispatch.block_bytes);
-    push = reinterpret_cast<const uint8_t*>(&address);
-    push_bytes = sizeof(address);
-  }
-  Record(hazards.Command(Stage::kCompute, accesses, count, *dispatch.name));
+  const PushedBlock pushed = batch->Pushed(dispatch);
+  batch->Record(hazards.Command(Stage::kCompute, accesses, count, *dispatch.name));
   for (size_t i = 0; i < count; ++i) buffers[i]->Mark(this, batch->value, accesses[i].write);
-  if (batch->bound != dispatch.pipeline) {
-    call.CmdBindPipeline(batch->commands, VK_PIPELINE_BIND_POINT_COMPUTE, dispatch.pipeline);
-    batch->bound = dispatch.pipeline;
-  }
-  if (push_bytes != 0) {
-    call.CmdPushConstants(batch->commands, dispatch.layout, VK_SHADER_STAGE_COMPUTE_BIT, 0,
-                          push_bytes, push);
-  }
-  batch->StampBefore(dispatch.name);
-  call.CmdDispatch(batch->commands, dispatch.groups[0], dispatch.groups[1], dispatch.groups[2]);
-  batch->StampAfter();
-  ++core_->statistics.dispatches;
+  batch->Launch(dispatch, pushed);
   Count();
+}
+
+void Stream::Replay(const Recording& recording) {
+  if (recording.parts().empty()) return;
+  // As one command, behind the barrier that the recording begins with.
+  hazards.Everything(Stage::kCompute);
+  hazards.Command(Stage::kCompute, recording.accesses().data(), recording.accesses().size(),
+                  "recording");
+  const uint64_t last = Open()->value + recording.parts().size() - 1;
+  for (const Recording::Use& use : recording.uses()) {
+    use.buffer->Mark(this, last, use.access.write);
+  }
+  for (const auto& part : recording.parts()) {
+    Batch* batch = Open();
+    batch->replayed = part->commands;
+    batch->count += part->count;
+    batch->position = hazards.Position();
+    core_->statistics.dispatches += part->count;
+    Submit();
+  }
 }
 
 void Stream::Copy(Buffer* from, uint64_t from_offset, Buffer* to, uint64_t to_offset,
@@ -255,7 +287,7 @@ void Stream::Copy(Buffer* from, uint64_t from_offset, Buffer* to, uint64_t to_of
   Batch* batch = Open();
   const Access accesses[] = {{from->resource, false, from_offset, from_offset + bytes},
                              {to->resource, true, to_offset, to_offset + bytes}};
-  Record(hazards.Command(Stage::kTransfer, accesses, 2, name));
+  batch->Record(hazards.Command(Stage::kTransfer, accesses, 2, name));
   from->Mark(this, batch->value, false);
   to->Mark(this, batch->value, true);
   VkBufferCopy region{from->offset + from_offset, to->offset + to_offset, bytes};
@@ -267,7 +299,7 @@ void Stream::Copy(Buffer* from, uint64_t from_offset, Buffer* to, uint64_t to_of
 uint64_t Stream::PrepareHost(Buffer* buffer, const Access& access) {
   if (hazards.HostReady(access)) return host_barrier_;
   Batch* batch = Open();
-  Record(hazards.BeforeHost(access));
+  batch->Record(hazards.BeforeHost(access));
   buffer->Mark(this, batch->value, true);
   batch->position = hazards.Position();
   ++batch->count;
@@ -318,8 +350,9 @@ uint64_t Stream::Submit() {
   info.waitSemaphoreCount = static_cast<uint32_t>(wait_semaphores.size());
   info.pWaitSemaphores = wait_semaphores.data();
   info.pWaitDstStageMask = stages.data();
-  info.commandBufferCount = 1;
-  info.pCommandBuffers = &open_->commands;
+  const VkCommandBuffer commands[] = {open_->commands, open_->replayed};
+  info.commandBufferCount = open_->replayed == VK_NULL_HANDLE ? 1 : 2;
+  info.pCommandBuffers = commands;
   info.signalSemaphoreCount = 1;
   info.pSignalSemaphores = &timeline_;
   const VkResult result = submit_to_simulate != VK_SUCCESS
@@ -339,14 +372,18 @@ void Stream::Reached(uint64_t value) {
   ended_ = std::max(ended_, value);
   while (!in_flight_.empty() && in_flight_.front()->value <= ended_) {
     const Settings& settings = core_->settings;
-    const double took = in_flight_.front()->Finish(&last_end_);
+    Batch& batch = *in_flight_.front();
+    const double took = batch.Finish(&last_end_);
+    // A recording has no timestamps of its own, and the batch behind it may have begun within it.
+    const bool timed = batch.replayed == VK_NULL_HANDLE && !replaying_;
+    replaying_ = batch.replayed != VK_NULL_HANDLE;
     if (took < 0) {
       batch_limit_ = settings.batch_commands;  // nobody knows: the number alone has to do
-    } else if (in_flight_.front()->count != 0 && settings.batch_milliseconds != 0) {
-      batch_limit_ = NextBatchLimit(batch_limit_, in_flight_.front()->count, took,
-                                    settings.batch_milliseconds, settings.batch_commands);
+    } else if (timed && batch.count != 0 && settings.batch_milliseconds != 0) {
+      batch_limit_ = NextBatchLimit(batch_limit_, batch.count, took, settings.batch_milliseconds,
+                                    settings.batch_commands);
     }
-    hazards.Waited(in_flight_.front()->position);
+    hazards.Waited(batch.position);
     spare_.push_back(std::move(in_flight_.front()));
     in_flight_.pop_front();
   }

@@ -35,6 +35,13 @@ struct Dispatch {
   bool argument_buffer = false;  // the block goes through memory instead of push constants
 };
 
+/*! \brief Push constants of a launch: bytes, or the address of some. */
+struct PushedBlock {
+  const uint8_t* bytes;  // null: the address
+  uint32_t size;
+  uint64_t address;
+};
+
 /*! \brief A command buffer with what its commands need until they have ended; reused. */
 class Batch {
  public:
@@ -48,12 +55,16 @@ class Batch {
   uint64_t position = 0;  // of its last command, for the hazard tracker
   uint32_t count = 0;     // commands so far
   VkPipeline bound = VK_NULL_HANDLE;
+  VkCommandBuffer replayed = VK_NULL_HANDLE;  // part of a recording that follows its own commands
 
   void Begin(uint64_t new_value);
-  /*! \brief Memory for an argument block, 16-aligned, kept until the batch has ended. */
-  uint64_t WriteArguments(const uint8_t* block, uint32_t bytes);
-  void StampBefore(const std::string* name);
-  void StampAfter();
+  /*! \brief For commands that will be submitted more than once, by other batches. */
+  void BeginKept();
+  void Record(const Barrier& barrier);
+  /*! \brief What a launch pushes: its arguments, or where a copy of them lies. Comes before
+   *  anything of it is recorded, for there may be no memory. */
+  PushedBlock Pushed(const Dispatch& dispatch);
+  void Launch(const Dispatch& dispatch, const PushedBlock& pushed);
   /*! \brief Nothing more will be recorded. */
   void End();
   /*! \brief The batch has ended: account for its timestamps.
@@ -79,10 +90,17 @@ class Batch {
   size_t argument_chunk_ = 0;
   uint64_t argument_offset_ = 0;
 
+  /*! \brief Memory for an argument block, 16-aligned, kept until the batch has ended. */
+  uint64_t WriteArguments(const uint8_t* block, uint32_t bytes);
+  void StampBefore(const std::string* name);
+  void StampAfter();
+  void Restart(VkCommandBufferUsageFlags flags);
   VkQueryPool CreateQueries(uint32_t count);
   double Milliseconds(uint64_t from, uint64_t to) const;
   void CountKernels();
 };
+
+class Recording;
 
 class Stream {
  public:
@@ -99,6 +117,8 @@ class Stream {
   /*! \brief Record a copy between buffers (or, not overlapping, within one). */
   void Copy(Buffer* from, uint64_t from_offset, Buffer* to, uint64_t to_offset, uint64_t bytes,
             const char* name);
+  /*! \brief Submit all that was recorded here, and a recording behind it. */
+  void Replay(const Recording& recording);
   /*! \brief See to it that what was written to this range is visible to the host once the
    *  returned value has ended; that of the last barrier towards the host if it serves. */
   uint64_t PrepareHost(Buffer* buffer, const Access& access);
@@ -148,6 +168,7 @@ class Stream {
   uint64_t host_barrier_ = 0;
   uint32_t batch_limit_;
   uint64_t last_end_ = 0;  // of a batch, by the device's clock
+  bool replaying_ = false;  // when that batch ended, and the next may have begun
   std::unique_ptr<Batch> open_;
   std::deque<std::unique_ptr<Batch>> in_flight_;
   std::vector<std::unique_ptr<Batch>> spare_;
@@ -156,7 +177,6 @@ class Stream {
   std::map<const Stream*, uint64_t> waited_for_;    // by submits so far, and all that follow them
 
   Batch* Open();
-  void Record(const Barrier& barrier);
   void Count();
   void Poll();
   void Reached(uint64_t value);

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "border.h"
-#include "device.h"
+#include "../device.h"
 
 namespace mxforge {
 namespace vulkan {
@@ -19,6 +19,8 @@ namespace {
 
 namespace ffi = tvm::ffi;
 using tvm::runtime::DeviceAPI;
+
+thread_local int current_id = 0;
 
 /*! \brief How many devices there are; none where there is not even a loader. */
 int CountDevices() noexcept {
@@ -31,7 +33,7 @@ int CountDevices() noexcept {
 
 class VulkanDeviceAPI final : public DeviceAPI {
  public:
-  void SetDevice(DLDevice device) final { Device::SetCurrentId(device.device_id); }
+  void SetDevice(DLDevice device) final { current_id = device.device_id; }
 
   void GetAttr(DLDevice device, tvm::runtime::DeviceAttrKind kind, ffi::Any* result) final {
     Guarded([&] { Attribute(device, kind, result); });
@@ -59,7 +61,11 @@ class VulkanDeviceAPI final : public DeviceAPI {
   }
 
   void StreamSync(DLDevice device, TVMStreamHandle stream) final {
-    Guarded([&] { Device::Get(device.device_id)->Synchronize(stream); });
+    // Null means the default stream to some callers and the thread's own to others: both, then.
+    Guarded([&] {
+      Device* on = Device::Get(device.device_id);
+      on->Synchronize({stream, stream == nullptr ? CurrentStream(on) : stream});
+    });
   }
 
   // The thread's stream is kept by tvm_ffi, where other users of it look as well.
@@ -145,14 +151,14 @@ class VulkanDeviceAPI final : public DeviceAPI {
     const auto source = reinterpret_cast<uint64_t>(from) + from_offset;
     const auto target = reinterpret_cast<uint64_t>(to) + to_offset;
     Device* device = Device::Get(from_here ? from_device.device_id : to_device.device_id);
-    Stream* on = device->StreamOf(stream);
+    Stream* on = device->StreamOf(stream == nullptr ? CurrentStream(device) : stream);
     if (from_here && to_here && from_device.device_id == to_device.device_id) {
       device->copier().Within(on, source, target, bytes);
     } else if (from_here && to_here) {
       Device* other = Device::Get(to_device.device_id);
       std::vector<uint8_t> between(bytes);
       device->copier().Download(on, source, between.data(), bytes);
-      other->copier().Upload(other->StreamOf(nullptr), between.data(), target, bytes);
+      other->copier().Upload(other->StreamOf(CurrentStream(other)), between.data(), target, bytes);
     } else if (from_here && IsHost(to_device)) {
       device->copier().Download(on, source, reinterpret_cast<uint8_t*>(target), bytes);
     } else if (to_here && IsHost(from_device)) {
@@ -172,6 +178,12 @@ class VulkanDeviceAPI final : public DeviceAPI {
 };
 
 }  // namespace
+
+int CurrentId() { return current_id; }
+
+void* CurrentStream(Device* device) {
+  return TVMFFIEnvGetStream(kDLVulkan, device->core().physical.device_id);
+}
 
 void* TheDeviceAPI() {
   static auto* const api = new VulkanDeviceAPI();  // TVM keeps the pointer for good

@@ -9,16 +9,12 @@
 
 #include <cstdint>
 
-#include "module_format.h"
+#include "../module_format.h"
 
 namespace mxforge {
 namespace vulkan {
 
-/*! \brief The address of a pointer argument: a pointer, None, or (in tests) a tensor.
- *
- * Refused where the kernel's accesses need more alignment: what happens then is the device's
- * choice.
- */
+/*! \brief The address of a pointer argument: a pointer, None, or (in tests) a tensor. */
 uint64_t PointerValue(const TVMFFIAny& value, const KernelInfo& kernel,
                       const ArgumentInfo& argument);
 

@@ -1,6 +1,9 @@
 /*!
  * \file border.h
- * \brief Errors between this library and a TVM that another C++ runtime was built with.
+ * \brief Errors on their way to TVM: its own kinds, and a C++ runtime that may be another.
+ *
+ * What the layer throws becomes one of TVM's errors: a ValueError for bytes that are no module, a
+ * RuntimeError for all else.
  *
  * TVM's wheels for Linux are built with libstdc++. Where `zig c++` compiled this library, it brings
  * a libc++ of its own, whose exceptions TVM cannot catch: the process would end. So no exception
@@ -15,7 +18,10 @@
 #include <tvm/ffi/function.h>
 
 #include <optional>
+#include <type_traits>
 #include <utility>
+
+#include "../error.h"
 
 #if defined(_LIBCPP_VERSION) && defined(__linux__)
 #define MXFORGE_VULKAN_BORDER 1
@@ -25,6 +31,37 @@
 
 namespace mxforge {
 namespace vulkan {
+
+/*! \brief Call a body, whose errors become TVM's. */
+template <typename Body>
+auto Translated(const Body& body) -> decltype(body()) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    const char* kind = error.status() == MXF_CORRUPT ? "ValueError" : "RuntimeError";
+    throw tvm::ffi::Error(kind, error.what(), "");
+  }
+}
+
+template <typename Function, typename Result, typename... Arguments>
+auto TranslatedAs(Function function, Result (Function::*)(Arguments...) const) {
+  return [function](Arguments... arguments) -> Result {
+    return Translated([&]() -> Result { return function(std::forward<Arguments>(arguments)...); });
+  };
+}
+
+/*! \brief A function to register, whose errors become TVM's. */
+template <typename Result, typename... Arguments>
+auto Hook(Result (*function)(Arguments...)) {
+  return [function](Arguments... arguments) -> Result {
+    return Translated([&]() -> Result { return function(std::forward<Arguments>(arguments)...); });
+  };
+}
+
+template <typename Function>
+auto Hook(Function function) {
+  return TranslatedAs(function, &Function::operator());
+}
 
 /*! \brief Let callers reach this function of ours by the C interface only. */
 inline tvm::ffi::Function AcrossBorder(tvm::ffi::Function function) {
@@ -52,7 +89,7 @@ void ThrowPending();
 template <typename Body>
 __attribute__((noinline)) bool Caught(const Body& body) noexcept {
   try {
-    body();
+    Translated(body);
     return false;
   } catch (const tvm::ffi::Error& error) {
     PendingError() = error;
@@ -73,7 +110,7 @@ void Guarded(const Body& body) {
 
 template <typename Body>
 void Guarded(const Body& body) {
-  body();
+  Translated(body);
 }
 
 #endif

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "../launch.h"
+
 namespace mxforge {
 namespace vulkan {
 namespace {
@@ -23,7 +25,10 @@ void Store(T value, uint8_t* where) {
   std::memcpy(where, &value, sizeof(value));
 }
 
-uint64_t AddressOf(const TVMFFIAny& value, const KernelInfo& kernel, const ArgumentInfo& argument) {
+}  // namespace
+
+uint64_t PointerValue(const TVMFFIAny& value, const KernelInfo& kernel,
+                      const ArgumentInfo& argument) {
   switch (value.type_index) {
     case ffi::TypeIndex::kTVMFFIOpaquePtr:
       return reinterpret_cast<uint64_t>(value.v_ptr);
@@ -40,22 +45,6 @@ uint64_t AddressOf(const TVMFFIAny& value, const KernelInfo& kernel, const Argum
     default:
       Mismatch(kernel, argument.name, "a pointer", value.type_index);
   }
-}
-
-}  // namespace
-
-uint64_t PointerValue(const TVMFFIAny& value, const KernelInfo& kernel,
-                      const ArgumentInfo& argument) {
-  const uint64_t address = AddressOf(value, kernel, argument);
-  if (address % argument.alignment != 0) {
-    TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " needs a multiple of "
-                                << argument.alignment << " as the address of " << argument.name
-                                << ", its argument " << &argument - kernel.arguments.data()
-                                << ", but got " << address << ", a multiple of "
-                                << (address & (0 - address))
-                                << " only; copy the view into a tensor of its own.";
-  }
-  return address;
 }
 
 void WriteScalar(const TVMFFIAny& value, const KernelInfo& kernel, const ArgumentInfo& argument,
@@ -80,18 +69,7 @@ void WriteScalar(const TVMFFIAny& value, const KernelInfo& kernel, const Argumen
     return Store(number, where);
   }
   if (!integer) Mismatch(kernel, argument.name, "an integer", value.type_index);
-  const int64_t number = value.v_int64;
-  if (argument.type == ScalarType::kBool) return Store<uint32_t>(number != 0 ? 1 : 0, where);
-  switch (BytesOf(argument.type)) {
-    case 1:
-      return Store(static_cast<uint8_t>(number), where);
-    case 2:
-      return Store(static_cast<uint16_t>(number), where);
-    case 4:
-      return Store(static_cast<uint32_t>(number), where);
-    default:
-      return Store(number, where);
-  }
+  WriteInteger(argument, value.v_int64, block);
 }
 
 int64_t ExtentValue(const TVMFFIAny& value, const KernelInfo& kernel) {

@@ -15,9 +15,9 @@
 #include <unordered_map>
 #include <vector>
 
-#include "device.h"
-#include "module_format.h"
-#include "pipelines.h"
+#include "../device.h"
+#include "../module_format.h"
+#include "../pipelines.h"
 
 namespace mxforge {
 namespace vulkan {

@@ -4,8 +4,10 @@
 
 #include <cstring>
 
+#include "../launch.h"
 #include "arguments.h"
 #include "border.h"
+#include "device_api.h"
 
 namespace mxforge {
 namespace vulkan {
@@ -24,12 +26,7 @@ ModuleNode::ModuleNode(const ffi::Bytes& bytes)
 }
 
 ModuleNode::~ModuleNode() {
-  for (const auto& each : prepared_) {
-    try {
-      each->device->Retire(std::move(each->pipelines));
-    } catch (const std::exception&) {  // nobody could hear of it here
-    }
-  }
+  for (const auto& each : prepared_) each->device->Retire(std::move(each->pipelines));
 }
 
 ffi::Optional<ffi::Function> ModuleNode::GetFunction(const ffi::String& name) {
@@ -41,7 +38,9 @@ ffi::Optional<ffi::Function> ModuleNode::GetFunction(const ffi::String& name) {
   return AcrossBorder(ffi::Function::FromPacked(
       [self, kernel](const ffi::AnyView* arguments, int32_t count, ffi::Any*) {
         static_assert(sizeof(ffi::AnyView) == sizeof(TVMFFIAny));
-        self->Launch(kernel, reinterpret_cast<const TVMFFIAny*>(arguments), count);
+        Translated([&] {
+          self->Launch(kernel, reinterpret_cast<const TVMFFIAny*>(arguments), count);
+        });
       }));
 }
 
@@ -84,43 +83,19 @@ void ModuleNode::Launch(size_t index, const TVMFFIAny* arguments, int count) {
                              << " arguments and " << kernel.launch.size()
                              << " extents of its launch but got " << count << " values.";
   }
-  Device* device = Device::Get(Device::CurrentId());
-  const VkPhysicalDeviceLimits& limits = device->core().physical.limits;
-
-  int64_t groups[3] = {1, 1, 1};
-  int64_t block[3] = {1, 1, 1};
-  bool block_given[3] = {false, false, false};
+  Device* device = Device::Get(CurrentId());
+  Extents groups = {1, 1, 1};
+  Extents block;
+  for (size_t axis = 0; axis < block.size(); ++axis) block[axis] = kernel.local_size[axis];
   for (size_t i = 0; i < kernel.launch.size(); ++i) {
     const LaunchExtent& extent = kernel.launch[i];
     const int64_t value = ExtentValue(arguments[kernel.arguments.size() + i], kernel);
     if (value == 0) return;  // nothing to do
     (extent.block ? block : groups)[extent.axis] = value;
-    if (extent.block) block_given[extent.axis] = true;
   }
   Dispatch dispatch;
-  Pipelines::LocalSize size;
-  for (int axis = 0; axis < 3; ++axis) {
-    const char name = "xyz"[axis];
-    if (groups[axis] < 0 || groups[axis] > limits.maxComputeWorkGroupCount[axis]) {
-      TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " was launched with "
-                                  << groups[axis] << " blocks in " << name << ", but "
-                                  << device->core().Label() << " allows "
-                                  << limits.maxComputeWorkGroupCount[axis]
-                                  << "; spread them over another axis, or use larger blocks.";
-    }
-    dispatch.groups[axis] = static_cast<uint32_t>(groups[axis]);
-    const uint32_t fixed = kernel.local_size[axis];
-    if (fixed != 0 && block_given[axis] && block[axis] != fixed) {
-      TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " is compiled for blocks of "
-                                  << fixed << " threads in " << name << " but was launched with "
-                                  << block[axis] << ".";
-    }
-    if (block[axis] < 0 || block[axis] > UINT32_MAX) {
-      TVM_FFI_THROW(RuntimeError) << "Kernel " << kernel.name << " was launched with blocks of "
-                                  << block[axis] << " threads in " << name << ".";
-    }
-    size[axis] = fixed != 0 ? fixed : static_cast<uint32_t>(block[axis]);
-  }
+  const Pipelines::LocalSize size =
+      CheckExtents(device->core(), kernel, groups, block, &dispatch);
 
   Pipelines* pipelines = PipelinesFor(device);
   dispatch.pipeline = pipelines->Get(index, size);
@@ -152,13 +127,14 @@ void ModuleNode::Launch(size_t index, const TVMFFIAny* arguments, int count) {
       continue;
     }
     const uint64_t address = PointerValue(arguments[i], kernel, argument);
-    std::memcpy(bytes + argument.offset, &address, sizeof(address));
-    pointers[pointer_count++] = {address, argument.read, argument.write, &argument.name};
+    WriteAddress(kernel, argument, address, bytes);
+    pointers[pointer_count++] = {address, kToTheEnd, argument.read, argument.write,
+                                 &argument.name};
   }
   dispatch.block = bytes;
   dispatch.block_bytes = kernel.argument_bytes;
   dispatch.argument_buffer = kernel.argument_buffer;
-  device->Launch(dispatch, pointers, pointer_count);
+  device->Launch(CurrentStream(device), dispatch, pointers, pointer_count);
 }
 
 ffi::Module LoadModule(const ffi::Bytes& bytes) {

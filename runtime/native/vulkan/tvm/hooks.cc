@@ -9,14 +9,15 @@
 #include <algorithm>
 #include <chrono>
 
-#include "batch_limit.h"
+#include "../batch_limit.h"
+#include "../describe.h"
+#include "../device.h"
 #include "border.h"
-#include "device.h"
 #include "device_api.h"
 #include "module.h"
 
-#ifndef MXFORGE_VULKAN_BUILD_ID
-#define MXFORGE_VULKAN_BUILD_ID ""  // of what another hand has built
+#ifndef MXFORGE_BUILD_ID
+#define MXFORGE_BUILD_ID ""  // of what another hand has built
 #endif
 
 namespace mxforge {
@@ -44,48 +45,7 @@ json::Array TextArray(const std::vector<MatrixProduct>& products) {
   return array;
 }
 
-json::Object Described(const PhysicalDevice& device) {
-  json::Array heaps;
-  for (uint32_t i = 0; i < device.memory.memoryHeapCount; ++i) {
-    const VkMemoryHeap& heap = device.memory.memoryHeaps[i];
-    json::Object each;
-    each.Set(String("bytes"), Signed(heap.size));
-    each.Set(String("device_local"), (heap.flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT) != 0);
-    heaps.push_back(each);
-  }
-  json::Object described;
-  described.Set(String("index"), device.index);
-  described.Set(String("device_id"),
-                device.device_id < 0 ? ffi::Any(nullptr) : ffi::Any(device.device_id));
-  described.Set(String("name"), String(device.name));
-  described.Set(String("type"), String(DeviceTypeName(device.type)));
-  described.Set(String("api_version"), String(VersionText(device.api_version)));
-  described.Set(String("driver"), String(device.driver));
-  described.Set(String("heaps"), heaps);
-  described.Set(String("max_allocation_bytes"),
-                Signed(std::min(device.max_allocation_bytes, device.max_buffer_bytes)));
-  described.Set(String("shared_memory_bytes"),
-                static_cast<int64_t>(device.limits.maxComputeSharedMemorySize));
-  described.Set(String("max_threads_per_block"),
-                static_cast<int64_t>(device.limits.maxComputeWorkGroupInvocations));
-  described.Set(String("subgroup_size"),
-                json::Array{static_cast<int64_t>(device.min_subgroup_size),
-                            static_cast<int64_t>(device.max_subgroup_size)});
-  described.Set(String("subgroup_operations"), TextArray(device.subgroup_operations));
-  described.Set(String("features"), TextArray(device.features));
-  described.Set(String("matrices"), TextArray(device.products));
-  described.Set(String("usable"), device.unusable.empty());
-  described.Set(String("reason"), String(device.unusable));
-  return described;
-}
-
-String Devices() {
-  json::Array devices;
-  for (const PhysicalDevice& device : Instance::Get().devices()) {
-    devices.push_back(Described(device));
-  }
-  return json::Stringify(devices);
-}
+String Devices() { return DescribeDevices(); }
 
 String StatisticsOf(int id) {
   Device* device = Device::Get(id);
@@ -216,7 +176,7 @@ void Profile(int id, bool on) {
 
 String ProfileRead(int id) {
   Device* device = Device::Get(id);
-  device->Synchronize(nullptr);
+  device->Synchronize({nullptr, CurrentStream(device)});
   const std::lock_guard<std::mutex> lock(device->mutex());
   json::Object times;
   for (const auto& [name, time] : device->core().times) {
@@ -237,7 +197,7 @@ String ValidationMessages() {
 
 /*! \brief Feed a list of commands to a tracker alone, without a device; returns its log.
  *
- * Each is ["compute" | "transfer", [[resource, "r" | "w", begin, end], ...]], or
+ * Each is ["compute" | "transfer" | "recording", [[resource, "r" | "w", begin, end], ...]], or
  * ["host", [[...]]] (for each the barrier, a wait for everything, the access), or ["wait"].
  */
 String SimulateHazards(const String& commands) {
@@ -266,7 +226,8 @@ String SimulateHazards(const String& commands) {
         tracker.Host(access, kind);
       }
     } else {
-      const Stage stage = kind == "compute" ? Stage::kCompute : Stage::kTransfer;
+      const Stage stage = kind == "transfer" ? Stage::kTransfer : Stage::kCompute;
+      if (kind == "recording") tracker.Everything(stage);
       tracker.Command(stage, accesses.data(), accesses.size(), kind);
     }
   }
@@ -328,34 +289,34 @@ TVM_FFI_STATIC_INIT_BLOCK() {
   if (ffi::Function::GetGlobal("device_api.vulkan").has_value()) return;
   // Called by tvm_ffi's own code, with bytes from anywhere.
   ffi::Function::SetGlobal("ffi.Module.load_from_bytes.vulkan",
-                           AcrossBorder(ffi::Function::FromTyped(&LoadModule)));
+                           AcrossBorder(ffi::Function::FromTyped(Hook(&LoadModule))));
   namespace refl = tvm::ffi::reflection;
   refl::GlobalDef()
       .def_packed("device_api.vulkan",
                   [](ffi::PackedArgs, ffi::Any* result) { *result = TheDeviceAPI(); })
-      .def("mxforge.vulkan.module", &LoadModule)
-      .def("mxforge.vulkan.check", &Check)
-      .def("mxforge.vulkan.variants", &Variants)
+      .def("mxforge.vulkan.module", Hook(&LoadModule))
+      .def("mxforge.vulkan.check", Hook(&Check))
+      .def("mxforge.vulkan.variants", Hook(&Variants))
       .def("mxforge.vulkan.multiplies",
-           [](const String& product, int64_t size) {
-             const PhysicalDevice& device = Instance::Get().Chosen(Device::CurrentId());
+           Hook([](const String& product, int64_t size) {
+             const PhysicalDevice& device = Instance::Get().Chosen(CurrentId());
              return device.Multiplies(product, static_cast<uint32_t>(size)) ? 1 : 0;
-           })
-      .def("mxforge.vulkan.devices", &Devices)
-      .def("mxforge.vulkan.statistics", &StatisticsOf)
-      .def("mxforge.vulkan.configure", &Configure)
-      .def("mxforge.vulkan.simulate", &Simulate)
-      .def("mxforge.vulkan.profile", &Profile)
-      .def("mxforge.vulkan.profile_read", &ProfileRead)
-      .def("mxforge.vulkan.hazard_log", [](int id, bool on) { Device::Get(id)->LogHazards(on); })
+           }))
+      .def("mxforge.vulkan.devices", Hook(&Devices))
+      .def("mxforge.vulkan.statistics", Hook(&StatisticsOf))
+      .def("mxforge.vulkan.configure", Hook(&Configure))
+      .def("mxforge.vulkan.simulate", Hook(&Simulate))
+      .def("mxforge.vulkan.profile", Hook(&Profile))
+      .def("mxforge.vulkan.profile_read", Hook(&ProfileRead))
+      .def("mxforge.vulkan.hazard_log", Hook([](int id, bool on) { Device::Get(id)->LogHazards(on); }))
       .def("mxforge.vulkan.hazard_log_read",
-           [](int id) { return String(Device::Get(id)->HazardLogJson()); })
-      .def("mxforge.vulkan.hazard_simulate", &SimulateHazards)
-      .def("mxforge.vulkan.batch_limit_simulate", &SimulateBatchLimit)
-      .def("mxforge.vulkan.memory_plan", &PlanMemory)
+           Hook([](int id) { return String(Device::Get(id)->HazardLogJson()); }))
+      .def("mxforge.vulkan.hazard_simulate", Hook(&SimulateHazards))
+      .def("mxforge.vulkan.batch_limit_simulate", Hook(&SimulateBatchLimit))
+      .def("mxforge.vulkan.memory_plan", Hook(&PlanMemory))
       .def_packed("mxforge.vulkan.time_calls", &TimeCalls)
-      .def("mxforge.vulkan.build_id", [] { return String(MXFORGE_VULKAN_BUILD_ID); })
-      .def("mxforge.vulkan.validation_messages", &ValidationMessages);
+      .def("mxforge.vulkan.build_id", [] { return String(MXFORGE_BUILD_ID); })
+      .def("mxforge.vulkan.validation_messages", Hook(&ValidationMessages));
 }
 
 }  // namespace
