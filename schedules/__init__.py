@@ -23,7 +23,7 @@ from .linear import LINEAR_I8_F32  # noqa: F401 (the formats of `linear` join DE
 from .moe import DOWN, GATE_UP, MOE_PLAN, ROUTE, ROUTER_TOPK
 from .rms_norm import RMS_NORM
 from .rope import ROPE_TABLE
-from .sample import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
+from .sample import ADJUST_LOGITS, NEXT_TOKENS, SAMPLE_TOKEN, TOKEN_LOGPROBS
 
 # In the order in which a token meets them.
 KERNELS: dict[str, Kernel] = {
@@ -48,6 +48,7 @@ KERNELS: dict[str, Kernel] = {
         ADJUST_LOGITS,
         SAMPLE_TOKEN,
         TOKEN_LOGPROBS,
+        NEXT_TOKENS,
         KV_COPY_PAGES,
     )
 }

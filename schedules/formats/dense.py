@@ -19,7 +19,7 @@ class Part:
     """One tensor of a weight [rows, k].
 
     suffix: what is added to the weight's name
-    fill(k): the random content that keeps outputs near 1 (see `mxforge.random_weights`)
+    fill(k): the random content that keeps outputs near 1 (see `runtime/native/core/weights.cc`)
     per: inputs that share one of its elements
     """
 
