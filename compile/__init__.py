@@ -26,6 +26,7 @@ def compile_model(
     output: str | Path | None = None,
     numerics: str = "fast",
     *,
+    host: str | None = None,
     kv: str | None = None,
     activations: str | None = None,
     dense: str | None = None,
@@ -42,8 +43,12 @@ def compile_model(
     checkpoint      a folder in Hugging Face's layout or OpenAI's original one; with
                     `random_weights` a config.json of either layout is enough
     target          cpu, cpu:LEVEL, cpu:portable, cuda, cuda:sm_XX, vulkan, vulkan:PROFILE or metal
-    output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>
+    output          the artifact's folder; None: artifacts/<checkpoint's name>-<target>, and
+                    -<host> where one is given
     numerics        "exact" (f32 throughout) or "fast" (number formats chosen for speed)
+    host            the system that runs it: linux-x86_64, linux-aarch64, android-aarch64,
+                    darwin-aarch64, darwin-x86_64, windows-x86_64; None: this machine's, or Linux
+                    where the target is a CPU of another architecture
     kv              format of the cache: "f32", "f16", "bf16", "int8"; None: that of `numerics`
     activations     format of the experts' inputs: "f32", "bf16", "int8", "mxfp8"; None: that of
                     `numerics`
@@ -69,10 +74,10 @@ def compile_model(
         from .job import Job
 
     formats = Formats.of(numerics, kv=kv, activations=activations, dense=dense)
-    name = _name(source)
-    folder = Path(output) if output is not None else DEFAULT_OUTPUT / f"{name}-{_slug(target)}"
+    own = "-".join(filter(None, [_name(source), target.replace(":", "-"), host]))
+    folder = Path(output) if output is not None else DEFAULT_OUTPUT / own
     job = Job(
-        name=name,
+        name=_name(source),
         source=source,
         target_name=target,
         numerics=cast("Numerics", numerics),
@@ -83,6 +88,7 @@ def compile_model(
         dump=Path(debug_dump) if debug_dump is not None else None,
         announce=announce,
         progress=progress,
+        host=host,
     )
     job.run(folder, force)
     return folder
@@ -117,10 +123,6 @@ def _name(source: Path) -> str:
     if folder.name == "original" and (folder / "dtypes.json").is_file():
         folder = folder.parent  # OpenAI's files, inside a repository that has the model's name
     return folder.name or path.stem
-
-
-def _slug(target: str) -> str:
-    return target.replace(":", "-")
 
 
 __all__ = ["compile_model"]

@@ -21,7 +21,7 @@ generate` and `mxforge chat` run."""
 _TARGETS = """\
 targets:
   cpu              the CPU of this machine, with the best instructions it has
-  cpu:LEVEL        CPUs with at least these instructions, on Linux
+  cpu:LEVEL        CPUs with at least these instructions
                    x86-64: avx512bf16, avx512vnni, avx512, avx2, x86-64-v2, x86-64
                    aarch64: neon-i8mm, neon-dotprod, neon
   cpu:portable     every CPU of this architecture: a library for each level, chosen at load
@@ -69,6 +69,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--target", default="cpu", help="what to compile for, see below (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--host",
+        metavar="SYSTEM",
+        help="system that runs it, for CPUs: linux-x86_64, linux-aarch64, android-aarch64, "
+        "darwin-aarch64, darwin-x86_64 or windows-x86_64 (default: this one, or Linux for a CPU of "
+        "another architecture)",
     )
     parser.add_argument(
         "--output",
@@ -131,6 +138,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
         folder = compile_model(
             args.checkpoint,
             target=args.target,
+            host=args.host,
             output=args.output,
             numerics=args.numerics,
             kv=args.kv,

@@ -14,13 +14,20 @@ from pathlib import Path
 
 import tvm_ffi
 
-from mxforge.cuda import OLDEST, number
 from mxforge.errors import TargetError
 
 ARCHS = (
     "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a",
     "sm_103", "sm_103a", "sm_110", "sm_120", "sm_120a", "sm_121",
 )  # fmt: skip
+OLDEST = "sm_80"  # what the target `cuda` has code for: this architecture and all later ones
+
+
+def number(arch: str) -> int:
+    """90 of sm_90 and of sm_90a."""
+    return int(arch.removeprefix("sm_").rstrip("a"))
+
+
 # What the target `cuda` is compiled for. Cards of sm_75 have no bfloat16 on their tensor cores;
 # weights are laid out for these.
 PORTABLE_ARCHS = tuple(a for a in ARCHS if not a.endswith("a") and number(a) >= number(OLDEST))
@@ -89,6 +96,11 @@ _START, _WAIT = (
 def overlaps(arch: str) -> bool:
     """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
     return number(arch) >= 90
+
+
+def all_overlap(archs: Sequence[str]) -> bool:
+    """Whether launches may overlap wherever code for these runs; not for no architectures."""
+    return bool(archs) and all(map(overlaps, archs))
 
 
 def with_overlap(source: str) -> str:

@@ -33,11 +33,11 @@ import ml_dtypes  # noqa: F401 (bf16 tensors need it; without it, fail here)
 import numpy as np
 
 from mxforge.artifact import Artifact, open_artifact
+from mxforge.core import CoreLibrary
 from mxforge.errors import ArtifactError, NumericsError, UsageError
 from mxforge.kv_layout import PAGE_TOKENS
-from mxforge.library import Library, default_threads
-from mxforge.manifest import Manifest
-from mxforge.model import kv_shape, layer_kinds, load_weights
+from mxforge.machine import default_threads
+from mxforge.manifest import WeightInfo
 
 from .checkpoint import FolderCheckpoint, open_checkpoint
 from .checkpoint.fingerprint import fingerprint
@@ -389,51 +389,46 @@ class _Parts:
 
     def __init__(self, artifact: Artifact, family: Family[Any], count: int) -> None:
         self._family = family
-        manifest: Manifest = artifact.manifest
-        Library.use_threads(default_threads())
-        self._library = Library(
-            artifact.library, artifact.variant.target, device_code=artifact.device_code
+        manifest = artifact.manifest
+        variant = artifact.variant
+        self._library = CoreLibrary(
+            variant.target, artifact.path / variant.plan, artifact.library, default_threads()
         )
-        self._weights, _ = load_weights(self._library, artifact)
-        self._order = manifest.weights_order
-        self._kinds = layer_kinds(manifest)
+        self._weights = {weight.name: _content(artifact, weight) for weight in manifest.weights}
+        self._kinds = manifest.layer_groups
         pages = -(-count // PAGE_TOKENS)
+        *heads, row = manifest.kv_groups[0].page_shape
         # One layer's: every layer writes all positions before it reads them.
-        self._kv = self._library.empty(kv_shape(manifest, pages), manifest.precision.kv_dtype)
+        self._kv = np.zeros((*heads, pages, row), manifest.kv_groups[0].dtype)
         # Backwards, so that a logical page is not its physical one.
-        table = np.arange(pages, dtype=np.int32)[None, ::-1]
+        table = np.arange(pages, dtype=np.int32)[None, ::-1].copy()
         first = np.zeros(1, np.int32)
         positions, token_seq = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
-        self._step = [
-            self._library.tensor(array)
-            for array in (positions, token_seq, table, first, table, first)
-        ]
+        self._step = [positions, token_seq, table, first, table, first]
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """i32 [n] -> f32 [n, H]."""
-        out = self._library["embed"](self._library.tensor(tokens), *self._of_piece("embed"))
-        return self._library.numpy(out)
+        return self._library.call("embed", [tokens, *self._of_piece("embed")])[0]
 
     def layer(self, layer: int, x: np.ndarray) -> _LayerOutputs:
         """x [n, H], the whole sequence's."""
-        stages = self._library[f"layer_{self._kinds[layer]}"](
-            self._library.tensor(x.astype(np.float32)),
-            *self._step,
-            self._kv,
-            *self._of_piece(layer),
-        )
-        return _LayerOutputs(*(self._library.numpy(stage) for stage in stages))
+        x = np.ascontiguousarray(x, np.float32)
+        given = [x, *self._step, self._kv, *self._of_piece(layer)]
+        return _LayerOutputs(*self._library.call(f"layer_{self._kinds[layer]}", given))
 
     def head(self, x: np.ndarray) -> np.ndarray:
         """x [m, H] -> logits f32 [m, V]."""
-        out = self._library["head"](
-            self._library.tensor(x.astype(np.float32)), *self._of_piece("head")
-        )
-        return self._library.numpy(out)
+        x = np.ascontiguousarray(x, np.float32)
+        return self._library.call("head", [x, *self._of_piece("head")])[0]
 
-    def _of_piece(self, piece: str | int) -> list[Any]:
+    def _of_piece(self, piece: str | int) -> list[np.ndarray]:
         """The weights that a piece of the model takes."""
-        return [self._weights[name] for name in self._family.piece_weights(piece, self._order)]
+        return [self._weights[name] for name in self._family.piece_weights(piece, self._weights)]
+
+
+def _content(artifact: Artifact, weight: WeightInfo) -> np.ndarray:
+    assert weight.file is not None  # random weights are not compared
+    return artifact.weight_files[weight.file].array(weight.name)
 
 
 __all__ = ["BOUNDS", "Comparison", "Report", "compare", "random_tokens"]

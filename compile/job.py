@@ -11,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from mxforge.errors import TargetError
-from mxforge.kv_layout import page_bytes
+from mxforge.kv_layout import page_shape
 from mxforge.manifest import (
     KernelInfo,
+    KvGroup,
     LibraryInfo,
     Manifest,
     MemoryPlan,
@@ -26,15 +27,16 @@ from mxforge.manifest import (
 from mxforge.manifest import Limits as ArtifactLimits
 from mxforge.tokenizer import tokenizer_files
 
-from . import library, pipeline, targets
+from . import kernels, linker, pipeline, targets
 from .artifact_writer import ArtifactWriter
 from .checkpoint import FolderCheckpoint, open_checkpoint
 from .checkpoint.fingerprint import Fingerprint
-from .config import ModelConfig
+from .config import KINDS, Kind, ModelConfig
 from .formats import Formats, Precision
 from .models.emit import Limits
 from .models.family import Family
 from .models.registry import read_config
+from .plan import plan_of
 from .targets import CompileTarget, Numerics
 from .weights import PackedWeight, first_difference, packed_weights
 
@@ -66,6 +68,7 @@ class Job:
     dump: Path | None
     announce: Callable[[str], None]
     progress: bool
+    host: str | None = None  # of linker.HOSTS; None: the target's own
     checkpoint: FolderCheckpoint | None = field(init=False, default=None)
     family: Family[Any] = field(init=False)
     config: ModelConfig = field(init=False)
@@ -75,7 +78,7 @@ class Job:
     fingerprint: Fingerprint = field(init=False)
 
     def __post_init__(self) -> None:
-        self.targets = targets.resolve_all(self.target_name)
+        self.targets = targets.resolve_all(self.target_name, self.host)
         if self.source.is_dir():
             self.announce("checking the checkpoint")
             self.checkpoint = open_checkpoint(self.source)
@@ -117,11 +120,13 @@ class Job:
                         self.max_batch, self.prefill_chunk, self.config.max_position_embeddings
                     ),
                     stop_token_ids=self._stop_token_ids(),
-                    memory=self._memory(max(made.workspace for made in libraries)),
+                    memory=MemoryPlan(
+                        self._weights_bytes(), max(made.workspace for made in libraries)
+                    ),
+                    kv_groups=self._kv_groups(),
                     libraries=tuple(made.info for made in libraries),
                     kernels=tuple(kernel for made in libraries for kernel in made.kernels),
                     weights=weights,
-                    weights_order=tuple(weight.name for weight in self.weights),
                     source=self._source(),
                     tokenizer=tokenizer,
                     random_seed=0 if self.random_weights else None,
@@ -154,7 +159,7 @@ class Job:
                 )
 
     def _compile(self, writer: ArtifactWriter, number: int) -> _Library:
-        """The library for the target of this number, and its compiled GPU code."""
+        """The library for the target of this number: kernels and launch plan."""
         started = time.perf_counter()
         target, count = self.targets[number], len(self.targets)
         level = target.name.partition(":")[2]
@@ -171,19 +176,26 @@ class Job:
         )
         module = pipeline.lower(module, target, dump, lambda name: announce(f"phase {name}"))
         announce("generating code")
-        executable = pipeline.build(module, target, dump)
-        announce("linking")
-        name = library.file_name(target.host, level if count > 1 else "")
-        library.export(executable, writer.path(name), target.host)
-        writer.add(name)
-        folder = writer.path(name).parent
-        for file, code in library.device_code(executable, target, folder).items():
-            writer.write(file, code)
+        stem = f"model-{level}" if count > 1 else "model"
+        if target.host is not None:
+            built = kernels.of_cpu(module, target, dump)
+            plan = plan_of(module)
+            file = stem + linker.known_host(target.host).suffix
+            announce("linking")
+            kernels.write_library(built, writer.path(file), target.host)
+            writer.add(file)
+        else:
+            on_device = kernels.of_gpu(module, target)
+            plan = plan_of(module, on_device.hosts)
+            file = f"{stem}.{kernels.device_suffix(target)}"
+            folder = writer.path(file).parent
+            writer.write(file, kernels.device_code(on_device, target, folder, dump))
+        writer.write(f"{stem}.plan", plan.to_bytes())
         announce(f"library compiled in {time.perf_counter() - started:.1f} s")
         return _Library(
-            LibraryInfo(target.name, name, target.required_features),
+            LibraryInfo(target.name, file, f"{stem}.plan", target.required_features),
             pipeline.kernel_table(module, target),
-            pipeline.workspace_bytes(module),
+            plan.workspace,
         )
 
     def _tokenizer(self, writer: ArtifactWriter) -> TokenizerInfo:
@@ -224,16 +236,28 @@ class Job:
                     for source in weight.sources:
                         self.fingerprint.add(source, self.checkpoint.tensor(source))
                         self.checkpoint.drop(source)
-        return tuple(WeightInfo(w.name, w.shape, w.dtype, file, w.fill) for w in self.weights)
+        on_cpu = self.targets[0].kernels.kind == "cpu"
+        return tuple(
+            WeightInfo(
+                w.name, w.shape, w.dtype, file,
+                "uploaded" if not on_cpu else "sparse" if w.sparse else "mapped", w.fill,
+            )
+            for w in self.weights
+        )  # fmt: skip
 
-    def _memory(self, workspace: int) -> MemoryPlan:
+    def _kv_groups(self) -> tuple[KvGroup, ...]:
         c = self.config
-        page = page_bytes(c.num_key_value_heads, c.head_dim, self.precision.kv)
-        return MemoryPlan(
-            weights_bytes=self._weights_bytes(),
-            kv_bytes_per_page_full=page * c.kinds.count("full"),
-            kv_bytes_per_page_sliding=page * c.kinds.count("sliding"),
-            workspace_bytes=workspace,
+        shape = page_shape(c.num_key_value_heads, c.head_dim, self.precision.kv)
+        windows: dict[Kind, int | None] = {"sliding": c.sliding_window, "full": None}
+        return tuple(
+            KvGroup(
+                kind,
+                windows[kind],
+                tuple(layer for layer, its in enumerate(c.kinds) if its == kind),
+                self.precision.kv,
+                shape,
+            )
+            for kind in KINDS
         )
 
     def _stop_token_ids(self) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ without a schedule: `check_scheduled` names the one that would.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,28 +28,6 @@ class Phase:
 
     name: str
     passes: Callable[[CompileTarget], list[Any]]
-
-
-@tvm.transform.module_pass(opt_level=0, name="SortShapeStores")
-def sort_shape_stores(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-    """Put the stores of VMShapeLower's shape functions in the order of their slots.
-
-    They come out of a hash table keyed by addresses, and would give other bytes at every run.
-    Each computes one slot from slots that hold sizes of arguments, so their order is free.
-    """
-    changed = {}
-    for var, function in module.functions.items():
-        if not _is_shape_function(function) or not isinstance(function.body, tvm.tirx.SeqStmt):
-            continue
-        stores = sorted(function.body.seq, key=lambda store: int(store.indices[0]))
-        changed[var] = function.with_body(tvm.tirx.SeqStmt(stores))
-    for var, function in changed.items():
-        module.update_func(var, function)
-    return module
-
-
-def _is_shape_function(function: tvm.ir.BaseFunc) -> bool:
-    return isinstance(function, tvm.tirx.PrimFunc) and "tirx.is_host_func" in (function.attrs or {})
 
 
 @tvm.transform.module_pass(opt_level=0, name="OverlapLaunches")
@@ -78,21 +55,8 @@ PHASES: tuple[Phase, ...] = (
     ),
     # One plan for all intermediate tensors, from the upper bounds of the symbolic sizes.
     Phase("memory-plan", lambda _target: [relax.transform.StaticPlanBlockMemory()]),
-    # Down to what the Relax virtual machine executes.
-    Phase(
-        "virtual-machine",
-        lambda _target: [
-            relax.transform.LowerAllocTensor(),
-            relax.transform.KillAfterLastUse(),
-            relax.transform.LowerRuntimeBuiltin(),
-            relax.transform.ComputePrimValue(),
-            relax.transform.VMShapeLower(),
-            sort_shape_stores,
-            relax.transform.AttachGlobalSymbol(),
-        ],
-    ),
     # How kernels are launched.
-    Phase("launches", lambda target: [overlap_launches] if overlaps(target) else []),
+    Phase("launches", lambda target: [overlap_launches] if cuda.all_overlap(target.archs) else []),
 )
 
 
@@ -110,32 +74,9 @@ def lower(
                 module = step(module)
             relax.analysis.well_formed(module)  # raises, naming the function
             if dump is not None:
-                _dump(dump / f"{number}-{phase.name}.py", module.script())
+                write_dump(dump / f"{number}-{phase.name}.py", module.script())
             check_scheduled(module)
     return module
-
-
-def build(
-    module: tvm.IRModule, target: CompileTarget, dump: Path | None = None
-) -> relax.VMExecutable:
-    """Machine code of a lowered module: TVM's standard lowering, then its code generator."""
-    with cuda.overlapping() if overlaps(target) else contextlib.nullcontext():
-        executable = relax.build(
-            module, tvm.target.Target(target.tvm), relax_pipeline=None, tir_pipeline="default"
-        )
-    if dump is not None:
-        _dump(dump / "vm.txt", executable.as_text())
-        for index, device_code in enumerate(executable.mod.imports):
-            for sub in (device_code, *device_code.imports):
-                text = _source(sub)
-                if text:
-                    _dump(dump / f"code-{index}-{sub.kind}.txt", text)
-    return executable
-
-
-def overlaps(target: CompileTarget) -> bool:
-    """Whether launches may overlap: on GPUs of NVIDIA's, where all that code is for can do it."""
-    return bool(target.archs) and all(map(cuda.overlaps, target.archs))
 
 
 def check_scheduled(module: tvm.IRModule) -> None:
@@ -153,8 +94,6 @@ def check_scheduled(module: tvm.IRModule) -> None:
 
 
 def _has_schedule(function: tvm.tirx.PrimFunc) -> bool:
-    if _is_shape_function(function):  # scalar arithmetic, nothing to schedule
-        return True
     attributes = function.attrs or {}
     return bool(attributes.get("tirx.is_scheduled", False)) and "mxforge.kernel" in attributes
 
@@ -176,34 +115,7 @@ def kernel_table(module: tvm.IRModule, target: CompileTarget) -> tuple[KernelInf
     )
 
 
-_ALLOCATE = ("relax.memory.alloc_storage", "relax.vm.alloc_storage")
-
-
-def workspace_bytes(module: tvm.IRModule) -> int:
-    """Largest planned storage of any one function, in bytes; dynamic outputs come on top."""
-    largest = 0
-    for _, function in module.functions.items():
-        if isinstance(function, relax.Function):
-            largest = max(largest, _planned(function))
-    return largest
-
-
-def _planned(function: relax.Function) -> int:
-    sizes = []
-
-    def visit(node: relax.Expr) -> None:
-        if isinstance(node, relax.Call) and getattr(node.op, "name", "") in _ALLOCATE:
-            size = node.args[0]
-            if isinstance(size, relax.ShapeExpr) and all(
-                isinstance(extent, tvm.tirx.IntImm) for extent in size.values
-            ):
-                sizes.append(int(size.values[0]))
-
-    relax.analysis.post_order_visit(function, visit)
-    return sum(sizes)
-
-
-def _dump(path: Path, text: str) -> None:
+def write_dump(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -213,10 +125,3 @@ def _dump(path: Path, text: str) -> None:
             f"--debug-dump needs a folder to write into, but {error.filename or path} cannot be "
             f"written ({error.strerror or error}); name another folder, or leave --debug-dump out."
         ) from None
-
-
-def _source(module: tvm.runtime.Module) -> str:
-    try:
-        return str(module.inspect_source())
-    except (RuntimeError, AttributeError, tvm.TVMError):
-        return ""  # modules without a textual form

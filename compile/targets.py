@@ -10,6 +10,9 @@ The names:
     vulkan              GPUs with Vulkan 1.2: the first of VULKAN_PROFILES
     vulkan:<profile>    one of VULKAN_PROFILES
     metal               Apple GPUs; the shaders are compiled when the artifact is loaded
+
+Code for a CPU is for a system too, one of `linker.HOSTS`: this machine's, or Linux where a level is
+of another architecture, unless another one is asked for. Code for a GPU runs on any system.
 """
 
 from __future__ import annotations
@@ -17,13 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mxforge import vulkan
-from mxforge.cuda import OLDEST
 from mxforge.errors import TargetError
 from mxforge.machine import architecture, host_system, missing_cpu_features
 from mxforge.schedules.kernel import Target
 
-from . import cuda, spirv
+from . import cuda, linker
 from .config import ModelConfig
 from .formats import Formats, Precision
 
@@ -95,8 +96,8 @@ class CompileTarget:
     name: str
     kernels: Target
     tvm: dict[str, Any]
+    host: str | None  # what loads a CPU's library, as `host_system` calls it
     required_features: tuple[str, ...] = ()
-    host: str = field(default_factory=host_system)  # what loads the library, in its words
     fast: Precision = field(default_factory=lambda: Precision(kv="float16", dense="i8xf32"))
     archs: tuple[str, ...] = ()  # what CUDA text is compiled for
 
@@ -137,24 +138,32 @@ def gpu_target(family: str, *features: str) -> Target:
     return Target(family, frozenset({"gpu", family, *FAMILIES[family], *features}))
 
 
-def resolve(name: str) -> CompileTarget:
-    """The target called `name`; TargetError where it is unknown or cannot be built here."""
+def resolve(name: str, host: str | None = None) -> CompileTarget:
+    """The target called `name`, on the system `host`; TargetError where either is unknown, or the
+    target cannot be built here or does not exist there."""
+    if host is not None:
+        linker.known_host(host)
     kind, _, variant = name.partition(":")
-    if kind in _RESOLVERS:
-        return _RESOLVERS[kind](variant)
+    if kind == "cpu":
+        return _cpu(variant, host)
+    if kind in _GPUS:
+        if host is not None:
+            raise TargetError(f"A model for {name} runs on any system; leave --host out.")
+        return _GPUS[kind](variant)
     raise TargetError(f"Unknown target {name!r}; the known ones are {', '.join(known_targets())}.")
 
 
-def resolve_all(name: str) -> tuple[CompileTarget, ...]:
+def resolve_all(name: str, host: str | None = None) -> tuple[CompileTarget, ...]:
     """What an artifact for `name` has a library for, best first: one unless it is PORTABLE.
 
     TargetError as of `resolve`.
     """
     if name != PORTABLE:
-        return (resolve(name),)
-    machine = architecture()
+        return (resolve(name, host),)
+    machine = _machine(host)
     levels = [level.name for level in CPU_LEVELS if level.machine == machine]
-    return tuple(_cpu(level) for level in levels or [""])  # which is refused where there is none
+    # Without levels `cpu` is refused.
+    return tuple(resolve(f"cpu:{level}" if level else "cpu", host) for level in levels or [""])
 
 
 def known_targets() -> list[str]:
@@ -164,31 +173,62 @@ def known_targets() -> list[str]:
     return ["cpu", *levels, PORTABLE, "cuda", "cuda:sm_XX", "vulkan", *profiles, "metal"]
 
 
-def _cpu(variant: str) -> CompileTarget:
+def _machine(host: str | None) -> str:
+    """The CPU architecture of a system, or of this machine."""
+    return architecture() if host is None else host.partition("-")[2]
+
+
+def _cpu(variant: str, host: str | None) -> CompileTarget:
+    if not variant and host not in (None, host_system()):
+        raise TargetError(
+            f"cpu is the best level that this machine has; for {host} name one of "
+            f"{_levels(_machine(host))}, or {PORTABLE}."
+        )
     if variant:
         levels = [level for level in CPU_LEVELS if level.name == variant]
     else:
         levels = [lv for lv in CPU_LEVELS if lv.machine == architecture() and _host_has(lv)]
     if not levels:
-        known = ", ".join(f"cpu:{level.name} ({level.machine})" for level in CPU_LEVELS)
         raise TargetError(
-            f"Unknown CPU level {variant!r}; the known ones are {known}."
+            f"Unknown CPU level {variant!r}; the known ones are {_levels()}."
             if variant
-            else f"There is no CPU level for this machine, {architecture()}; name one of {known}."
+            else f"There is no CPU level for this machine, {architecture()}; name one of "
+            f"{_levels()}."
         )
     level = levels[0]
+    if host is not None and level.machine != _machine(host):
+        raise TargetError(
+            f"cpu:{level.name} is of {level.machine}, and {host} is not; name one of "
+            f"{_levels(_machine(host))}."
+        )
+    system = host or (
+        host_system() if level.machine == architecture() else f"linux-{level.machine}"
+    )
     return CompileTarget(
         name=f"cpu:{level.name}",
         kernels=Target("cpu", frozenset({"cpu", *level.required})),
-        tvm=_llvm(level),
+        tvm=_llvm(level, system),
         required_features=level.required,
-        host=_system(level.machine),
+        host=system,
         fast=Precision(kv="bfloat16", activations="i8", dense="i8"),
     )
 
 
-def _llvm(level: CpuLevel) -> dict[str, Any]:
-    target: dict[str, Any] = {"kind": "llvm", "mcpu": level.mcpu, "mtriple": _triple(level.machine)}
+def _levels(machine: str | None = None) -> str:
+    """The names of all levels, or of those of an architecture, for errors."""
+    return ", ".join(
+        f"cpu:{level.name}" if machine else f"cpu:{level.name} ({level.machine})"
+        for level in CPU_LEVELS
+        if machine in (None, level.machine)
+    )
+
+
+def _llvm(level: CpuLevel, host: str) -> dict[str, Any]:
+    target: dict[str, Any] = {
+        "kind": "llvm",
+        "mcpu": level.mcpu,
+        "mtriple": linker.known_host(host).triple,
+    }
     attributes = [f"+{name}" for name in level.features]
     if "avx512f" in level.required:
         # x86-64-v4 is tuned for 256-bit registers; the schedules are written for 512.
@@ -198,25 +238,11 @@ def _llvm(level: CpuLevel) -> dict[str, Any]:
     return target
 
 
-def _system(machine: str) -> str:
-    """This machine's system; Linux for CPUs of another architecture."""
-    return host_system() if machine == architecture() else f"linux-{machine}"
-
-
-def _triple(machine: str) -> str:
-    if _system(machine) == f"darwin-{machine}":
-        return f"{'arm64' if machine == 'aarch64' else machine}-apple-darwin"
-    return f"{machine}-unknown-linux-gnu"
-
-
 def _host_has(level: CpuLevel) -> bool:
     return not missing_cpu_features(level.required)
 
 
-def _host() -> dict[str, Any]:
-    """The CPU side of a GPU target: plain code, any machine of this architecture."""
-    baseline = [level for level in CPU_LEVELS if level.machine == architecture()][-1]
-    return _llvm(baseline)
+_HOST = {"kind": "c"}  # TVM wants one; what it would do there, the launch plan says
 
 
 def _cuda(variant: str) -> CompileTarget:
@@ -224,12 +250,13 @@ def _cuda(variant: str) -> CompileTarget:
         known = ", ".join(cuda.ARCHS)
         raise TargetError(f"Unknown CUDA target {variant!r}; the known ones are {known}.")
     cuda.find_nvcc()  # missed now rather than after minutes
-    arch = variant or OLDEST
+    arch = variant or cuda.OLDEST
     return CompileTarget(
         name=f"cuda:{variant}" if variant else "cuda",
         kernels=gpu_target("cuda", *cuda.features(arch)),
+        host=None,
         fast=Precision(kv="float16", activations="bf16", dense="i8xf32"),
-        tvm={"kind": "cuda", "arch": arch, "host": _host()},
+        tvm={"kind": "cuda", "arch": arch, "host": _HOST},
         archs=(variant,) if variant else cuda.PORTABLE_ARCHS,
     )
 
@@ -240,11 +267,10 @@ def _vulkan(variant: str) -> CompileTarget:
     if profile is None:
         known = ", ".join(profile.name for profile in VULKAN_PROFILES)
         raise TargetError(f"Unknown Vulkan profile {name!r}; the known ones are {known}.")
-    vulkan.load()
-    spirv.register()  # `import tvm` has done so already, unless it was told not to
     return CompileTarget(
         name=f"vulkan:{name}",
         kernels=gpu_target("vulkan", *profile.features),
+        host=None,
         tvm={
             "kind": "vulkan",
             # More would make TVM count on threads that run in lockstep, whatever the device has.
@@ -253,7 +279,7 @@ def _vulkan(variant: str) -> CompileTarget:
             "max_threads_per_block": profile.threads,
             "max_shared_memory_per_block": profile.shared_bytes,
             "supports_float16": "float16" in profile.features,
-            "host": _host(),
+            "host": _HOST,
         },
         fast=Precision(
             kv="float16" if "float16" in profile.features else "float32", dense="i8xf32"
@@ -267,8 +293,9 @@ def _metal(variant: str) -> CompileTarget:
     return CompileTarget(
         name="metal",
         kernels=gpu_target("metal"),
-        tvm={"kind": "metal", "host": _host()},
+        host=None,
+        tvm={"kind": "metal", "host": _HOST},
     )
 
 
-_RESOLVERS = {"cpu": _cpu, "cuda": _cuda, "vulkan": _vulkan, "metal": _metal}
+_GPUS = {"cuda": _cuda, "vulkan": _vulkan, "metal": _metal}

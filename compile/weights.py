@@ -38,7 +38,8 @@ class PackedWeight:
 
     `sources` are the checkpoint's tensors that it is made of; `chunks(checkpoint)` yields arrays
     whose concatenation along axis 0 has `shape`. `fill` tells the runtime what random content
-    keeps activations near 1 (see `mxforge.random_weights`).
+    keeps activations near 1 (see runtime/native/core/weights.cc). Of a `sparse` one, a step reads
+    only some rows.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PackedWeight:
     sources: tuple[str, ...]
     chunks: Chunks
     fill: dict[str, Any]
+    sparse: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +110,7 @@ def _embedding(weight: Weight) -> PackedWeight:
         (source,),
         lambda checkpoint: _rows(checkpoint.tensor(source)),
         {"normal": 1.0},
+        sparse=True,
     )
 
 

@@ -9,7 +9,7 @@ order of the family's list.
               `logit_indices` are the tokens whose logits are asked for
     decode    tokens i32[b], positions i32[b], token_seq i32[b], tables, KV, weights
               -> logits f32 [b, vocab]: one token a sequence
-    sample, logprobs, kv_copy_pages_{sliding,full}
+    sample, logprobs, next_tokens, kv_copy_pages_{sliding,full}
     embed, layer_{sliding,full}, head: the model in pieces, for `mxforge diff`
 
 tables = sliding_table i32[b, ps], sliding_first i32[b], full_table i32[b, pf], full_first i32[b]:
@@ -34,7 +34,7 @@ from mxforge.schedules.formats import KV, ActivationFormat, DenseFormat
 from mxforge.schedules.gather import GATHER_ROWS
 from mxforge.schedules.kernel import Kernel, Size, Target
 from mxforge.schedules.rms_norm import RMS_NORM
-from mxforge.schedules.sample import ADJUST_LOGITS, SAMPLE_TOKEN, TOKEN_LOGPROBS
+from mxforge.schedules.sample import ADJUST_LOGITS, NEXT_TOKENS, SAMPLE_TOKEN, TOKEN_LOGPROBS
 
 from ..config import KINDS, Config, Kind
 from ..formats import Precision
@@ -42,6 +42,7 @@ from ..weights import PackedWeight
 from .tensors import layer_of
 
 Weights = Mapping[str, Expr]  # by name
+ARGUMENTS = "mxforge.arguments"  # attribute of a function: role and name of each of its arguments
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Emitter(ABC, Generic[Config]):
         self.weights = weights
         self.builder = BlockBuilder()
         self._kernels: dict[Any, tvm.ir.GlobalVar] = {}
+        self._arguments: dict[Var, str] = {}  # that are no inputs of a call: role and name
 
     # -- what a family says --------------------------------------------------------------------
 
@@ -183,6 +185,7 @@ class Emitter(ABC, Generic[Config]):
         self._emit_decode()
         self._emit_sample()
         self._emit_logprobs()
+        self._emit_next_tokens()
         self._emit_copy_pages()
         self._emit_pieces()
         return self.builder.finalize()
@@ -226,6 +229,12 @@ class Emitter(ABC, Generic[Config]):
         with self._function("logprobs", list(inputs.values()), {"m": self.limits.max_batch}):
             results = self.call(TOKEN_LOGPROBS, inputs, vocab=vocab)
             self._output(relax.Tuple(list(results)))
+
+    def _emit_next_tokens(self) -> None:
+        inputs = self._inputs_of(NEXT_TOKENS, {"n": _symbol("n"), "m": _symbol("m")})
+        bounds = {"n": self.limits.max_batch, "m": self.limits.max_tokens}
+        with self._function("next_tokens", list(inputs.values()), bounds):
+            self._output(self.call(NEXT_TOKENS, inputs))
 
     def _emit_copy_pages(self) -> None:
         for kind in KINDS:
@@ -297,12 +306,10 @@ class Emitter(ABC, Generic[Config]):
     def _kv_inputs(self) -> list[Var]:
         pages = {kind: _symbol(f"{kind}_pages") for kind in KINDS}
         c, kv = self.config, KV[self.precision.kv]
+        shapes = (kv.shape(pages[kind], c.num_key_value_heads, c.head_dim) for kind in c.kinds)
         return [
-            Var(
-                f"kv_{layer}",
-                TensorType(kv.shape(pages[kind], c.num_key_value_heads, c.head_dim), kv.name),
-            )
-            for layer, kind in enumerate(c.kinds)
+            self._argument("kv", f"kv_{layer}", TensorType(shape, kv.name))
+            for layer, shape in enumerate(shapes)
         ]
 
     def _inputs_of(self, kernel: Kernel, sizes: Mapping[str, Any], **static: Any) -> dict[str, Var]:
@@ -321,12 +328,22 @@ class Emitter(ABC, Generic[Config]):
 
     def _weight_inputs(self, weights: Sequence[PackedWeight]) -> dict[str, Var]:
         return {
-            weight.name: Var(weight.name.replace(".", "_"), TensorType(weight.shape, weight.dtype))
+            weight.name: self._argument(
+                "weight", weight.name, TensorType(weight.shape, weight.dtype)
+            )
             for weight in weights
         }
 
+    def _argument(self, role: str, name: str, type_: TensorType) -> Var:
+        var = Var(name.replace(".", "_"), type_)
+        self._arguments[var] = f"{role} {name}"
+        return var
+
     def _function(self, name: str, params: list[Var], bounds: dict[str, int]) -> Any:
-        attributes = {"tir_var_upper_bound": bounds} if bounds else {}
+        arguments = [self._arguments.get(var, f"input {var.name}") for var in params]
+        attributes: dict[str, Any] = {ARGUMENTS: arguments}
+        if bounds:
+            attributes["tir_var_upper_bound"] = bounds
         return self.builder.function(name, params, attrs=attributes, private=False)
 
     def _output(self, value: Expr) -> None:

@@ -59,12 +59,12 @@ def _check_limits(kernel: KernelCode, limits: dict[str, Any]) -> None:
 def build(module: tvm.IRModule, target: Any = None) -> Any:
     """A runtime module of the device functions: what TVM calls as target.build.vulkan.
 
-    The native library of mxforge.vulkan makes the module, and is loaded for it.
+    The native library makes the module, and is loaded for it; see `mxforge.compile.tvm_vulkan`.
     """
     data = generate(module, target)
-    from mxforge import vulkan
+    from ..tvm_vulkan import function
 
-    return vulkan.function("module")(data)
+    return function("module")(data)
 
 
 def register(prefer: bool | None = None) -> bool:
