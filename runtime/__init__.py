@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .errors import MxforgeError
     from .messages import ToolCall
-    from .results import Completion, Piece, Timings, TokenLogprob, Usage
+    from .results import Completion, Metrics, Piece, Timings, TokenLogprob, Usage
     from .sampling import SamplingParams
 
 _HOME = {
@@ -31,6 +31,7 @@ _HOME = {
     "ChatStream": "chat",
     "Completion": "results",
     "Engine": "engine",
+    "Metrics": "results",
     "MxforgeError": "errors",
     "Piece": "results",
     "SamplingParams": "sampling",
@@ -48,6 +49,7 @@ __all__ = [
     "ChatStream",
     "Completion",
     "Engine",
+    "Metrics",
     "MxforgeError",
     "Piece",
     "SamplingParams",

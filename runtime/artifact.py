@@ -2,7 +2,9 @@
 
     <name>/
       manifest.json           everything about the others; see `mxforge.manifest`
-      model.so                the library; of several, model-<level>.so
+      model.so                the library: kernels of a CPU; of several, model-<level>.so;
+                              of GPUs model.fatbin, model.metal or model.spirv
+      model.plan              its launch plan; see `mxforge.plan`
       weights-*.safetensors   packed weights; none where random weights are made at load
       tokenizer/              see `mxforge.tokenizer`
 
@@ -52,25 +54,11 @@ class Artifact:
         """The compiled library."""
         return self.path / self.variant.file
 
-    @property
-    def device_code(self) -> dict[str, Path]:
-        """Files of compiled GPU code, by `device_code_name`."""
-        return {
-            name: self.path / name
-            for name in self.manifest.files
-            if name.startswith("device-") and "/" not in name
-        }
-
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokenizer; TokenizerError where it is unreadable."""
         from .tokenizer import load_tokenizer
 
         return load_tokenizer(self.path / _TOKENIZER_FOLDER, self.manifest.tokenizer.kind)
-
-
-def device_code_name(source: str) -> str:
-    """The file in an artifact that holds the compiled form of this CUDA source."""
-    return f"device-{hashlib.sha256(source.encode()).hexdigest()[:16]}.fatbin"
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -183,7 +171,7 @@ def choose_library(manifest: Manifest) -> LibraryInfo:
     where MXFORGE_CPU names none.
     """
     host = manifest.target.host
-    if host != host_system():
+    if host is not None and host != host_system():
         raise ArtifactTargetError(
             f"The artifact was compiled for {short(host)}, but this machine is "
             f"{host_system()}; compile the model here."

@@ -4,6 +4,7 @@ and how many sequences it is best."""
 from __future__ import annotations
 
 import os
+import queue
 import resource
 import statistics
 import sys
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .engine import Engine, Stream
+from .engine import Engine
 from .errors import KVMemoryError, UsageError
 from .kv_layout import PAGE_TOKENS
+from .requests import Item
 from .sampling import SamplingParams
+from .streams import Stream
 
 SMALLEST_CHUNK = 32  # prompt tokens a step, of those that a sweep tries
 AS_GOOD = 0.95  # of the highest speed: less memory and shorter steps are worth the rest
@@ -102,8 +105,14 @@ def sweep(
     """
     _check_counts(new_tokens=new_tokens, repeats=repeats)
 
-    def load(**limits: int | None) -> Engine:
-        return Engine.load(path, threads=threads, context_length=context_length, **limits)
+    def load(max_batch: int | None, prefill_chunk: int | None = None) -> Engine:
+        return Engine.load(
+            path,
+            threads=threads,
+            context_length=context_length,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+        )
 
     def timed(rounds: Rounds, sizes: tuple[int, int], speed: str, size: str, count: int) -> Any:
         samples = []
@@ -213,10 +222,11 @@ def _past(engine: Engine, tokens: list[int]) -> None:
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     computed = min(engine.prefill_chunk, len(tokens)) // PAGE_TOKENS * PAGE_TOKENS
     engine.generate(tokens[:computed], params)
-    request = engine._request([*tokens, 0], params)
-    request.made_up = len(tokens)
-    engine._submit(request)
-    for _ in Stream(engine, request):
+    inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+    requests = engine._requests([*tokens, 0], params, inbox)
+    requests[0].made_up = len(tokens)
+    engine._submissions.submit(requests)
+    for _ in Stream(engine, requests, inbox):
         pass
 
 

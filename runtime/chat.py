@@ -18,7 +18,8 @@ from .sampling import SamplingParams, token_bitmask
 from .text import StopMatcher
 
 if TYPE_CHECKING:
-    from .engine import Engine, Stream
+    from .engine import Engine
+    from .streams import Stream
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,12 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", _inspect, "describe an artifact or a checkpoint")
     inspect.add_argument("path", metavar="PATH", help="folder of an artifact or of a checkpoint")
+    inspect.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the launch plan instead: the functions of the library that runs here, and the "
+        "kernels that each calls",
+    )
     _json_option(inspect)
 
     verify = _command(
@@ -454,8 +460,12 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .inspect import describe
+    from .inspect import describe, plan_text
 
+    if args.plan:
+        for line in plan_text(args.path):
+            print(line)
+        return
     description = describe(args.path)
     if args.json:
         _print_json(description)
@@ -466,8 +476,12 @@ def _inspect(args: argparse.Namespace) -> None:
         if isinstance(value, list):
             print(f"{key}:")
             for entry in value:
-                words = (" ".join(v) if isinstance(v, tuple) else str(v) for v in entry.values())
-                print("  " + "  ".join(word for word in words if word))
+                words = (
+                    " ".join(map(str, v)) if isinstance(v, tuple) else str(v)
+                    for v in entry.values()
+                    if v not in (None, "", ())
+                )
+                print("  " + "  ".join(words))
         elif value not in (None, ""):
             print(f"{key:12} {value}")
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from . import cuda, vulkan
+from . import core, vulkan
 from .errors import ArtifactTargetError, VulkanError
-from .library import usable_cores
-from .machine import architecture, available_memory, cpu_features, cpu_name
+from .machine import (
+    architecture,
+    available_memory,
+    cpu_features,
+    cpu_name,
+    usable_cores,
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,13 @@ def _vulkan() -> list[Device]:
 
 def _cuda() -> list[Device]:
     try:
-        found = cuda.devices()
+        found = core.devices("cuda")
+        if not found:
+            raise ArtifactTargetError("NVIDIA's driver finds no device")
     except ArtifactTargetError as error:
         return [Device("cuda", 0, "none", problem=str(error))]
     return [
-        Device("cuda", index, device.name, device.memory_bytes, (device.arch,))
+        Device("cuda", index, device["name"], device["memory_bytes"], (device["arch"],))
         for index, device in enumerate(found)
     ]
 

@@ -6,52 +6,51 @@ and answers them together. A cancelled request ends before the next step.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import datetime
-import operator
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from . import memory
 from .artifact import Artifact, open_artifact
+from .core import CoreSequences
 from .errors import (
-    CancelledError,
     ContextLengthError,
     TokenizerError,
     TokenRangeError,
     UsageError,
 )
-from .library import default_threads, usable_cores
+from .limits import DEFAULT_CONTEXT, DEFAULT_MAX_WAITING, checked_limits, checked_whole
 from .manifest import Manifest
-from .model import check_memory_plan
-from .results import Completion, Piece
-from .sampling import SamplingParams, TokenHistory, new_seed
-from .scheduler import DeviceCheck, Request, Submitted, Worker
-from .text import TextStream
+from .requests import Inbox, Item, Request, Submissions, requests_of, token_ids
+from .results import Completion, Metrics, Piece
+from .sampling import SamplingParams
+from .scheduler import Worker
+from .steps import Sequences
+from .streams import AsyncStream, LoopInbox, Stream, by_index, completed
 from .tokenizer import Tokenizer
-
-_workers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[Submitted]] = (
-    weakref.WeakKeyDictionary()
-)
 
 if TYPE_CHECKING:
     from .chat import ChatCompletion, ChatStream
     from .harmony import Harmony, ReasoningEffort
 
-DEFAULT_CONTEXT = 8192  # tokens; a model with less takes its own
+MAX_ANSWERS = 128  # to one prompt
+
+_workers: weakref.WeakKeyDictionary[threading.Thread, Submissions] = weakref.WeakKeyDictionary()
 
 
 @atexit.register
 def _stop_workers() -> None:
     """Let every engine end its step: an interpreter that ends under a running kernel crashes."""
-    for thread, requests in list(_workers.items()):
-        requests.put(None)
+    for thread, submissions in list(_workers.items()):
+        submissions.close()
         thread.join()
 
 
@@ -61,8 +60,17 @@ def _check_devices() -> None:
     A device is opened anew when nobody has anything on it any more, and an engine without requests
     would not notice.
     """
-    for requests in list(_workers.values()):
-        requests.put(DeviceCheck())
+    for submissions in list(_workers.values()):
+        submissions.check_device()
+
+
+def open_model(
+    artifact: Artifact, *, threads: int, context: int, max_batch: int, prefill_chunk: int
+) -> Sequences:
+    """Open the model of an artifact, on the thread that will run it."""
+    return CoreSequences(
+        artifact, threads=threads, context=context, max_batch=max_batch, prefill_chunk=prefill_chunk
+    )
 
 
 class Engine:
@@ -76,49 +84,59 @@ class Engine:
         context_length: int = DEFAULT_CONTEXT,
         max_batch: int | None = None,
         prefill_chunk: int | None = None,
+        mixed_chunk: int | None = None,
+        max_waiting: int = DEFAULT_MAX_WAITING,
     ) -> None:
         manifest = artifact.manifest
-        check_memory_plan(manifest)
+        limits = checked_limits(
+            manifest,
+            threads=threads,
+            context_length=context_length,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+            mixed_chunk=mixed_chunk,
+            max_waiting=max_waiting,
+        )
         self.manifest: Manifest = manifest
         self.target = artifact.variant.target  # of the library in use, such as cpu:avx2
-        self.threads = _checked_threads(threads)
         self.vocab_size = int(manifest.config["vocab_size"])
-        self.context_length = _checked_context(context_length, manifest.limits.context)
-        self.prefill_chunk = _checked_limit(
-            "prefill_chunk",
-            manifest.limits.prefill_chunk if prefill_chunk is None else prefill_chunk,
-            manifest.limits.prefill_chunk,
-        )
-        if max_batch is not None:
-            _checked_limit("max_batch", max_batch, manifest.limits.max_batch)
-        self.max_batch, needs = memory.fit(
-            manifest, self.context_length, max_batch, self.prefill_chunk
+        self.threads = limits.threads
+        self.context_length = limits.context_length
+        self.prefill_chunk = limits.prefill_chunk
+        self.max_batch = memory.fit(
+            manifest, limits.context_length, limits.max_batch, limits.prefill_chunk
         )
         self._artifact = artifact
+        self._stop_ids = frozenset(manifest.stop_token_ids)
         self._tokenizer: Tokenizer | None = None
         self._harmony: Harmony | None = None
         self._tokenizer_lock = threading.Lock()
-        self._requests: queue.SimpleQueue[Submitted] = queue.SimpleQueue()
-        self._closed = threading.Event()
+        self._submissions = Submissions(self.max_batch, limits.max_waiting)
         ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        worker = Worker(
-            artifact,
-            self._requests,
-            needs,
-            threads=self.threads,
-            context_length=self.context_length,
+        options = {
+            "threads": self.threads,
+            "context": self.context_length,
+            "max_batch": self.max_batch,
+            "prefill_chunk": self.prefill_chunk,
+        }
+        self._worker = Worker(
+            lambda: open_model(artifact, **options),
+            self._submissions,
+            target=self.target,
+            vocab_size=self.vocab_size,
             max_batch=self.max_batch,
             prefill_chunk=self.prefill_chunk,
+            mixed_chunk=limits.mixed_chunk,
             on_loss=_check_devices,
         )
         self._thread = threading.Thread(
-            target=worker.run, args=(ready,), name="mxforge-engine", daemon=True
+            target=self._worker.run, args=(ready,), name="mxforge-engine", daemon=True
         )
         self._thread.start()
-        _workers[self._thread] = self._requests
+        _workers[self._thread] = self._submissions
         # A forgotten engine, or one whose loading was interrupted, must not keep its thread and
         # its memory.
-        self._finalizer = weakref.finalize(self, self._requests.put, None)
+        self._finalizer = weakref.finalize(self, self._submissions.close)
         error = ready.get()
         if error is not None:
             self._thread.join()
@@ -132,6 +150,8 @@ class Engine:
         context_length: int = DEFAULT_CONTEXT,
         max_batch: int | None = None,
         prefill_chunk: int | None = None,
+        mixed_chunk: int | None = None,
+        max_waiting: int = DEFAULT_MAX_WAITING,
     ) -> Engine:
         """Load the artifact in the folder `path`.
 
@@ -141,6 +161,10 @@ class Engine:
         max_batch       sequences that run at once; None: as many as memory allows, up to the
                         number that the artifact was compiled for
         prefill_chunk   most prompt tokens in one step; None: what it was compiled for
+        mixed_chunk     most prompt tokens in a step in which other sequences generate: so long does
+                        a prompt hold up their next tokens; at most prefill_chunk, None: 128
+        max_waiting     how many requests may wait beside the max_batch that run; a further one is
+                        refused with QueueFullError
 
         Raises ArtifactError and its subclasses, KVMemoryError (before anything is allocated),
         DeviceMemoryError, DeviceLostError, UsageError.
@@ -151,6 +175,8 @@ class Engine:
             context_length=context_length,
             max_batch=max_batch,
             prefill_chunk=prefill_chunk,
+            mixed_chunk=mixed_chunk,
+            max_waiting=max_waiting,
         )
 
     @property
@@ -172,55 +198,142 @@ class Engine:
                 self._harmony = Harmony(tokenizer)
             return self._harmony
 
+    @overload
     def generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
+        n: None = None,
+        priority: int = 0,
         cancel: threading.Event | None = None,
-    ) -> Completion:
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        priority: int = 0,
+        cancel: threading.Event | None = None,
+    ) -> tuple[Completion, ...]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        priority: int = 0,
+        cancel: threading.Event | None = None,
+    ) -> Completion | tuple[Completion, ...]:
         """Answer `prompt`, plain text or token ids, and return when the answer is complete.
 
-        `cancel`, when set, ends the answer with finish_reason "cancelled" and what there is of it.
-        Raises ContextLengthError, TokenRangeError, SamplingError, TokenizerError, UsageError.
-        DeviceLostError ends all requests on a GPU that fails; the next one loads the weights
-        again.
+        n         how many answers are wanted, at most 128; a tuple of them is returned. The prompt
+                  is computed once. The answer of index i is drawn with the seed + i. Each takes a
+                  place among those that run, or waits for one, as a request of its own would
+        priority  a smaller one runs first; requests of the same priority run in the order of their
+                  arrival. One that runs is never put back for another
+        cancel    when set, ends the answers with finish_reason "cancelled" and what there is of
+                  them
+
+        Raises ContextLengthError, TokenRangeError, SamplingError, TokenizerError, QueueFullError,
+        UsageError; MaskError where the function of bitmasks fails. DeviceLostError ends all
+        requests on a GPU that fails; the next one loads the weights again.
         """
-        pieces = list(self.stream(prompt, params, cancel=cancel))
-        last = pieces[-1]
-        assert last.finish_reason is not None and last.usage is not None
-        assert last.timings is not None
-        wants = params is not None and params.logprobs is not None
-        return Completion(
-            text="".join(piece.text for piece in pieces),
-            token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-            finish_reason=last.finish_reason,
-            usage=last.usage,
-            timings=last.timings,
-            logprobs=tuple(lp for piece in pieces for lp in piece.logprobs) if wants else None,
-        )
+        count = 1 if n is None else n
+        pieces = list(self.stream(prompt, params, n=count, priority=priority, cancel=cancel))
+        return _answers(pieces, params, n)
 
     def stream(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
+        n: int = 1,
+        priority: int = 0,
         cancel: threading.Event | None = None,
     ) -> Stream:
-        """As `generate`, piece by piece as tokens arrive; closing the iterator cancels the rest."""
-        request = self._request(prompt, params, cancel)
-        self._submit(request)
-        return Stream(self, request)
+        """As `generate`, piece by piece as tokens arrive; closing the iterator cancels the rest.
 
-    def _request(
+        Pieces of several answers come as they are made, each with its answer's index.
+        """
+        inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        requests = self._requests(prompt, params, inbox, n=n, priority=priority, cancel=cancel)
+        self._submissions.submit(requests)
+        return Stream(self, requests, inbox)
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        priority: int = 0,
+    ) -> Completion: ...
+    @overload
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        priority: int = 0,
+    ) -> tuple[Completion, ...]: ...
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        priority: int = 0,
+    ) -> Completion | tuple[Completion, ...]:
+        """As `generate`, for a task of an event loop: its cancellation cancels the request."""
+        if isinstance(prompt, str):  # a long text takes longer than a loop should wait
+            prompt = await asyncio.to_thread(self.encode, prompt)
+        count = 1 if n is None else n
+        async with self.astream(prompt, params, n=count, priority=priority) as stream:
+            return _answers([piece async for piece in stream], params, n)
+
+    def astream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        priority: int = 0,
+    ) -> AsyncStream:
+        """As `stream`, for `async for` in a task of the running event loop.
+
+        The task's cancellation cancels what is left; so does leaving `async with` around the
+        stream. Any number of loops may use one engine. A text is encoded at once, in the calling
+        thread; the first one loads the tokenizer.
+        """
+        inbox = LoopInbox()
+        requests = self._requests(prompt, params, inbox, n=n, priority=priority)
+        self._submissions.submit(requests)
+        return AsyncStream(self, requests, inbox)
+
+    def metrics(self) -> Metrics:
+        """Counts of what this engine did since it was loaded; cheap, and from any thread."""
+        return self._worker.metrics()
+
+    def _requests(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None,
+        inbox: Inbox,
+        *,
+        n: int = 1,
+        priority: int = 0,
         cancel: threading.Event | None = None,
-    ) -> Request:
-        """Check a prompt and make a request of it."""
+    ) -> list[Request]:
+        """Check a prompt and make requests of it, one for each answer."""
         params = SamplingParams() if params is None else params
         params.check(self.vocab_size)
+        checked_whole("n", n, 1, MAX_ANSWERS)
+        checked_whole("priority", priority, -(2**31), 2**31 - 1)
         tokens = self.encode(prompt)
         self._check_prompt(tokens)
         tokenizer = self.tokenizer  # loaded here, so that the worker never waits for it
@@ -234,17 +347,16 @@ class Engine:
                 f"A prompt must leave room for an answer: expected fewer than {self.context_length}"
                 f" tokens, found {len(tokens)}; load with a larger context_length or shorten it."
             )
-        room = self.context_length - len(tokens)
-        return Request(
-            tokens=tokens,
-            prompt_length=len(tokens),
-            params=params,
-            max_tokens=min(room, params.max_tokens or room),
-            history=TokenHistory(tokens if params.penalized else ()),
-            seed=new_seed() if params.seed is None else params.seed,
+        return requests_of(
+            tokens,
+            params,
+            n,
+            room=self.context_length - len(tokens),
+            stop_ids=self._stop_ids,
             token_bytes=tokenizer.token_bytes,
-            text=TextStream(params.stop_strings),
+            priority=priority,
             cancel=cancel,
+            inbox=inbox,
         )
 
     def chat(
@@ -323,17 +435,20 @@ class Engine:
                 "load with a larger context_length."
             )
         logits = np.empty((len(tokens), self.vocab_size), np.float32)
-        request = Request(tokens=tokens, prompt_length=len(tokens), params=None)
-        self._submit(request)
+        inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        request = Request(tokens=tokens, params=None, inbox=inbox)
+        self._submissions.submit([request])
         try:
             known = 0
             while known < len(tokens):
-                rows = self._receive(request)
+                rows = inbox.get()
+                if isinstance(rows, BaseException):
+                    raise rows
                 assert isinstance(rows, np.ndarray)
                 logits[known : known + len(rows)] = rows
                 known += len(rows)
         finally:
-            request.abandoned.set()
+            request.abandoned = True
         return logits
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -344,26 +459,10 @@ class Engine:
         """
         if isinstance(prompt, str):
             return list(self.tokenizer.encode(prompt))
-        found: object = prompt
-        try:
-            if isinstance(prompt, (bytes, bytearray)):
-                raise TypeError
-            ids = []
-            for found in prompt:
-                if isinstance(found, bool):
-                    raise TypeError
-                ids.append(operator.index(found))
-            return ids
-        except TypeError:
-            text = repr(found)
-            raise UsageError(
-                "A prompt must be text or a sequence of whole numbers, its token ids; found "
-                f"{text if len(text) <= 60 else text[:57] + '...'}."
-            ) from None
+        return token_ids(prompt)
 
     def close(self) -> None:
         """Stop the worker and free the memory; running requests are cancelled. Twice is fine."""
-        self._closed.set()
         self._finalizer()
         self._thread.join()
 
@@ -384,86 +483,11 @@ class Engine:
                 "the prompt was made for another model or tokenizer."
             )
 
-    def _submit(self, request: Request) -> None:
-        if self._closed.is_set():
-            raise UsageError("This engine was closed; load the artifact again.")
-        self._requests.put(request)
 
-    def _receive(self, request: Request) -> Piece | np.ndarray:
-        while True:
-            try:
-                item = request.inbox.get(timeout=1.0)
-            except queue.Empty:
-                if not self._thread.is_alive():
-                    raise CancelledError("The engine was closed while it answered.") from None
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            return item
-
-
-class Stream(Iterator[Piece]):
-    """An answer's pieces as they arrive; the last one has a finish reason.
-
-    Closing it, or forgetting it, cancels what is left of the answer.
-    """
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine = engine  # lives as long as its answers
-        self._request = request
-        self._ended = False
-
-    def __next__(self) -> Piece:
-        if self._ended:
-            raise StopIteration
-        try:
-            piece = self._engine._receive(self._request)
-        except BaseException:
-            self.close()
-            raise
-        assert isinstance(piece, Piece)
-        self._ended = piece.finish_reason is not None
-        return piece
-
-    def cancel(self) -> None:
-        """End the answer before the next step; its last piece still comes."""
-        self._request.abandoned.set()
-
-    def close(self) -> None:
-        """Cancel what is left of the answer; no further pieces come."""
-        self._ended = True
-        self.cancel()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _checked_threads(threads: int | None) -> int:
-    if threads is None:
-        return default_threads()
-    most = usable_cores()
-    if type(threads) is not int or not 1 <= threads <= most:
-        raise UsageError(
-            f"threads must be from 1 to {most}, the cores usable here; found {threads!r}."
-        )
-    return threads
-
-
-def _checked_context(value: int, most: int) -> int:
-    return (
-        most if value == DEFAULT_CONTEXT > most else _checked_limit("context_length", value, most)
-    )
-
-
-def _checked_limit(name: str, value: int, most: int) -> int:
-    if type(value) is not int or value < 1:
-        raise UsageError(f"{name} must be a whole number of at least 1, found {value!r}.")
-    if value > most:
-        raise UsageError(f"{name} must be at most {most}, as compiled; found {value}.")
-    return value
+def _answers(
+    pieces: Sequence[Piece], params: SamplingParams | None, n: int | None
+) -> Completion | tuple[Completion, ...]:
+    """A completion of the pieces, or of those of each of `n` answers."""
+    logprobs = params is not None and params.logprobs is not None
+    answers = tuple(completed(part, logprobs) for part in by_index(pieces, n or 1))
+    return answers[0] if n is None else answers

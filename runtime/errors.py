@@ -33,6 +33,8 @@ A message says what was expected, what was found and what to do, in one or two s
     ├── ContextLengthError          a prompt is longer than the context
     ├── TokenRangeError             a token id lies outside the vocabulary
     ├── SamplingError               a sampling parameter is absurd
+    │   └── MaskError                   a function that gives bitmasks failed, or gave none
+    ├── QueueFullError              as many requests wait as the engine lets
     ├── CancelledError              the request was cancelled between two steps
     └── NumericsError               `mxforge diff` found a tensor outside its bound
 """
@@ -169,6 +171,14 @@ class TokenRangeError(MxforgeError):
 
 class SamplingError(MxforgeError):
     """A sampling parameter is outside its range."""
+
+
+class MaskError(SamplingError):
+    """A request's function of bitmasks failed, or returned what is not one."""
+
+
+class QueueFullError(MxforgeError):
+    """So many requests wait for an engine already that it takes no more; ask again later."""
 
 
 class CancelledError(MxforgeError):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import lzma
 import os
 import secrets
 import tempfile
@@ -34,7 +33,7 @@ import regex
 from .errors import ChatError, TokenizerError
 from .messages import Message, Tool, ToolCall, is_name
 from .text import IncrementalDecoder
-from .tokenizer import HARMONY_SPECIAL_TOKENS, RANKS_FILE, Tokenizer
+from .tokenizer import HARMONY_SPECIAL_TOKENS, Tokenizer, o200k_ranks
 
 if TYPE_CHECKING:
     import openai_harmony
@@ -239,10 +238,10 @@ def _load_encoding() -> openai_harmony.HarmonyEncoding:
     try:
         with tempfile.TemporaryDirectory(prefix="mxforge-") as folder:
             ranks = Path(folder) / "o200k_base.tiktoken"
-            ranks.write_bytes(lzma.decompress(RANKS_FILE.read_bytes()))
+            ranks.write_bytes(o200k_ranks().text())
             os.environ[variable] = folder
             return library.load_harmony_encoding(library.HarmonyEncodingName.HARMONY_GPT_OSS)
-    except (OSError, lzma.LZMAError, library.HarmonyError) as error:
+    except (OSError, library.HarmonyError) as error:
         raise TokenizerError(
             f"The harmony format could not be loaded ({error}); free some space in the folder for "
             "temporary files, or install mxforge again."

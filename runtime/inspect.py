@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import vulkan
+from . import core
 from .artifact import choose_library, read_manifest
-from .errors import ArtifactTargetError, UsageError, VulkanError, needs_compiler
-from .manifest import Manifest
+from .errors import ArtifactCorruptError, ArtifactTargetError, UsageError, needs_compiler
+from .manifest import LibraryInfo, Manifest
+from .plan import Feature, Plan
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def _artifact(path: Path, manifest: Manifest) -> dict[str, Any]:
         "precision": asdict(manifest.precision),
         "limits": asdict(manifest.limits),
         "memory": asdict(manifest.memory),
+        "kv_groups": [asdict(group) for group in manifest.kv_groups],
         "tokenizer": manifest.tokenizer.kind,
         "random_weights": manifest.random_seed is not None,
         "config": dict(manifest.config),
@@ -50,27 +53,50 @@ def _artifact(path: Path, manifest: Manifest) -> dict[str, Any]:
         },
         "libraries": [asdict(library) for library in manifest.libraries],
         "kernels": [asdict(kernel) for kernel in manifest.kernels],
-        "variants": _variants(path, manifest),
+        "matrices": _matrices(path, manifest) if manifest.target.kind == "vulkan" else [],
     }
 
 
-def _variants(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Kernels of cooperative matrices, and which of them the first Vulkan device here runs."""
-    if manifest.target.kind != "vulkan":
-        return []
+def plan_text(path: str | Path) -> Iterator[str]:
+    """The lines of the launch plan of the library that would be loaded here.
+
+    Raises ArtifactError.
+    """
+    from .plan_text import described
+
+    path = Path(path)
+    return described(_plan(path, choose_library(read_manifest(path))))
+
+
+def _plan(path: Path, library: LibraryInfo) -> Plan:
     try:
-        library = path / choose_library(manifest).file
-        found = vulkan.variants(library)
-    except (ArtifactTargetError, UsageError, VulkanError) as error:
-        return [{"kernel": "all", "matrices": (), "runs_here": f"unknown: {error}"}]
-    return [
-        {
-            "kernel": variant.kernel,
-            "matrices": (*variant.matrices, f"by subgroups of {variant.subgroup_size}"),
-            "runs_here": variant.why_not or "runs here",
-        }
-        for variant in found
-    ]
+        data = (path / library.plan).read_bytes()
+    except OSError as error:
+        raise ArtifactCorruptError(f"{error.filename} cannot be read ({error.strerror}).") from None
+    return Plan.from_bytes(data, str(path / library.plan))
+
+
+def _matrices(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """The products of matrices that kernels are written for, and which of them the first device
+    here has; where it has none of a kernel's, another kernel runs."""
+    features = {
+        value.name
+        for library in manifest.libraries
+        for function in _plan(path, library).functions
+        for value in function.values
+        if isinstance(value, Feature)
+    }
+    told = []
+    for feature in sorted(features):
+        _name, *product, size = feature.split()
+        try:
+            here = core.device_has(manifest.target.kind, feature)
+            runs = "runs here" if here else "not on the device here"
+        except ArtifactTargetError as error:
+            runs = f"unknown: {error}"
+        matrices = (" ".join(product), f"by subgroups of {size}")
+        told.append({"matrices": matrices, "runs_here": runs})
+    return told
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

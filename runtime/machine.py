@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import re
 import subprocess
@@ -164,6 +166,24 @@ _FEATURE_NAMES = {
         "sme2": "FEAT_SME2",
     },
 }
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """A thread for each usable core, but no more than a container's share of CPU time pays for:
+    threads that wait for each other spin for a moment, and would use it up."""
+    cores = usable_cores()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control group, or "max": unlimited
+        return cores
 
 
 def available_memory() -> int | None:

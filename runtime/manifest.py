@@ -17,8 +17,8 @@ from ._version import __version__
 from .errors import ArtifactCorruptError, ArtifactVersionError
 from .kv_layout import KV_BYTES
 
-FORMAT_VERSION = 2
-ABI_VERSION = 2
+FORMAT_VERSION = 3
+ABI_VERSION = 3
 MANIFEST = "manifest.json"
 
 REMEDY = "compile the model again, or copy the artifact again."
@@ -28,9 +28,7 @@ CONFIG_SIZES = {
     "vocab_size": 1 << 24,
     "num_key_value_heads": 4096,
     "head_dim": 1024,
-    "sliding_window": 1 << 24,
 }
-LAYER_TYPES = ("sliding_attention", "full_attention")
 WEIGHT_BYTES = {
     "bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1, "uint32": 4,
 }  # fmt: skip
@@ -40,22 +38,28 @@ WEIGHT_BYTES = {
 class TargetInfo:
     """What the artifact was compiled for.
 
-    `host` is the system and architecture of the machine that loads it, as
-    `mxforge.machine.host_system` tells it.
+    `host` is the system and architecture that a CPU's libraries are for, as
+    `mxforge.machine.host_system` tells it; None for GPUs, whose code runs on any.
     """
 
     kind: str
     name: str
-    host: str
+    host: str | None
 
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """One compiled library: its file, the target that it is for, such as cpu:avx2, and the CPU
-    features that it needs, in LLVM's spelling."""
+    """One compiled library.
+
+    target      what it is for, such as cpu:avx2
+    file        its code
+    plan        the file of its launch plan; see `mxforge.plan`
+    features    what it needs of a CPU, in LLVM's spelling
+    """
 
     target: str
     file: str
+    plan: str
     features: tuple[str, ...]
 
 
@@ -85,13 +89,39 @@ MOST = Limits(max_batch=1024, prefill_chunk=8192, context=1 << 24)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes: all weights; one KV page of all layers of a kind; what a step needs beside them,
-    with whichever library."""
+    """Bytes: all weights; what a step needs beside them and the cache, with whichever library."""
 
     weights_bytes: int
-    kv_bytes_per_page_full: int
-    kv_bytes_per_page_sliding: int
     workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class KvGroup:
+    """Layers that see the same of the past, and so share a page table.
+
+    name        of the library's arguments <name>_table and <name>_first
+    window      keys that a query sees, its own included; None: all
+    layers      by number; their caches are the arguments kv_<layer>
+    dtype       of the cache, NumPy's name
+    page_shape  of a page of PAGE_TOKENS tokens in one layer; in a layer's tensor, the number of
+                pages comes before the last of these
+    """
+
+    name: str
+    window: int | None
+    layers: tuple[int, ...]
+    dtype: str
+    page_shape: tuple[int, ...]
+
+    @property
+    def layer_page_bytes(self) -> int:
+        """Bytes of a page in one layer."""
+        return math.prod(self.page_shape) * KV_BYTES[self.dtype]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in all layers."""
+        return len(self.layers) * self.layer_page_bytes
 
 
 @dataclass(frozen=True)
@@ -110,14 +140,17 @@ class KernelInfo:
 class WeightInfo:
     """One argument of the library.
 
-    `dtype` is NumPy's (or ml_dtypes') name. `file` is None where the weight is made at load from
-    the random seed, as `fill` says.
+    dtype   NumPy's (or ml_dtypes') name
+    file    None where the weight is made at load from the random seed, as `fill` says
+    access  mapped: it is read where its file is mapped; sparse: so it is, a few rows a step;
+            uploaded: it is copied to the device
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str | None
+    access: Literal["mapped", "sparse", "uploaded"]
     fill: Mapping[str, Any] | None = None
 
     @property
@@ -152,12 +185,14 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `config` is the model's (ModelConfig.to_dict()); only `CONFIG_SIZES` and
-    layer_types are checked here, which the runtime reads, the rest is left to the compiler.
+    """manifest.json; fields that this version does not know are left alone.
+
+    config          the model's (ModelConfig.to_dict()); only `CONFIG_SIZES` are checked, which the
+                    runtime reads, the rest is left to the compiler
 
     libraries       best first; all take the same weights. More than one only for CPUs
-    weights         every argument of a library, with or without a file
-    weights_order   their names in the libraries' argument order
+    kv_groups       every layer is in one of them
+    weights         of the libraries, in the order of their arguments, with or without a file
     files           every file beside the manifest, by path relative to the folder
     random_seed     what weights without a file are made from; None where all have one
     """
@@ -172,8 +207,8 @@ class Manifest:
     memory: MemoryPlan
     libraries: tuple[LibraryInfo, ...]
     kernels: tuple[KernelInfo, ...]
+    kv_groups: tuple[KvGroup, ...]
     weights: tuple[WeightInfo, ...]
-    weights_order: tuple[str, ...]
     source: SourceInfo
     tokenizer: TokenizerInfo
     random_seed: int | None = None
@@ -181,6 +216,12 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     abi_version: int = ABI_VERSION
     mxforge_version: str = __version__
+
+    @property
+    def layer_groups(self) -> list[str]:
+        """The name of each layer's KV group."""
+        named = {layer: group.name for group in self.kv_groups for layer in group.layers}
+        return [named[layer] for layer in sorted(named)]
 
     def to_json(self) -> str:
         """The manifest as text: sorted keys, the same for equal manifests."""
@@ -229,14 +270,20 @@ class Manifest:
             if (info.header_sha256 is not None) != path.endswith(".safetensors"):
                 raise _FieldError(f"files[{short(path)}].header_sha256 belongs to weight files")
         self._check_libraries()
-        names = {weight.name for weight in self.weights}
-        if len(names) != len(self.weights) or sorted(names) != sorted(self.weights_order):
-            raise _FieldError("weights_order should name each of weights once")
+        if len({weight.name for weight in self.weights}) != len(self.weights):
+            raise _FieldError("weights should each have another name")
+        self._check_kv_groups()
         for weight in self.weights:
             if weight.file is not None and weight.file not in self.files:
                 raise _FieldError(f"weights[{short(weight.name)}].file is not among files")
             if weight.file is None:
                 self._check_fill(weight)
+        made = sum(weight.nbytes for weight in self.weights if weight.file is None)
+        if self.memory.weights_bytes < made:
+            raise _FieldError(
+                f"memory.weights_bytes should be at least {made}, but is "
+                f"{self.memory.weights_bytes}"
+            )
         self._check_config()
         sizes = {
             **{f"limits.{k}": v - 1 for k, v in asdict(self.limits).items()},
@@ -271,6 +318,26 @@ class Manifest:
         for index, library in enumerate(libraries):
             if library.file not in self.files:
                 raise _FieldError(f"libraries[{index}].file is not among files")
+            if library.plan not in self.files:
+                raise _FieldError(f"libraries[{index}].plan is not among files")
+
+    def _check_kv_groups(self) -> None:
+        for index, group in enumerate(self.kv_groups):
+            where = f"kv_groups[{index}]"
+            if group.dtype not in KV_BYTES:
+                raise _FieldError(
+                    f"{where}.dtype should be one of {', '.join(KV_BYTES)}, but is "
+                    f"{short(group.dtype)}"
+                )
+            if group.window is not None and not 1 <= group.window <= MOST.context:
+                raise _FieldError(f"{where}.window should be from 1 to {MOST.context}")
+            if not group.page_shape or min(group.page_shape) < 1 or max(group.page_shape) > 1 << 24:
+                raise _FieldError(f"{where}.page_shape should be sizes, but is {group.page_shape}")
+        if len({group.name for group in self.kv_groups}) != len(self.kv_groups):
+            raise _FieldError("kv_groups should each have another name")
+        layers = sorted(layer for group in self.kv_groups for layer in group.layers)
+        if layers != list(range(len(layers))):
+            raise _FieldError("kv_groups should have each layer once")
 
     def _check_config(self) -> None:
         for name, most in CONFIG_SIZES.items():
@@ -279,14 +346,6 @@ class Manifest:
                 raise _FieldError(
                     f"config.{name} should be a whole number from 1 to {most}, but is {short(size)}"
                 )
-        layers = self.config.get("layer_types")
-        if type(layers) is not list or any(kind not in LAYER_TYPES for kind in layers):
-            raise _FieldError(f"config.layer_types should list layers, but is {short(layers)}")
-        if self.precision.kv_dtype not in KV_BYTES:
-            raise _FieldError(
-                f"precision.kv_dtype should be one of {', '.join(KV_BYTES)}, but is "
-                f"{short(self.precision.kv_dtype)}"
-            )
 
     def _check_fill(self, weight: WeightInfo) -> None:
         label = f"weights[{short(weight.name)}]"
@@ -299,7 +358,7 @@ class Manifest:
 
 
 def _is_fill(fill: Mapping[str, Any]) -> bool:
-    """Whether `mxforge.random_weights` can make a weight of it."""
+    """Whether the core can make a weight of it."""
     of = fill.get("of", "uint8")
     if type(of) is not str or of not in WEIGHT_BYTES or len(fill) != 1 + ("of" in fill):
         return False
@@ -355,8 +414,6 @@ def _decode_dataclass(kind: type[T], value: Any, where: str) -> T:
     prefix = f"{where}." if where else ""
     if missing := [name for name in names if name not in value]:
         raise _FieldError(f"the field {prefix}{missing[0]} is missing")
-    if extra := sorted(value.keys() - set(names)):
-        raise _FieldError(f"the field {prefix}{short(extra[0])[1:-1]} is unknown")
     kinds = _type_hints(typing.cast(Any, kind))
     return kind(**{name: _decode(kinds[name], value[name], prefix + name) for name in names})
 

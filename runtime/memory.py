@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import vulkan
+from . import core, vulkan
 from .errors import KVMemoryError
-from .kv import PageNeeds, page_needs
-from .kv_layout import PAGE_TOKENS, page_bytes
-from .library import device_memory
+from .kv_layout import PAGE_TOKENS, page_shape, pages_needed
 from .machine import available_memory
-from .manifest import Manifest
+from .manifest import KvGroup, Manifest
 
 # Beside weights, cache and planned workspace: the logits of one step, what TVM and the driver keep.
 OVERHEAD_BYTES = 512 << 20
@@ -32,45 +30,39 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Bytes of pages of 16 tokens: of all full layers, of all sliding ones, of one layer."""
-
-    full: int
-    sliding: int
-    layer: int
-
-
-@dataclass(frozen=True)
 class Demand:
     """What a model takes.
 
     weights         bytes of what is made in memory or copied to it
     work            bytes beside weights and cache
-    window          keys that a sliding layer sees
     prefill_chunk   prompt tokens of one step
+    groups          of the cache
     """
 
     weights: int
     work: int
-    window: int
     prefill_chunk: int
-    cache: Cache
+    groups: tuple[KvGroup, ...]
 
-    def pages(self, context: int, batch: int) -> PageNeeds:
-        """The pools for so many sequences of that many tokens."""
-        return page_needs(
-            context, batch, self.prefill_chunk + batch, self.window, self.cache.full,
-            self.cache.sliding,
-        )  # fmt: skip
+    def pages(self, context: int, batch: int) -> list[int]:
+        """Of each group, for so many sequences of that many tokens."""
+        step = self.prefill_chunk + batch
+        return [pages_needed(group.window, context, batch, step) for group in self.groups]
+
+    def cache_bytes(self, context: int, batch: int) -> int:
+        """Of all pages."""
+        pages = self.pages(context, batch)
+        return sum(n * group.page_bytes for n, group in zip(pages, self.groups, strict=True))
 
     def bytes(self, context: int, batch: int) -> int:
         """All of it."""
-        return self.weights + self.work + self.pages(context, batch).bytes
+        return self.weights + self.work + self.cache_bytes(context, batch)
 
     def tensor_bytes(self, context: int, batch: int) -> int:
         """The largest tensor of the cache: a layer's."""
         pages = self.pages(context, batch)
-        return self.cache.layer * max(pages.full_pages, pages.sliding_pages)
+        layers = (n * group.layer_page_bytes for n, group in zip(pages, self.groups, strict=True))
+        return max(layers, default=0)
 
     def fits(self, room: Room, context: int, batch: int) -> bool:
         """Whether there is room for so many sequences of that many tokens."""
@@ -80,28 +72,19 @@ class Demand:
         )
 
 
-def fit(
-    manifest: Manifest, context_length: int, max_batch: int | None, prefill_chunk: int
-) -> tuple[int, PageNeeds]:
-    """How many sequences run at once, and their page pools.
+def fit(manifest: Manifest, context_length: int, max_batch: int | None, prefill_chunk: int) -> int:
+    """How many sequences run at once.
 
     KVMemoryError where they do not fit, or a weight does not: it tells what is needed for what,
     what there is, and what would fit. Without a wish as many sequences as fit, at least one.
     """
     room = find_room(manifest.target.name)
     _check_weights(manifest, room)
-    memory = manifest.memory
-    cache = Cache(
-        memory.kv_bytes_per_page_full,
-        memory.kv_bytes_per_page_sliding,
-        _cache_of(manifest, manifest.precision.kv_dtype).layer,
-    )
     demand = Demand(
-        memory.weights_bytes,
-        memory.workspace_bytes + OVERHEAD_BYTES,
-        int(manifest.config["sliding_window"]),
+        manifest.memory.weights_bytes,
+        manifest.memory.workspace_bytes + OVERHEAD_BYTES,
         prefill_chunk,
-        cache,
+        manifest.kv_groups,
     )
     batch = max_batch or manifest.limits.max_batch
     if max_batch is None:
@@ -110,7 +93,7 @@ def fit(
         # Weights are mapped files, which can be read from disk again and again.
         demand = replace(demand, weights=0)
     if demand.fits(room, context_length, batch):
-        return batch, demand.pages(context_length, batch)
+        return batch
     raise KVMemoryError(_refusal(manifest, demand, room, context_length, batch))
 
 
@@ -120,9 +103,9 @@ def find_room(target: str) -> Room:
     if kind == "cpu":
         return Room(available_memory())
     where = f" on {kind}:0"
-    if kind == "metal":  # Apple's GPUs have the host's memory, and TVM does not say more
+    if kind == "metal":  # Apple's GPUs have the host's memory, of which the core says no more
         return Room(available_memory(), where=where)
-    left = device_memory(target)
+    left = core.device_memory(kind)
     if kind != "vulkan":
         return Room(left, where=where)
     device = vulkan.check()
@@ -146,7 +129,7 @@ def _check_weights(manifest: Manifest, room: Room) -> None:
 def _refusal(manifest: Manifest, demand: Demand, room: Room, context: int, batch: int) -> str:
     parts = [
         (demand.weights, "weights"),
-        (demand.pages(context, batch).bytes, "the cache of keys and values"),
+        (demand.cache_bytes(context, batch), "the cache of keys and values"),
         (demand.work, "the rest"),
     ]
     listed = ", ".join(f"{_gib(count)} for {what}" for count, what in parts if count)
@@ -179,20 +162,19 @@ def _advice(manifest: Manifest, demand: Demand, room: Room, context: int, batch:
         ways.append(f"a max_batch of {most}")
     elif (alone := longest(1)) > tokens:
         ways.append(f"a context_length of {alone} with a max_batch of 1")
-    smaller = replace(demand, cache=_cache_of(manifest, SMALLER_CACHE))
-    if manifest.precision.kv_dtype != SMALLER_CACHE and smaller.fits(room, context, batch):
+    smaller = replace(demand, groups=_with_cache(manifest, SMALLER_CACHE))
+    if smaller.groups != demand.groups and smaller.fits(room, context, batch):
         ways.append(f"a smaller cache, compiled with --kv {SMALLER_CACHE}")
     if not ways:
         return "no context would fit: free memory or use another device"
     return f"{' or '.join(ways)} would fit"
 
 
-def _cache_of(manifest: Manifest, kv_dtype: str) -> Cache:
-    """The pages of this format."""
+def _with_cache(manifest: Manifest, kv_dtype: str) -> tuple[KvGroup, ...]:
+    """The groups, if the cache had this format."""
     heads, head_dim = (int(manifest.config[n]) for n in ("num_key_value_heads", "head_dim"))
-    layer, kinds = page_bytes(heads, head_dim, kv_dtype), list(manifest.config["layer_types"])
-    sliding = kinds.count("sliding_attention")
-    return Cache(layer * (len(kinds) - sliding), layer * sliding, layer)
+    shape = page_shape(heads, head_dim, kv_dtype)
+    return tuple(replace(g, dtype=kv_dtype, page_shape=shape) for g in manifest.kv_groups)
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -38,7 +39,7 @@ class Piece:
     """What a step added to a request. The last piece has a finish reason.
 
     finish_reason is "stop" (a stop id or stop string), "length" (max_tokens, or the context is
-    full) or "cancelled".
+    full) or "cancelled". `index` tells which answer it belongs to, where several were asked for.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Piece:
     finish_reason: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,34 @@ class Completion:
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an engine has done since it was loaded: counts that only grow, but for the first two.
+
+    An answer counts as a request: several answers of one prompt are several.
+
+    running, waiting        requests now
+    refused                 that found the queue full
+    finished                ended requests by reason: "stop", "length", "cancelled" and "error"
+    prompt_tokens           of requests that began to run; cached_tokens of these were not computed
+    generated_tokens        that were drawn
+    steps, step_s           steps, and the seconds in them
+    queue_s                 from submission until a request began to run, summed over requests
+    prefill_s               from then to its first token, summed
+    decode_s                from then to its last, of those that ended, summed
+    """
+
+    running: int
+    waiting: int
+    refused: int
+    finished: Mapping[str, int]
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    steps: int
+    step_s: float
+    queue_s: float
+    prefill_s: float
+    decode_s: float

@@ -27,17 +27,20 @@ from __future__ import annotations
 import math
 import operator
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from .errors import SamplingError
+from .errors import MaskError, SamplingError
 
 MAX_LOGPROBS = 20
 MAX_INT32 = 2**31 - 1
 MIN_TEMPERATURE = 1e-6
+
+# Of the tokens generated so far, which ones may be next.
+MaskFunction = Callable[[Sequence[int]], "np.ndarray | None"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +55,12 @@ class SamplingParams:
     presence_penalty     -100 to 100, 0 is none: once for a token that occurs in the output
     frequency_penalty    -100 to 100, 0 is none: for each time that it occurs in the output
     logit_bias           token id -> what is added to its logit, -1e4 to 1e4
-    bitmask              uint32 [ceil(vocabulary / 32)]; bit t % 32 of word t // 32 allows token t
-                         (`token_bitmask` makes one); None allows all
+    bitmask              which tokens may be drawn: uint32 [ceil(vocabulary / 32)], bit t % 32 of
+                         word t // 32 allows token t (`token_bitmask` makes one); None: all.
+                         Or a function that is asked before each draw: it is given the tokens
+                         generated so far, and returns such an array or None. It runs on the
+                         engine's own thread, where every request waits for it; where it raises
+                         or returns something else, its request alone ends with MaskError
     seed                 0 to 2**64 - 1; None: a new one for each request
     logprobs             how many of the most likely tokens to report for each position, 0 to 20,
                          beside the chosen one; None: no log-probabilities
@@ -71,7 +78,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
-    bitmask: np.ndarray | None = None
+    bitmask: np.ndarray | MaskFunction | None = None
     seed: int | None = None
     logprobs: int | None = None
     stop: str | Sequence[str] = ()
@@ -109,9 +116,10 @@ class SamplingParams:
             [getattr(params, f.name) for f in fields(self) if f.name != "bitmask"]
             for params in (self, other)
         )
-        if self.bitmask is None or other.bitmask is None:
-            return mine == theirs and self.bitmask is other.bitmask
-        return mine == theirs and np.array_equal(self.bitmask, other.bitmask)
+        masks = self.bitmask, other.bitmask
+        if all(isinstance(mask, np.ndarray) for mask in masks):
+            return mine == theirs and np.array_equal(*masks)  # type: ignore[arg-type]
+        return mine == theirs and self.bitmask is other.bitmask
 
     __hash__ = None  # type: ignore[assignment]  # holds a mapping and an array
 
@@ -145,18 +153,34 @@ class SamplingParams:
                     f"{name} must name tokens below {vocab_size}, the vocabulary's size, "
                     f"but names {outside[0]}."
                 )
-        if self.bitmask is None:
-            return
-        words = -(-vocab_size // 32)
-        if len(self.bitmask) != words:
-            raise SamplingError(
-                f"bitmask must have {words} words for a vocabulary of {vocab_size}, "
-                f"but has {len(self.bitmask)}."
-            )
-        # Bits beyond the vocabulary allow nothing.
-        last = int(self.bitmask[-1]) & (0xFFFFFFFF >> (-vocab_size % 32))
-        if last == 0 and not self.bitmask[:-1].any():
-            raise SamplingError("bitmask must allow at least one token, but allows none.")
+        if isinstance(self.bitmask, np.ndarray):
+            _check_bitmask(self.bitmask, vocab_size)
+
+    def mask_after(self, generated: Sequence[int], vocab_size: int) -> np.ndarray | None:
+        """The bitmask of the next draw, after these tokens.
+
+        Raises MaskError where the function that tells it fails, or returns no bitmask of this
+        vocabulary.
+        """
+        if self.bitmask is None or isinstance(self.bitmask, np.ndarray):
+            return self.bitmask
+        try:
+            mask = self.bitmask(generated)
+        except Exception as error:
+            raise MaskError(
+                f"The bitmask's function failed after {len(generated)} tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if mask is None:
+            return None
+        try:
+            _check_bitmask(_typed_bitmask(mask), vocab_size)
+        except SamplingError as error:
+            raise MaskError(
+                f"The bitmask's function should return a bitmask after {len(generated)} tokens: "
+                f"{error}"
+            ) from None
+        return np.ascontiguousarray(mask)
 
 
 # name -> lowest and highest value
@@ -218,15 +242,35 @@ def _logit_bias(bias: Any) -> dict[int, float] | None:
     }
 
 
-def _bitmask(mask: Any) -> np.ndarray | None:
+def _bitmask(mask: Any) -> np.ndarray | MaskFunction | None:
     if mask is None:
         return None
+    if callable(mask):
+        function: MaskFunction = mask
+        return function
+    copy: np.ndarray = _typed_bitmask(mask).copy()
+    copy.setflags(write=False)
+    return copy
+
+
+def _typed_bitmask(mask: Any) -> np.ndarray:
     if not isinstance(mask, np.ndarray) or mask.dtype != np.uint32 or mask.ndim != 1:
         found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask)
         raise SamplingError(f"bitmask must be a uint32 array of one dimension, but is {found}.")
-    copy: np.ndarray = mask.copy()
-    copy.setflags(write=False)
-    return copy
+    return mask
+
+
+def _check_bitmask(mask: np.ndarray, vocab_size: int) -> None:
+    words = -(-vocab_size // 32)
+    if len(mask) != words:
+        raise SamplingError(
+            f"bitmask must have {words} words for a vocabulary of {vocab_size}, "
+            f"but has {len(mask)}."
+        )
+    # Bits beyond the vocabulary allow nothing.
+    last = int(mask[-1]) & (0xFFFFFFFF >> (-vocab_size % 32))
+    if last == 0 and not mask[:-1].any():
+        raise SamplingError("bitmask must allow at least one token, but allows none.")
 
 
 def _stop(stop: Any) -> tuple[str, ...]:
@@ -264,106 +308,6 @@ def token_bitmask(allowed: Iterable[int], vocab_size: int) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
-class TokenHistory:
-    """Which tokens occurred in a sequence, as the penalties need it.
-
-    seen    every token of the prompt and the output
-    counts  how often each occurs in the output
-    """
-
-    def __init__(self, prompt: Iterable[int] = ()) -> None:
-        self.seen: set[int] = set(prompt)
-        self.counts: dict[int, int] = {}
-
-    def add(self, token: int) -> None:
-        """Note one token of the output."""
-        self.seen.add(token)
-        self.counts[token] = self.counts.get(token, 0) + 1
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """One sequence's part in a call of `sample`.
-
-    `seed` is `params.seed`, or what `new_seed` gave the request; `step` counts its output tokens.
-    """
-
-    params: SamplingParams
-    history: TokenHistory
-    seed: int
-    step: int
-
-
-class SampleArguments(NamedTuple):
-    """The arguments of the library's `sample` after the logits, in its order.
-
-    m rows, e edits (row by row, tokens ascending), g bitmasks; e and g are at least 1, so that no
-    array is empty: an edit of row -1 stands in, which the library ignores.
-    """
-
-    temperature: np.ndarray  # float32 [m]
-    top_k: np.ndarray  # int32 [m]
-    top_p: np.ndarray  # float32 [m]
-    min_p: np.ndarray  # float32 [m]
-    seed: np.ndarray  # int32 [m, 2], low and high 32 bits
-    step: np.ndarray  # int32 [m]
-    edit_row: np.ndarray  # int32 [e]
-    edit_token: np.ndarray  # int32 [e]
-    edit_seen: np.ndarray  # int32 [e]
-    edit_count: np.ndarray  # int32 [e]
-    edit_bias: np.ndarray  # float32 [e]
-    penalties: np.ndarray  # float32 [m, 3]: repetition, presence, frequency
-    mask_row: np.ndarray  # int32 [m], row of the bitmask or -1
-    bitmask: np.ndarray  # int32 [g, ceil(vocabulary / 32)]
-
-
-_NO_EDIT = (-1, -1, 0, 0, 0.0)
-
-
 def new_seed() -> int:
     """A seed for a request that names none."""
     return secrets.randbits(64)
-
-
-def sample_arguments(rows: Sequence[SampleRow], vocab_size: int) -> SampleArguments:
-    """Lay out the rows of one call of the library's `sample`; at least one row."""
-    params = [row.params for row in rows]
-    edits = [edit for index, row in enumerate(rows) for edit in _edits(index, row)]
-    edit_row, edit_token, edit_seen, edit_count, edit_bias = zip(
-        *(edits or [_NO_EDIT]), strict=True
-    )
-    masks = [p.bitmask for p in params if p.bitmask is not None]
-    mask_row = np.full(len(rows), -1, np.int32)
-    mask_row[[p.bitmask is not None for p in params]] = np.arange(len(masks))
-    bitmask = np.stack(masks) if masks else np.zeros((1, -(-vocab_size // 32)), np.uint32)
-    seeds = np.array([[row.seed & 0xFFFFFFFF, row.seed >> 32] for row in rows], np.uint32)
-    return SampleArguments(
-        temperature=np.array([p.temperature for p in params], np.float32),
-        top_k=np.array([min(p.top_k, vocab_size) for p in params], np.int32),
-        top_p=np.array([p.top_p for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        seed=seeds.view(np.int32),
-        step=np.array([row.step for row in rows], np.int32),
-        edit_row=np.array(edit_row, np.int32),
-        edit_token=np.array(edit_token, np.int32),
-        edit_seen=np.array(edit_seen, np.int32),
-        edit_count=np.array(edit_count, np.int32),
-        edit_bias=np.array(edit_bias, np.float32),
-        penalties=np.array(
-            [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params],
-            np.float32,
-        ),
-        mask_row=mask_row,
-        bitmask=bitmask.view(np.int32),
-    )
-
-
-def _edits(index: int, row: SampleRow) -> list[tuple[int, int, int, int, float]]:
-    """(row, token, seen, count, bias) of each token that this row treats specially."""
-    bias = row.params.logit_bias or {}
-    seen, counts = row.history.seen, row.history.counts
-    tokens = seen | bias.keys() if row.params.penalized else bias.keys()
-    return [
-        (index, token, int(token in seen), counts.get(token, 0), bias.get(token, 0.0))
-        for token in sorted(tokens)
-    ]

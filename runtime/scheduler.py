@@ -1,373 +1,385 @@
-"""The worker: one thread that owns the library, the KV pages and all running requests.
+"""The worker: one thread that owns a model and all running requests.
 
-It repeats one step: admit waiting requests, put the next prompt chunks and one token of every
-running sequence into one call of the library, sample, and hand each request what is new.
+It repeats one step: admit waiting requests, put one token of every generating sequence and the next
+chunks of prompts into one step of the model, and hand each request what is new.
 """
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
-from typing import Any
+from itertools import count
 
-import numpy as np
-
-from .artifact import Artifact
-from .errors import CancelledError, DeviceLostError, NumericsError
-from .failures import named
-from .kv import KVPages, PageNeeds, PageTables, SequencePages
-from .kv_layout import PAGE_TOKENS
-from .library import Library, frees_after_loss
-from .model import Model
-from .results import Piece, Timings, TokenLogprob, Usage
-from .sampling import SampleRow, SamplingParams, TokenHistory, sample_arguments
-from .text import TextStream
+from .errors import CancelledError, DeviceLostError, MaskError, NumericsError
+from .requests import DeviceCheck, Item, Request, Submissions
+from .results import Metrics, Piece, Timings, TokenLogprob, Usage
+from .steps import Part, Result, Sequences
 
 # Rows of logits in one step when all are wanted, of all requests together: 64 of a 201,088
 # vocabulary are 51 MB.
 LOGITS_CHUNK = 64
 LETTING_GO_S = 5.0  # longer than any engine needs to notice that its device is lost
-MIN_PREFIXES = 32  # prompt beginnings kept for reuse; at least one for each running sequence
 
 
-@dataclass(eq=False)
-class Request:
-    """One prompt on its way. After submission only the worker touches it, except the events."""
+@dataclass(slots=True)
+class _Counters:
+    """As `Metrics`; written by the worker alone."""
 
-    tokens: list[int]
-    prompt_length: int
-    params: SamplingParams | None  # None: the logits of every prompt position are wanted
-    max_tokens: int = 0
-    token_bytes: Callable[[int], bytes] = lambda token: b""
-    history: TokenHistory = field(default_factory=TokenHistory)
-    seed: int = 0
-    text: TextStream = field(default_factory=TextStream)
-    abandoned: threading.Event = field(default_factory=threading.Event)  # no reader is left
-    cancel: threading.Event | None = None  # the caller's, perhaps of many requests
-    inbox: queue.SimpleQueue[Piece | np.ndarray | BaseException] = field(
-        default_factory=queue.SimpleQueue
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    finished: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
     )
-    pages: SequencePages = field(default_factory=SequencePages)
-    cached: int = 0
-    made_up: int = 0  # for benchmarks, see Worker._make_up
-    submitted: float = field(default_factory=time.perf_counter)
-    admitted: float = 0.0
-    first_token: float = 0.0
-
-    @property
-    def cancelled(self) -> bool:
-        return self.abandoned.is_set() or (self.cancel is not None and self.cancel.is_set())
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_length
-
-    @property
-    def waiting(self) -> int:
-        """Tokens whose keys and values are not computed yet."""
-        return len(self.tokens) - self.pages.length
-
-
-@dataclass(frozen=True)
-class DeviceCheck:
-    """Sent in place of a request: see whether the device is still there."""
-
-
-Submitted = Request | DeviceCheck | None  # None: end
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one request contributes to a step.
-
-    Its next `count` tokens; of the last `logits` of them, the logits are computed.
-    """
-
-    request: Request
-    count: int
-    logits: int
 
 
 class Worker:
-    """Runs in its own thread until None arrives in `requests`.
+    """Runs in its own thread until its submissions are closed.
+
+    open_model     opens the model, on this thread
+    target         what the model's library was compiled for, such as cpu:avx2
+    vocab_size     of the model
+    max_batch      sequences in a step
+    prefill_chunk  prompt tokens in a step
+    mixed_chunk    prompt tokens in a step in which other sequences generate
+    on_loss        called where the device is lost
 
     Where the device is lost, all its requests fail, and nothing is kept of the model, so that the
-    device can be opened anew; the next request loads it again. `on_loss` is called in between.
+    device can be opened anew; the next request opens it again. `on_loss` is called in between.
+
+    Waiting requests run in the order of their priority, then of their arrival, as soon as fewer
+    than `max_batch` do. One that runs is never put back: a request waits at most until those that
+    run, and those before it in that order, have ended; with a stream of more urgent ones, forever.
     """
 
     def __init__(
         self,
-        artifact: Artifact,
-        requests: queue.SimpleQueue[Submitted],
-        needs: PageNeeds,
+        open_model: Callable[[], Sequences],
+        submissions: Submissions,
         *,
-        threads: int,
-        context_length: int,
+        target: str,
+        vocab_size: int,
         max_batch: int,
         prefill_chunk: int,
+        mixed_chunk: int,
         on_loss: Callable[[], None] = lambda: None,
     ) -> None:
-        self._artifact = artifact
-        self._requests = requests
-        self._needs = needs
-        self._threads = threads
-        self._context_length = context_length
+        self._open_model = open_model
+        self._submissions = submissions
+        self._target = target
+        self._vocab_size = vocab_size
         self._max_batch = max_batch
         self._prefill_chunk = prefill_chunk
+        self._mixed_chunk = mixed_chunk
         self._on_loss = on_loss
-        manifest = artifact.manifest
-        self._vocab_size = int(manifest.config["vocab_size"])
-        self._stop_ids = frozenset(manifest.stop_token_ids)
-        self._kv = self._empty_pages()
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._waiting: list[tuple[int, int, Request]] = []  # a heap
+        self._arrivals = count()
+        self._running: dict[Request, None] = {}  # in the order of their admission
+        self._steps: deque[tuple[list[Request], list[Part]]] = deque()  # submitted, oldest first
+        # Requests that have ended, but not the step that has their sequences, and whether what is
+        # computed of these is worth keeping.
+        self._leaving: list[tuple[Request, bool]] = []
+        self._last_results = 0.0  # when they came
         self._closing = False
-        self._model: Model  # where it is not lost
+        self._model: Sequences  # where it is not lost
         self._lost = False
-
-    def _empty_pages(self) -> KVPages:
-        return KVPages(
-            self._needs.full_pages,
-            self._needs.sliding_pages,
-            int(self._artifact.manifest.config["sliding_window"]),
-            prefixes=max(MIN_PREFIXES, self._max_batch),
-        )
+        self._counters = _Counters()
 
     def run(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
-        """Load, tell `ready`, then serve."""
+        """Open the model, tell `ready`, then serve."""
         try:
-            Library.use_threads(self._threads)
-            self._load()
-        except BaseException as error:  # the caller's thread raises it
-            ready.put(named(error, self._artifact.variant.target))
-            return
-        ready.put(None)
-        while not self._closing:
             try:
-                self._receive()
-                if not self._closing:
-                    self._step()
-            except Exception as error:  # every running request hears of it, none hangs
-                self._fail_all(named(error, self._artifact.variant.target))
-        if not self._lost:
-            self._model.close()
-        for request in (*self._running, *self._waiting):
-            request.inbox.put(CancelledError("The engine was closed while it answered."))
+                self._open()
+            except BaseException as error:  # the caller's thread raises it
+                ready.put(error)
+                return
+            ready.put(None)
+            while not self._closing:
+                try:
+                    self._receive()
+                    if not self._closing:
+                        self._step()
+                except Exception as error:  # every running request hears of it, none hangs
+                    self._fail_all(error)
+            if not self._lost:
+                self._model.close()
+        finally:
+            left = self._submissions.finish()
+            for request in (*self._running, *(entry[-1] for entry in self._waiting), *left):
+                self._tell(request, CancelledError("The engine was closed while it answered."))
 
-    def _load(self) -> None:
-        """Load the model; where others still let go of a lost device, in a moment."""
-        target = self._artifact.variant.target
+    def metrics(self) -> Metrics:
+        """What it did so far; for any thread."""
+        counters, running = self._counters, len(self._running)
+        return Metrics(
+            running=running,
+            waiting=max(0, self._submissions.open - running),
+            refused=self._submissions.refused,
+            finished=dict(counters.finished),
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            steps=counters.steps,
+            step_s=counters.step_s,
+            queue_s=counters.queue_s,
+            prefill_s=counters.prefill_s,
+            decode_s=counters.decode_s,
+        )
+
+    def _open(self) -> None:
+        """Open the model; where others still let go of a lost device, in a moment."""
         patience = time.monotonic() + LETTING_GO_S
         while True:
             try:
-                self._model = Model(self._artifact, self._needs)
+                self._model = self._open_model()
                 return
             except Exception as error:
-                failure = named(error, target)
-                lost = isinstance(failure, DeviceLostError) and frees_after_loss(target)
-                if not lost or time.monotonic() > patience:
-                    raise failure from failure.__cause__
+                again = isinstance(error, DeviceLostError) and _frees_after_loss(self._target)
+                if not again or time.monotonic() > patience:
+                    raise
             time.sleep(0.02)
 
     def _fail_all(self, error: BaseException) -> None:
         """End what runs; where there is no model any more, also what waits for it."""
-        for request in self._running:
-            self._kv.release(request.pages)
         failed = list(self._running)
-        self._running.clear()
-        if isinstance(error, DeviceLostError) and not self._lost:
-            self._lost = True
-            self._model.forsake()
-            del self._model
-            self._kv = self._empty_pages()
-            self._on_loss()
-        if self._lost:
-            failed += self._waiting
-            self._waiting.clear()
-        for request in failed:  # last: whoever hears of it may load an engine at once
-            request.inbox.put(error)
+        leaving = [request for request, _ in self._leaving]
+        self._leaving.clear()
+        try:
+            while self._steps:
+                self._steps.popleft()
+                if not isinstance(error, DeviceLostError):
+                    with contextlib.suppress(Exception):
+                        self._model.wait()
+            if not self._lost:
+                for request in failed + leaving:
+                    self._free(request)
+            if isinstance(error, DeviceLostError) and not self._lost:
+                self._lost = True
+                self._model.forsake()
+                del self._model
+                self._on_loss()
+        finally:
+            if self._lost:
+                failed += [entry[-1] for entry in self._waiting]
+                self._waiting.clear()
+            for request in failed:  # last: whoever hears of it may load an engine at once
+                request.sequence = 0
+                self._end(request, "error", error)
 
     def _receive(self) -> None:
         """Take what was submitted; wait only when there is nothing else to do."""
-        while True:
-            idle = not self._running and not self._waiting
-            try:
-                request = self._requests.get(block=idle)
-            except queue.Empty:
-                break
-            if request is None:
+        idle = not self._running and not self._waiting and not self._steps
+        for submitted in self._submissions.take(wait=idle):
+            if submitted is None:
                 self._closing = True
                 return
-            if isinstance(request, DeviceCheck):
+            if isinstance(submitted, DeviceCheck):
                 if not self._lost:
-                    self._model.library.synchronize()
+                    self._model.synchronize()
             else:
-                self._waiting.append(request)
-
-    def _admit(self) -> None:
-        """Let waiting requests run where there is room; those that were cancelled end here."""
-        for request in [r for r in self._waiting if r.cancelled]:
-            self._waiting.remove(request)
-            self._running.append(request)  # for a moment: where every request ends
-        for request in [r for r in self._running if r.cancelled]:
-            self._finish(request, "cancelled")
-        while self._waiting and len(self._running) < self._max_batch:
-            request = self._waiting.popleft()
-            self._running.append(request)
-            request.admitted = time.perf_counter()
-            if request.params is not None:
-                request.pages = self._kv.start(request.tokens)
-                self._make_up(request)
-                request.cached = request.pages.length
-
-    def _make_up(self, request: Request) -> None:
-        """Let the first `made_up` tokens count as computed: their pages are copies of earlier ones.
-
-        So a benchmark stands far into a context at once, at the price of writing the pages. What
-        is known of the prompt by then is copied over and over, and must fill whole pages.
-        """
-        pages = request.pages
-        if pages.length < request.made_up and (not pages.length or pages.length % PAGE_TOKENS):
-            raise ValueError(f"{pages.length} known positions are not whole pages to copy from")
-        while pages.length < request.made_up:
-            known = {"full": list(pages.full), "sliding": list(pages.sliding)}
-            count = min(self._prefill_chunk, request.made_up - pages.length)
-            self._kv.prepare(pages, count)
-            for kind, listed in (("full", pages.full), ("sliding", pages.sliding)):
-                fresh = listed[len(known[kind]) :]
-                self._model.copy_pages(kind, list(zip(cycle(known[kind]), fresh, strict=False)))
-            self._kv.commit(pages, count)
+                entry = (submitted.priority, next(self._arrivals), submitted)
+                heapq.heappush(self._waiting, entry)
 
     def _step(self) -> None:
         if self._lost:
-            self._load()
+            self._open()
             self._lost = False
-        self._admit()
-        parts = self._plan()
-        if not parts:
-            return
-        for part in parts:
-            copies = self._kv.prepare(part.request.pages, part.count)
-            self._model.copy_pages("full", copies.full)
-            self._model.copy_pages("sliding", copies.sliding)
-        tables = self._kv.tables([part.request.pages for part in parts])
-        logits = self._forward(parts, tables)
-        for part in parts:
-            self._kv.commit(part.request.pages, part.count)
-        self._deliver(parts, logits)
-
-    def _plan(self) -> list[_Part]:
-        """One token of every generating sequence, then prompt chunks up to the step's bound.
-
-        Generating sequences come first, so that their logits come first.
-        """
-        parts = [
-            _Part(request, 1, 1)
-            for request in self._running
-            if request.params is not None and request.waiting == 1
-        ]
-        budget, logits_budget, logits_wanted = self._prefill_chunk, LOGITS_CHUNK, []
-        for request in self._running:
-            if request.params is None:
-                if count := min(budget, request.waiting, logits_budget):
-                    logits_wanted.append(_Part(request, count, count))
-                    logits_budget -= count
-            elif request.waiting > 1:
-                if count := min(budget, request.waiting):
-                    parts.append(_Part(request, count, int(count == request.waiting)))
-            else:
-                continue
-            budget -= count
-        return parts + logits_wanted
-
-    def _forward(self, parts: Sequence[_Part], tables: PageTables) -> Any:
-        tokens: list[int] = []
-        positions: list[int] = []
-        token_seq: list[int] = []
-        logit_indices: list[int] = []
-        for index, part in enumerate(parts):
-            start = part.request.pages.length
-            tokens += part.request.tokens[start : start + part.count]
-            positions += range(start, start + part.count)
-            token_seq += [index] * part.count
-            logit_indices += range(len(tokens) - part.logits, len(tokens))
-        if len(tokens) == len(parts) == len(logit_indices):
-            return self._model.decode(tokens, positions, token_seq, tables)
-        return self._model.forward(tokens, positions, token_seq, logit_indices, tables)
-
-    def _deliver(self, parts: Sequence[_Part], logits: Any) -> None:
-        sampled = [
-            part.request for part in parts if part.logits and part.request.params is not None
-        ]
-        if sampled:
-            self._sample(sampled, logits)
-        row = len(sampled)
-        for part in parts:
-            if part.request.params is None:
-                block = self._model.read_logits(logits, row, part.logits)
-                row += part.logits
-                part.request.inbox.put(block)
-                if part.request.waiting == 0:
-                    self._drop(part.request)
-
-    def _sample(self, requests: list[Request], logits: Any) -> None:
-        rows = [
-            SampleRow(request.params, request.history, request.seed, request.generated)
-            for request in requests
-            if request.params is not None
-        ]
-        ids, logprobs = self._model.sample(
-            logits,
-            sample_arguments(rows, self._vocab_size),
-            logprobs=any(row.params.logprobs is not None for row in rows),
-        )
+        started = time.perf_counter()
+        if not self._steps:
+            self._admit()
+            started = time.perf_counter()
+            self._submit(*self._plan())
+            if not self._steps:
+                return
+        if self._model.runs_behind:
+            self._submit(*self._plan_ahead())
+        requests, parts = self._steps.popleft()
+        results = self._model.wait()
         now = time.perf_counter()
-        for index, (request, token) in enumerate(zip(requests, ids, strict=True)):
-            if token < 0:
-                self._fail(
-                    request,
-                    NumericsError(
-                        "The logits hold no number to choose by (all are NaN or forbidden); check "
-                        "the bitmask, and the checkpoint with `mxforge diff`."
-                    ),
-                )
+        self._counters.steps += 1
+        self._counters.step_s += now - max(started, self._last_results)
+        self._last_results = now
+        while self._leaving:
+            self._let_go(*self._leaving.pop())
+        for request, part, result in zip(requests, parts, results, strict=True):
+            if request not in self._running:  # it ended when this step was submitted already
                 continue
-            if not request.first_token:
-                request.first_token = now
-                # A later prompt may begin as this one did and go on otherwise.
-                self._kv.insert_prefix(request.pages, request.tokens)
-            logprob = logprobs[index] if logprobs is not None else None
-            self._append(request, token, logprob)
+            request.computed += 1 if part.tokens is None else len(part.tokens)
+            if part.draw is not None:
+                self._deliver(request, result, now)
+            elif result.logits is not None:
+                self._tell(request, result.logits)
+                if request.waiting == 0:
+                    self._finish(request, "stop")
 
-    def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
+    def _submit(self, requests: list[Request], parts: list[Part]) -> None:
+        if parts:
+            self._model.submit(parts)
+            self._steps.append((requests, parts))
+
+    def _admit(self) -> None:
+        """Let waiting requests run where there is room; those that were cancelled end here."""
+        for request in [request for request in self._running if request.cancelled]:
+            self._finish(request, "cancelled")
+        if not self._waiting:
+            return
+        cancelled = [entry[-1] for entry in self._waiting if entry[-1].cancelled]
+        if cancelled:
+            self._waiting = [entry for entry in self._waiting if not entry[-1].cancelled]
+            heapq.heapify(self._waiting)
+        for request in cancelled:
+            self._finish(request, "cancelled")
+        while self._waiting and len(self._running) < self._max_batch:
+            *_, request = heapq.heappop(self._waiting)
+            self._running[request] = None
+            request.admitted = time.perf_counter()
+            self._counters.queue_s += request.admitted - request.submitted
+
+    def _begin(self, request: Request) -> bool:
+        """Make the sequence of an admitted request; False where its prompt is still computed
+        for another answer to it."""
+        first = request.first
+        if first is not None and first is not request and first.sequence:
+            if first.prompt_left > 0:
+                return False
+            if first.prompt_left == 0 and not first.generated:
+                request.sequence = self._model.fork(first.sequence)
+                request.computed = request.cached = first.computed
+        if not request.sequence:
+            request.sequence, request.computed = self._model.create(
+                request.tokens if request.params is not None else ()
+            )
+            if request.made_up > request.computed:
+                unknown = request.tokens[request.computed : request.made_up]
+                self._model.pretend(request.sequence, unknown)
+                request.computed = request.made_up
+            request.cached = request.computed
+        self._counters.prompt_tokens += request.prompt_length
+        self._counters.cached_tokens += request.cached
+        return True
+
+    def _plan(self) -> tuple[list[Request], list[Part]]:
+        """One token of every generating sequence, then chunks of prompts within the step's bound.
+
+        The bound is smaller while others generate, since each of them waits for the whole step.
+        """
+        requests: list[Request] = []
+        parts: list[Part] = []
+        prompts: list[Request] = []
+        for request in list(self._running):
+            if not request.sequence and not self._begin(request):
+                continue
+            if request.params is None or request.computed < len(request.tokens) - 1:
+                prompts.append(request)
+            else:
+                self._add(request, 1, requests, parts)
+        if not prompts:
+            return requests, parts
+        wanted = [
+            request.waiting if request.params is None else request.prompt_left
+            for request in prompts
+        ]
+        # Rows of logits have a bound of their own, which those who want them share.
+        rows = [request.params is None for request in prompts]
+        bounded = iter(
+            shares([left for left, of in zip(wanted, rows, strict=True) if of], LOGITS_CHUNK)
+        )
+        wanted = [next(bounded) if of else left for left, of in zip(wanted, rows, strict=True)]
+        budget = self._mixed_chunk if parts else self._prefill_chunk
+        counts = shares(wanted, budget)
+        for request, taken in zip(prompts, counts, strict=True):
+            if taken:
+                self._add(request, taken, requests, parts)
+        return requests, parts
+
+    def _plan_ahead(self) -> tuple[list[Request], list[Part]]:
+        """The step after the one that runs: a token of every generating sequence, after the one
+        that is being drawn.
+
+        What ends with that one is computed in vain. Nothing is planned where the worker has to know
+        it first: for a mask, or since a request will begin, end or leave its prompt.
+        """
+        going = [of for of in zip(*self._steps[0], strict=True) if of[0] in self._running]
+        room = self._waiting and len(self._running) < self._max_batch
+        if room or len(going) < len(self._running):
+            return [], []
+        requests: list[Request] = []
+        parts: list[Part] = []
+        for request, part in going:
+            if part.draw is None or not request.first_token or request.cancelled:
+                return [], []
+            if callable(part.draw.params.bitmask):
+                return [], []
+            if request.generated + 1 < request.max_tokens:
+                requests.append(request)
+                parts.append(Part(request.sequence, None, 0, part.draw, part.mask))
+        return requests, parts
+
+    def _add(
+        self, request: Request, taken: int, requests: list[Request], parts: list[Part]
+    ) -> None:
+        """Put the next tokens of a request into a step; after the last one, a token is drawn."""
+        end = request.computed + taken
+        tokens = request.tokens[request.computed : end]
+        params, mask = request.params, None
+        if params is None:
+            part = Part(request.sequence, tokens, taken)
+        elif end < len(request.tokens):
+            part = Part(request.sequence, tokens)
+        else:
+            if params.bitmask is not None:
+                generated = request.tokens[request.prompt_length :]
+                try:
+                    mask = params.mask_after(generated, self._vocab_size)
+                except MaskError as error:
+                    self._fail(request, error)
+                    return
+            part = Part(request.sequence, tokens, 0, request.draw, mask)
+        requests.append(request)
+        parts.append(part)
+
+    def _deliver(self, request: Request, result: Result, now: float) -> None:
+        token = result.token
+        if token < 0:
+            self._fail(
+                request,
+                NumericsError(
+                    "The logits hold no number to choose by (all are NaN or forbidden); check "
+                    "the bitmask, and the checkpoint with `mxforge diff`."
+                ),
+            )
+            return
+        if not request.first_token:
+            request.first_token = now
+            self._counters.prefill_s += now - request.admitted
+            if request.first is None or request.first is request:
+                # A later prompt may begin as this one did and go on otherwise.
+                self._model.keep(request.sequence)
         params = request.params
         assert params is not None
+        self._counters.generated_tokens += 1
         request.tokens.append(token)
-        if params.penalized:
-            request.history.add(token)
-        stops = token in params.stop_token_ids or (
-            token in self._stop_ids and not params.ignore_eos
-        )
+        stops = token in request.stops
         text = "" if stops else request.text.push(request.token_bytes(token))
-        reason = None
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if params.logprobs is not None and (of := result.logprob) is not None:
+            logprobs = (TokenLogprob(of.token_id, of.logprob, of.top[: params.logprobs]),)
         if stops or request.text.stopped:
-            reason = "stop"
-        elif request.generated >= request.max_tokens:
-            reason = "length"
-        listed: tuple[TokenLogprob, ...] = ()
-        if params.logprobs is not None and logprob is not None:
-            listed = (
-                TokenLogprob(logprob.token_id, logprob.logprob, logprob.top[: params.logprobs]),
-            )
-        if reason is None:
-            request.inbox.put(Piece(text, (token,), listed))
+            self._finish(request, "stop", text, (token,), logprobs)
+        elif len(request.tokens) >= request.prompt_length + request.max_tokens:
+            self._finish(request, "length", text, (token,), logprobs)
         else:
-            self._finish(request, reason, text, (token,), listed)
+            self._tell(request, Piece(text, (token,), logprobs, index=request.index))
 
     def _finish(
         self,
@@ -377,29 +389,79 @@ class Worker:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
     ) -> None:
-        if request.params is None:
-            self._fail(request, CancelledError("The request was cancelled."))
-            return
+        """End a request, running or waiting, with its last piece."""
         now = time.perf_counter()
         admitted = request.admitted or now
         first = request.first_token or now
-        usage = Usage(request.prompt_length, request.generated, request.cached)
         decode = now - first
-        timings = Timings(
-            queue_s=admitted - request.submitted,
-            prefill_s=first - admitted,
-            decode_s=decode,
-            decode_tok_s=(request.generated - 1) / decode if decode > 0 else 0.0,
-        )
-        self._kv.insert_prefix(request.pages, request.tokens)
-        self._drop(request)
-        text += request.text.finish()
-        request.inbox.put(Piece(text, tokens, logprobs, reason, usage, timings))
+        last: Item | None
+        if request.params is None:
+            cancelled = CancelledError("The request was cancelled.")
+            last = cancelled if reason == "cancelled" else None
+        else:
+            self._counters.decode_s += decode
+            last = Piece(
+                text + request.text.finish(),
+                tokens,
+                logprobs,
+                reason,
+                Usage(request.prompt_length, request.generated, request.cached),
+                Timings(
+                    queue_s=admitted - request.submitted,
+                    prefill_s=first - admitted,
+                    decode_s=decode,
+                    decode_tok_s=(request.generated - 1) / decode if decode > 0 else 0.0,
+                ),
+                request.index,
+            )
+        self._end(request, reason, last, keep=request.params is not None)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        self._drop(request)
-        request.inbox.put(error)
+        self._end(request, "error", error)
 
-    def _drop(self, request: Request) -> None:
-        self._running.remove(request)
-        self._kv.release(request.pages)
+    def _end(self, request: Request, reason: str, last: Item | None, *, keep: bool = False) -> None:
+        """Let go of a request, count its end, and tell it the last that there is."""
+        self._running.pop(request, None)
+        try:
+            if any(request in requests for requests, _ in self._steps):
+                self._leaving.append((request, keep))
+            else:
+                self._let_go(request, keep)
+        finally:  # so that it hears of its end in any case
+            self._counters.finished[reason] += 1
+            self._submissions.ended += 1
+            if last is not None:
+                self._tell(request, last)
+
+    def _let_go(self, request: Request, keep: bool) -> None:
+        if keep and request.sequence:
+            self._model.keep(request.sequence)
+        self._free(request)
+
+    def _free(self, request: Request) -> None:
+        if request.sequence:  # some end before they ran
+            self._model.free(request.sequence)
+            request.sequence = 0
+
+    @staticmethod
+    def _tell(request: Request, item: Item) -> None:
+        try:
+            request.inbox.put(item)
+        except RuntimeError:  # its event loop was closed
+            request.abandoned = True
+
+
+def shares(wanted: Sequence[int], budget: int) -> list[int]:
+    """Of each as much as it wants of a budget, in equal parts: who wants less leaves the rest."""
+    counts = [0] * len(wanted)
+    left = len(wanted)
+    for index in sorted(range(left), key=wanted.__getitem__):
+        counts[index] = min(wanted[index], -(-budget // left))
+        budget -= counts[index]
+        left -= 1
+    return counts
+
+
+def _frees_after_loss(target: str) -> bool:
+    """Whether a device that was lost can be used again by this process, once all is freed."""
+    return not target.startswith("cuda")

@@ -47,6 +47,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """What of `text`, and of what was held back, is certainly output; nothing after a match."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text

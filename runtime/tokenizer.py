@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import lzma
 import re
-from binascii import a2b_base64
-from collections.abc import Iterable, Iterator, Mapping
+from binascii import b2a_base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+import numpy as np
 
 from .errors import TokenizerError
 
@@ -35,8 +36,8 @@ HARMONY_VOCAB = 201_088
 SPECIAL_TOKENS_FILE = "special_tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
 
-RANKS_FILE = Path(__file__).parent / "data" / "o200k_base.tiktoken.xz"
-_RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
+RANKS_FILE = Path(__file__).parent / "data" / "o200k_base.ranks"
+_RANKS_SHA256 = "440741350e7cfa1c0f4869ce742d1b043550adbda5187adcac9e787edac6fba9"
 _RANKS = 199_998  # and everything from here to HARMONY_VOCAB is special
 
 # How o200k_base cuts text into words before merging: a word with at most one leading sign, its
@@ -116,7 +117,7 @@ class O200kHarmony(_Decoding):
     """gpt-oss's tokenizer: the o200k_base ranks and harmony's special tokens, through tiktoken.
 
     `special_tokens` maps names to ids in [199998, 201088); ids there without a name become
-    ``<|reserved_ID|>``. Loading takes about 0.4 s, once per process.
+    ``<|reserved_ID|>``. The first text to encode takes about 0.3 s, once per process.
     """
 
     kind: TokenizerKind = "o200k_harmony"
@@ -135,15 +136,17 @@ class O200kHarmony(_Decoding):
                 f"o200k_harmony's special ids are distinct numbers from {_RANKS} to "
                 f"{HARMONY_VOCAB - 1} with distinct names, but {found}."
             )
-        ranks, self._encoding = _o200k()
-        self._bytes = [*ranks, *(name.encode() for name in names)]
+        self._ranks = o200k_ranks()
+        self._names = [name.encode() for name in names]
 
     def encode(self, text: str) -> list[int]:
-        encode = self._encoding.encode_ordinary
+        encode = _o200k_encoding().encode_ordinary
         return [token for chunk in _chunks(_encodable(text)) for token in encode(chunk)]
 
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes[token] if 0 <= token < HARMONY_VOCAB else b""
+        if 0 <= token < _RANKS:
+            return self._ranks[token]
+        return self._names[token - _RANKS] if _RANKS <= token < HARMONY_VOCAB else b""
 
 
 class HFTokenizer(_Decoding):
@@ -157,7 +160,13 @@ class HFTokenizer(_Decoding):
 
     def __init__(self, path: Path) -> None:
         """Raises TokenizerError where `path` is missing or not a tokenizer."""
-        import tokenizers
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise TokenizerError(
+                f"This model's tokenizer needs the package tokenizers, which cannot be imported "
+                f'({error}); install it with: pip install "mxforge[tokenizers]"'
+            ) from error
 
         with _named(f"{path} should hold a tokenizer of the Hugging Face tokenizers format"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -208,7 +217,7 @@ class HFTokenizer(_Decoding):
         for token, name in self._added.items():
             if token < _RANKS or named.get(token, name.decode()) != name.decode():
                 return False
-        return all(self.token_bytes(i) == rank for i, rank in enumerate(_o200k()[0]))
+        return all(self.token_bytes(i) == rank for i, rank in enumerate(o200k_ranks()))
 
     def _decode(self, tokens: list[int]) -> str:
         with _named("The model's tokenizer should turn ids into text"):
@@ -317,31 +326,66 @@ def _read_special_tokens(path: Path) -> dict[str, int]:
     return content
 
 
-@lru_cache(maxsize=1)
-def _o200k() -> tuple[list[bytes], tiktoken.Encoding]:
-    """The ranks in order and tiktoken's encoder of them; one copy serves every engine."""
-    import tiktoken
+class Ranks(Sequence[bytes]):
+    """The words of a byte-pair vocabulary in the order of their ranks, cut out of a file when they
+    are asked for: a byte for the length of each, then all of them."""
 
+    def __init__(self, content: bytes, count: int) -> None:
+        self._content = content
+        lengths = np.frombuffer(content, np.uint8, count)
+        self._ends = (np.cumsum(lengths, dtype=np.int64) + count).tolist()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, rank: int) -> bytes: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[bytes]: ...
+    def __getitem__(self, rank: int | slice) -> bytes | list[bytes]:
+        if isinstance(rank, slice):
+            return [self[each] for each in range(*rank.indices(len(self)))]
+        if not -len(self) <= rank < len(self):
+            raise IndexError(rank)
+        rank %= len(self)
+        end = self._ends[rank]
+        return self._content[end - self._content[rank] : end]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.__getitem__, range(len(self)))
+
+    def text(self) -> bytes:
+        """As tiktoken's files hold them: lines of "base64 rank"."""
+        lines = (b"%s %d\n" % (b2a_base64(word, newline=False), i) for i, word in enumerate(self))
+        return b"".join(lines)
+
+
+@lru_cache(maxsize=1)
+def o200k_ranks() -> Ranks:
+    """Those of o200k_base; TokenizerError where the package's file is not as it was."""
     try:
-        content = lzma.decompress(RANKS_FILE.read_bytes())
-    except (OSError, lzma.LZMAError) as error:
+        content, reason = RANKS_FILE.read_bytes(), "its hash is another"
+    except OSError as error:
         content, reason = b"", str(error)
-    else:
-        reason = "its hash is another"
     if hashlib.sha256(content).hexdigest() != _RANKS_SHA256:
         raise TokenizerError(
             f"{RANKS_FILE} should hold the o200k_base ranks, but does not ({reason}); "
             "install mxforge again."
         )
-    # Lines of "base64 rank", the ranks counting up from 0; the hash vouches for it.
-    ranks = list(map(a2b_base64, content.split()[::2]))
-    encoding = tiktoken.Encoding(
+    return Ranks(content, _RANKS)
+
+
+@lru_cache(maxsize=1)
+def _o200k_encoding() -> tiktoken.Encoding:
+    """tiktoken's encoder of them; one serves every engine."""
+    import tiktoken
+
+    return tiktoken.Encoding(
         "o200k_harmony",
         pat_str=_O200K_PATTERN,
-        mergeable_ranks=dict(zip(ranks, range(len(ranks)), strict=True)),
+        mergeable_ranks={word: rank for rank, word in enumerate(o200k_ranks())},
         special_tokens={},  # so that none can come out of text
     )
-    return ranks, encoding
 
 
 def _reason(error: BaseException) -> str:
