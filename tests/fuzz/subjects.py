@@ -274,7 +274,7 @@ class Artifacts(Subject):
             for path in sorted(self._copy.rglob("*"))
             if path.is_file()
         }
-        (self._library,) = (name for name in self._contents if name.startswith("model."))
+        (self._library,) = (name for name in self._contents if name == "model.so")
         (self._weights,) = (name for name in self._contents if name.endswith(".safetensors"))
         self._payload = 8 + int.from_bytes(self._contents[self._weights][:8], "little")
         self._random = json.loads(self._contents[MANIFEST])

@@ -7,11 +7,13 @@ and pip, into build/qemu. Nothing of this machine is changed for it, and root is
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -24,11 +26,14 @@ import pytest
 import tvm
 from support.folders import SetupError, made, run
 from support.kernels import call_of, made_inputs
+from support.systems import built_core
 from support.targets import PLAIN_CPU
 
-from mxforge.compile.library import export
+from mxforge.compile import kernels
+from mxforge.compile.plan_values import Values
 from mxforge.compile.targets import CPU_LEVELS, resolve
 from mxforge.machine import architecture
+from mxforge.plan import Function, Plan, Role, Step, Tensor
 from mxforge.schedules.kernel import Case, Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +54,7 @@ LEVELS = [level.name for level in CPU_LEVELS if "avx512f" not in level.required]
 
 DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}  # its names of the architectures
 DEBS = ("python3", "libstdc++6")  # and what they depend on
-WHEELS = tuple(
-    f"{name}=={version(name)}"
-    for name in ("apache-tvm", "apache-tvm-ffi", "numpy", "regex", "tiktoken", "typing_extensions")
-)
+WHEELS = tuple(f"{name}=={version(name)}" for name in ("ml_dtypes", "numpy", "regex", "tiktoken"))
 GLIBC = range(28, 16, -1)  # versions 2.x that wheels may be built for
 
 
@@ -65,21 +67,33 @@ def unavailable(reason: str) -> Any:
 
 @dataclass(frozen=True)
 class Cpu:
-    """command: qemu on this CPU with a Python; site: packages that the Python does not have"""
+    """command: qemu on this CPU with a Python; site: folders of packages that the Python does not
+    have"""
 
     command: tuple[str, ...]
-    site: Path | None
+    site: tuple[Path, ...] = ()
 
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """What `qemu_guest.py` says with these arguments."""
         # OpenBLAS takes some of qemu's CPUs for others, which have more instructions.
         environment = {**os.environ, "OPENBLAS_CORETYPE": "generic"}
-        if self.site is not None:
-            for name in ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME"):
-                environment.pop(name, None)
-            environment["PYTHONPATH"] = str(self.site)
+        if self.site:
+            environment = _foreign(environment)
+            environment["PYTHONPATH"] = os.pathsep.join(map(str, self.site))
         command = [*self.command, str(GUEST), *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+    def run_program(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        """A program for this CPU, and its arguments."""
+        command = [*self.command[:-1], *map(str, words)]
+        environment = _foreign(dict(os.environ))
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def _foreign(environment: dict[str, str]) -> dict[str, str]:
+    """Without what is meant for this machine's programs."""
+    others = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME")
+    return {name: value for name, value in environment.items() if name not in others}
 
 
 def open_cpu(level: str) -> Cpu:
@@ -90,13 +104,14 @@ def open_cpu(level: str) -> Cpu:
         unavailable(f"qemu-{machine} is missing; Debian has it in qemu-user")
     command = (str(qemu), "-cpu", CPUS[level])
     if machine == architecture():
-        return Cpu((*command, sys.executable), None)
+        return Cpu((*command, sys.executable))
     try:
         folder = _made(machine)
     except SetupError as error:
         unavailable(f"a Python for {machine} cannot be fetched: {error}")
     root = folder / "root"
-    return Cpu((*command, "-L", str(root), str(root / "usr/bin/python3")), folder / "site")
+    python = str(root / "usr/bin/python3")
+    return Cpu((*command, "-L", str(root), python), (_package(machine), folder / "site"))
 
 
 @cache
@@ -106,10 +121,25 @@ def _made(machine: str) -> Path:
     def make(folder: Path) -> None:
         _unpack_python(machine, folder / "root", folder / "apt")
         _install_wheels(machine, folder / "root", folder / "site")
-        (folder / "site" / "mxforge").symlink_to(ROOT / "runtime")
 
-    stamp = json.dumps({"debs": DEBS, "wheels": WHEELS, "source": str(ROOT)})
+    stamp = json.dumps({"debs": DEBS, "wheels": WHEELS})
     return made(ROOT / "build" / "qemu" / machine, stamp, make)
+
+
+@cache
+def _package(machine: str) -> Path:
+    """A folder with the package as this checkout has it, and libmxforge for Linux there."""
+    folder = Path(tempfile.mkdtemp(prefix="mxforge-site-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    runtime, native = ROOT / "runtime", folder / "mxforge" / "native"
+    native.mkdir(parents=True)
+    for of, to in ((runtime, native.parent), (runtime / "native", native)):
+        for entry in of.iterdir():
+            if not (entry.name == "native" or entry.name.startswith("libmxforge")):
+                (to / entry.name).symlink_to(entry)
+    core = built_core(f"linux-{machine}")
+    (native / core.name).symlink_to(core)
+    return folder
 
 
 def _unpack_python(machine: str, root: Path, apt: Path) -> None:
@@ -145,7 +175,6 @@ def _install_wheels(machine: str, root: Path, site: Path) -> None:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile")
     foreign = (f"--python-version={python.removeprefix('python')}", "--only-binary=:all:")
     run(*pip, "--no-deps", *foreign, *platforms, f"--target={site}", *WHEELS)
-    (site / "tvm" / "lib" / "libtvm_compiler.so").unlink()  # 240 MB that nothing here loads
 
 
 class KernelCalls:
@@ -181,16 +210,20 @@ class KernelCalls:
         }
         np.savez(self._folder / "inputs.npz", **contents)
         (self._folder / "calls.json").write_text(json.dumps(self._calls))
+        functions = tuple(_call(f"call{i}", call) for i, call in enumerate(self._calls))
+        (self._folder / "calls.plan").write_bytes(Plan(functions, workspace=0).to_bytes())
 
     def compile(self, level: str) -> Path:
         """The library of all kernels for a level."""
         target = resolve(f"cpu:{level}")
         functions = {
-            name: kernel.build(target.kernels, **static).with_attr("global_symbol", name)
+            name: kernel.build(target.kernels, **static)
             for name, kernel, static in self._functions.values()
         }
         library = self._folder / f"{level}.so"
-        export(tvm.compile(tvm.IRModule(functions), target.tvm), library, target.host)
+        assert target.host is not None
+        built = kernels.of_cpu(tvm.IRModule(functions), target)
+        kernels.write_library(built, library, target.host)
         return library
 
     def run(self, cpu: Cpu, library: Path) -> dict[str, list[np.ndarray]]:
@@ -206,3 +239,13 @@ class KernelCalls:
                 ]
                 for call in self._calls
             }
+
+
+def _call(name: str, call: Mapping[str, Any]) -> Function:
+    """One call of a kernel, as a function of a launch plan: all of its arguments may change."""
+    values, tensors = Values(), []
+    for key, shape, dtype in call["arguments"]:
+        extents = tuple(map(values.constant, shape))
+        tensors.append(Tensor(Role.KV, dtype, extents, key))
+    step = Step(call["function"], tuple(range(len(tensors))))
+    return Function(name, values.all(), tuple(tensors), (), (step,), ())

@@ -11,11 +11,12 @@ import json
 import sys
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (NumPy's names of bfloat16)
 import numpy as np
 
 from mxforge import Engine, SamplingParams, machine
+from mxforge.core import CoreLibrary
 from mxforge.errors import MxforgeError
-from mxforge.library import Library, load_runtime, tvm_ffi
 
 THREADS = 2
 # Bits of what the kernel tells a process about an aarch64 CPU: AT_HWCAP and AT_HWCAP2.
@@ -31,28 +32,21 @@ def aarch64_flags() -> frozenset[str]:
 
 
 def kernels(folder: str, library: str, outputs: str) -> None:
-    """Call functions of LIBRARY. calls.json says which, with which arrays of inputs.npz, each as
-    bytes with a shape and a dtype, and which of them go to OUTPUTS afterwards."""
-    load_runtime()
-    Library.use_threads(THREADS)
-    device = tvm_ffi.device("cpu", 0)
-    allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-    from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
-    to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
-    functions = tvm_ffi.load_module(library)
+    """Call kernels of LIBRARY, as calls.plan has it. calls.json says with which arrays of
+    inputs.npz, each as bytes with a shape and a dtype, and which of them go to OUTPUTS afterwards.
+    """
     results = {}
+    core = CoreLibrary("cpu", Path(folder, "calls.plan"), Path(library), THREADS)
     with np.load(Path(folder, "inputs.npz")) as inputs:
-        for call in json.loads(Path(folder, "calls.json").read_text()):
+        for number, call in enumerate(json.loads(Path(folder, "calls.json").read_text())):
             print(call["what"], file=sys.stderr, flush=True)  # the last one, in case of a crash
-            tensors = {}
-            for key, shape, dtype in call["arguments"]:
-                content = inputs[key]
-                tensors[key] = allocate(tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), device, None)
-                from_bytes(tensors[key], content.ctypes.data_as(ctypes.c_void_p), content.nbytes)
-            functions[call["function"]](*tensors.values())
+            arrays = {
+                key: inputs[key].view(dtype).reshape(shape)
+                for key, shape, dtype in call["arguments"]
+            }
+            core.call(f"call{number}", list(arrays.values()))
             for key in call["results"]:
-                results[key] = content = np.empty_like(inputs[key])
-                to_bytes(tensors[key], content.ctypes.data_as(ctypes.c_void_p), content.nbytes)
+                results[key] = np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8)
     np.savez(outputs, **results)
 
 

@@ -15,6 +15,7 @@ from mxforge.machine import host_system
 from mxforge.manifest import (
     MANIFEST,
     KernelInfo,
+    KvGroup,
     LibraryInfo,
     Limits,
     Manifest,
@@ -49,8 +50,6 @@ SMALL_MANIFEST = Manifest(
         "vocab_size": 100,
         "num_key_value_heads": 1,
         "head_dim": 8,
-        "sliding_window": 20,
-        "layer_types": ["full_attention"],
         "rope_theta": 150000.0,
     },
     target=TargetInfo("cpu", "cpu:x86-64", host_system()),
@@ -58,14 +57,17 @@ SMALL_MANIFEST = Manifest(
     precision=PrecisionInfo("float32", "float32", "f32", "bf16"),
     limits=Limits(4, 64, 1024),
     stop_token_ids=(2, 12),
-    memory=MemoryPlan(320, 1024, 1024, 4096),
-    libraries=(LibraryInfo("cpu:x86-64", "model.so", ()),),
+    memory=MemoryPlan(320, 4096),
+    libraries=(LibraryInfo("cpu:x86-64", "model.so", "model.plan", ()),),
     kernels=(KernelInfo("f32_rms_norm", "cpu:x86-64", "parallel items", "rows=1", ("norm",)),),
-    weights=(
-        WeightInfo("a.weight", (4, 16), "float32", "weights-00001.safetensors"),
-        WeightInfo("b.scales", (64,), "uint8", "weights-00001.safetensors"),
+    kv_groups=(
+        KvGroup("sliding", 20, (), "float32", (2, 1, 128)),
+        KvGroup("full", None, (0,), "float32", (2, 1, 128)),
     ),
-    weights_order=("b.scales", "a.weight"),
+    weights=(
+        WeightInfo("a.weight", (4, 16), "float32", "weights-00001.safetensors", "mapped"),
+        WeightInfo("b.scales", (64,), "uint8", "weights-00001.safetensors", "mapped"),
+    ),
     source=SourceInfo("huggingface", "0" * 64),
     tokenizer=TokenizerInfo(None),
 )
@@ -98,8 +100,9 @@ def fill_artifact(writer: ArtifactWriter, manifest: Manifest = SMALL_MANIFEST) -
         weights.write("b.scales", np.arange(64, dtype=np.uint8))
     writer.write("tokenizer/special_tokens.json", b"{}\n")
     for library in manifest.libraries:
-        writer.path(library.file).write_bytes(b"library")
-        writer.add(library.file)
+        writer.write(library.file, b"library")
+        if library.plan is not None:
+            writer.write(library.plan, b"plan")
 
 
 def make_artifact(path: Path, force: bool = False, manifest: Manifest = SMALL_MANIFEST) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 HEADER = b"MXFSPIRV"
 VERSION = 3
@@ -34,17 +35,20 @@ def unavailable(reason: str) -> Any:
     pytest.skip(reason, allow_module_level=True)  # kernels are compiled on import
 
 
-def built_library(scratch: Path) -> Path:
-    """The library in the package if it is up to date, else one compiled for this session."""
+def built_library() -> Path:
+    """The library that is chosen, or one that is kept under build/native."""
     from mxforge.native import build
 
     chosen = os.environ.get("MXFORGE_VULKAN_LIBRARY")
     if chosen:
         return Path(chosen)
-    if build.up_to_date():
-        return build.OUTPUT
+    output = Path(__file__).parents[2] / "build" / "native" / build.VULKAN.output.name
+    output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return build.build(scratch / build.OUTPUT.name)
+        with FileLock(output.with_suffix(".lock")):
+            if not build.VULKAN.up_to_date(output):
+                build.build(build.VULKAN, output)
+        return output
     except build.BuildError as error:
         unavailable(str(error))
         raise
@@ -152,7 +156,7 @@ def new_validation_messages() -> list[str]:
     global _heard
     if "validation" not in os.environ.get("VK_INSTANCE_LAYERS", ""):
         return []
-    from mxforge.library import tvm_ffi
+    from mxforge.compile.tvm_vulkan import tvm_ffi
 
     ask = tvm_ffi.get_global_func("mxforge.vulkan.validation_messages", allow_missing=True)
     if ask is None:  # no test has come to Vulkan yet
@@ -168,8 +172,8 @@ class VulkanDevice:
     """vulkan:0 with NumPy on one side of it."""
 
     def __init__(self, device_id: int = 0) -> None:
-        from mxforge import vulkan
-        from mxforge.library import tvm_ffi
+        from mxforge.compile import tvm_vulkan as vulkan
+        from mxforge.compile.tvm_vulkan import tvm_ffi
 
         vulkan.load()
         self.ffi = tvm_ffi
@@ -221,7 +225,7 @@ def open_device(scratch: Path) -> VulkanDevice:
     """vulkan:0; skips (or fails, see `unavailable`) where there is no such thing."""
     from mxforge.errors import VulkanError
 
-    os.environ["MXFORGE_VULKAN_LIBRARY"] = str(built_library(scratch))
+    os.environ["MXFORGE_VULKAN_LIBRARY"] = str(built_library())
     os.environ.setdefault("MXFORGE_CACHE_DIR", str(scratch / "cache"))
     try:
         from mxforge import vulkan

@@ -21,6 +21,7 @@ from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.weights import packed_weights
 from mxforge.kv_layout import PAGE_TOKENS
 from mxforge.schedules.formats import KV
+from mxforge.schedules.kernel import Target
 
 from .harness import Program, Simt
 from .kernels import TARGETS
@@ -28,7 +29,7 @@ from .kernels import TARGETS
 
 class SimtModel:
     """gpt-oss compiled for `kind`, with exact numerics or another precision, and a cache of
-    `pages` pages a sequence."""
+    `pages` pages a sequence. `target` is a GPU other than the one that the tests have of a kind."""
 
     def __init__(
         self,
@@ -39,9 +40,10 @@ class SimtModel:
         precision: Precision,
         sequences: int,
         pages: int,
+        target: Target | None = None,
     ) -> None:
         self._simt, self._kind = simt, kind
-        target = TARGETS[kind]
+        target = target or TARGETS[kind]
         weights = packed_weights(GPT_OSS.weights(config), target, precision)
         module = GPT_OSS.module(config, target, precision, Limits(4, 64), weights)
         self._module = relax.transform.DeadCodeElimination()(module)
@@ -87,14 +89,20 @@ class SimtModel:
             f"layer_{kind}", x=x, positions=positions, token_seq=np.zeros_like(positions)
         )
 
-    def _call(self, name: str, **inputs: Any) -> Any:
-        assert max(inputs["positions"]) < self._room
-        function = self._module[name]
+    def arguments(self, name: str, **inputs: Any) -> dict[str, np.ndarray]:
+        """What a function is called with next, by its parameters."""
         given = {
             key: np.asarray(value, np.float32 if key == "x" else np.int32)
             for key, value in inputs.items()
         }
-        values: dict[Any, Any] = {p: {**self._values, **given}[p.name] for p in function.params}
+        known = {**self._values, **given}
+        return {parameter.name: known[parameter.name] for parameter in self._module[name].params}
+
+    def _call(self, name: str, **inputs: Any) -> Any:
+        assert max(inputs["positions"]) < self._room
+        function = self._module[name]
+        arguments = self.arguments(name, **inputs)
+        values: dict[Any, Any] = {p: arguments[p.name] for p in function.params}
         sizes: dict[str, int] = {}
         for parameter in function.params:
             for extent, size in zip(parameter.ty.shape, values[parameter].shape, strict=True):

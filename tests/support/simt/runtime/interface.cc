@@ -30,6 +30,10 @@ void* simt_argument(const char* name, uint64_t size, int element, int writable) 
   return simt::add_argument(name, size, element, writable);
 }
 
+// Memory of the fake driver: it stays from run to run.
+void* simt_allocate(uint64_t size) { return simt::allocate(size); }
+void simt_release(void* begin) { simt::release(begin); }
+
 // What went wrong, or "".
 const char* simt_end() { return simt::failed ? simt::error.c_str() : ""; }
 

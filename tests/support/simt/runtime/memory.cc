@@ -2,7 +2,8 @@
 //
 // Every array, an argument or shared memory, lies in 4 GiB of address space of its own: an index
 // that is off meets no neighbour. What can be written is covered by cells, each of one element or
-// of what the smallest access took, that remember the last write and the last reads.
+// of what the smallest access took, that remember the last write and the last reads. Memory of the
+// fake driver (driver.cc) has no cells: several launches share it.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -14,7 +15,7 @@
 namespace simt {
 namespace {
 
-constexpr int SLOT_BITS = 32, SLOTS = 64;
+constexpr int SLOT_BITS = 32, SLOTS = 64, ALLOCATIONS = 1024;
 constexpr uint64_t MIDDLE = uint64_t(1) << (SLOT_BITS - 1), PAGE = 64 << 10;
 constexpr int OFFSET_BITS = 24;  // of a 32-bit shared address; the slot is above
 
@@ -48,9 +49,14 @@ std::vector<int> shared_slots;             // by id; -1: not asked for yet
 int dynamic_slot;
 uint32_t shared_end;
 
+unsigned char* allocated;  // as arena, of what outlives a run
+Array allocations[ALLOCATIONS];
+
 Array* array_at(const void* p) {
-  uint64_t offset = (const unsigned char*)p - arena;
-  return offset >> SLOT_BITS < uint64_t(used) ? &arrays[offset >> SLOT_BITS] : nullptr;
+  uint64_t slot = uint64_t((const unsigned char*)p - arena) >> SLOT_BITS;
+  if (slot < uint64_t(used)) return &arrays[slot];
+  slot = uint64_t((const unsigned char*)p - allocated) >> SLOT_BITS;
+  return allocated && slot < ALLOCATIONS ? &allocations[slot] : nullptr;
 }
 
 void poison(Array& a) { memset(a.begin, 0xFF, a.size); }
@@ -155,7 +161,7 @@ void remember(Array& a, uint64_t offset, uint64_t size, bool write) {
 Array& checked(const void* at, uint64_t size, bool write, bool aligned) {
   const char* what = write ? "write" : "read";
   Array* a = array_at(at);
-  if (!a) fail("%s of %d bytes outside of every array, at %p", what, int(size), at);
+  if (!a || !a->begin) fail("%s of %d bytes outside of every array, at %p", what, int(size), at);
   int64_t offset = (const unsigned char*)at - a->begin;
   if (offset < 0 || offset + size > a->size)
     fail("%s of %d bytes at %s[%lld], which has %lld elements", what, int(size), a->name.c_str(),
@@ -236,6 +242,30 @@ void* add_argument(const char* name, uint64_t size, int element, bool writable) 
   void* begin = add_array(name, size, element, 64, writable, false);  // as TVM aligns tensors
   first_shared = used;
   return begin;
+}
+
+void* allocate(uint64_t size) {
+  if (!allocated)
+    allocated = (unsigned char*)mmap(nullptr, uint64_t(ALLOCATIONS) << SLOT_BITS, PROT_NONE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (allocated == MAP_FAILED || size > MIDDLE / 2) return nullptr;
+  for (int slot = 0; slot < ALLOCATIONS; slot++) {
+    Array& a = allocations[slot];
+    if (a.begin) continue;
+    unsigned char* page = allocated + (uint64_t(slot) << SLOT_BITS) + MIDDLE;
+    mprotect(page, (size + PAGE - 1) / PAGE * PAGE, PROT_READ | PROT_WRITE);
+    a = {page, size, 1, true, false, "memory " + std::to_string(slot), 0, nullptr, 1};
+    poison(a);
+    return page;
+  }
+  return nullptr;
+}
+
+void release(void* begin) {
+  Array& a = *array_at(begin);
+  mmap(a.begin - MIDDLE, uint64_t(1) << SLOT_BITS, PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  a = {};
 }
 
 void access(const void* at, uint64_t size, bool write, bool aligned, const void* pc) {

@@ -73,6 +73,9 @@ void* add_argument(const char* name, uint64_t size, int element, bool writable);
 void begin_shared();   // a block's: all shared arrays are poisoned
 void forget_shared();  // of the launch that ended
 void forget_arrays();
+// Memory until it is released, of which accesses are checked for bounds alone; nullptr: no room.
+void* allocate(uint64_t size);
+void release(void* begin);
 extern const void* place;  // in the kernel's code, of the access that is being checked
 bool on_stack(const void*);  // of the running fiber
 
