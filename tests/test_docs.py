@@ -2,9 +2,9 @@
 somewhere.
 
 A code block under `<!-- run -->` is run as it stands, and a block under `<!-- prints -->` is what
-the block before it printed. All blocks of a page run in one folder, which holds a small random
-checkpoint twice, as `gpt-oss-20b` and as `artifacts/tiny`, and what scripts/demo compiles,
-`artifacts/nano-cpu`.
+the block before it printed. One under `<!-- file -->` is a file, which its first line names. All
+blocks of a page run in one folder, which holds a small random checkpoint twice, as `gpt-oss-20b`
+and as `artifacts/tiny`, and what scripts/demo compiles, `artifacts/nano-cpu`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ COMMANDS = (ROOT / "docs" / "commands.md").read_text()
 PYTHON = (ROOT / "docs" / "python.md").read_text()
 CHAT = (ROOT / "docs" / "chat.md").read_text()
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
-BLOCK = re.compile(r"(?:<!-- (run|prints) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:<!-- (run|prints|file) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 class Block(NamedTuple):
-    mark: str  # "run", "prints" or ""
+    mark: str  # "run", "prints", "file" or ""
     language: str
     text: str
 
@@ -80,6 +82,10 @@ def test_examples_run_and_print_what_the_page_says(page, checkpoint, nano, tmp_p
     for block in blocks(page):
         if block.mark == "run":
             printed = run(block, tmp_path)
+        elif block.mark == "file":
+            name = re.search(r"[\w.]+", block.text)
+            assert name is not None
+            (tmp_path / name[0]).write_text(block.text)
         elif block.mark == "prints":
             assert printed is not None, "nothing ran before this block"
             assert printed.rstrip() == block.text.rstrip()

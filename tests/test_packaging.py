@@ -32,15 +32,6 @@ def run(*command: str | Path, cwd: Path) -> str:
     return result.stdout
 
 
-def can_compile() -> bool:
-    """Whether pip builds the Vulkan library here."""
-    try:
-        build.vulkan_headers(build.find_compiler())
-    except build.BuildError:
-        return False
-    return True
-
-
 def loaded_by(statement: str, cwd: Path) -> set[str]:
     """Top-level modules in the process after `statement`."""
     code = f"{statement}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})"
@@ -127,13 +118,13 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
         for folder, package in PACKAGES.items()
         for path in (ROOT / folder).rglob("*.py")
     }
-    expected |= {"mxforge/py.typed", "mxforge/data/o200k_base.tiktoken.xz"}
+    expected |= {"mxforge/py.typed", "mxforge/data/o200k_base.ranks"}
     native = ROOT / "runtime" / "native"
-    sources = [path for path in (native / "vulkan").iterdir() if path.suffix]  # no .clang-format
-    expected |= {f"mxforge/native/vulkan/{path.name}" for path in sources}
-    if can_compile():
-        expected.add(f"mxforge/native/{build.OUTPUT.name}")
-    assert wheel.name.endswith("-none-any.whl") != can_compile()
+    for folder in ("core", "cuda", "metal", "vulkan", "vulkan/plans", "vulkan/tvm"):
+        sources = [path for path in (native / folder).iterdir() if path.suffix]  # no .clang-format
+        expected |= {f"mxforge/native/{folder}/{path.name}" for path in sources}
+    expected.add(f"mxforge/native/{build.CORE.output.name}")
+    assert not wheel.name.endswith("-none-any.whl")
     assert {name for name in names if ".dist-info/" not in name} == expected
     licenses = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
     assert licenses == {"LICENSE", "NOTICE"}
@@ -146,8 +137,11 @@ def test_metadata_names_version_pins_and_commands(wheel):
     metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
     assert metadata["Version"] == mxforge.__version__
     required = metadata.get_all("Requires-Dist")
-    assert {"apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1"} <= set(required)
-    assert metadata.get_all("Provides-Extra") == ["compile", "cuda"]
+    of_compiler = [each for each in required if each.endswith('; extra == "compile"')]
+    pinned = {each.partition(";")[0] for each in of_compiler}
+    assert {"apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1"} <= pinned
+    assert not [each for each in required if "tvm" in each and each not in of_compiler]
+    assert metadata.get_all("Provides-Extra") == ["compile", "tokenizers", "cuda"]
     commands = archive.read(f"{info}/entry_points.txt").decode()
     assert re.findall(r"^(\S+) = ", commands, re.MULTILINE) == [
         "compile-model", "mxforge", "mxforge_vulkan",

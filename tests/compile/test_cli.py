@@ -21,8 +21,8 @@ from mxforge import Engine, SamplingParams
 from mxforge.artifact import read_manifest, verify
 from mxforge.compile import compile_model
 from mxforge.compile.cli import main, parser
+from mxforge.compile.cuda import OLDEST
 from mxforge.compile.targets import CPU_LEVELS, VULKAN_PROFILES
-from mxforge.cuda import OLDEST
 from mxforge.errors import UsageError
 
 COMPILE_MODEL = [

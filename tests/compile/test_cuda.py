@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mxforge.compile import cuda, pipeline
+from mxforge.compile import cuda
 from mxforge.compile.targets import resolve
 from mxforge.errors import TargetError
 
@@ -97,8 +97,8 @@ def test_launches_overlap_where_all_cards_can(
     target: str, overlap: bool, packages: Path, tmp_path: Path
 ):
     tool(tmp_path / "bin" / "nvcc", "")
-    assert pipeline.overlaps(resolve(target)) == overlap
+    assert cuda.all_overlap(resolve(target).archs) == overlap
 
 
 def test_cpus_have_no_launches_to_overlap():
-    assert not pipeline.overlaps(resolve("cpu"))
+    assert not cuda.all_overlap(resolve("cpu").archs)

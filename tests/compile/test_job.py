@@ -21,6 +21,7 @@ from mxforge.artifact import open_artifact, read_manifest, verify
 from mxforge.compile import cli, compile_model
 from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.checkpoint.fingerprint import fingerprint
+from mxforge.compile.models.gpt_oss.tensors import EMBEDDING
 from mxforge.errors import (
     CheckpointError,
     ConfigError,
@@ -57,8 +58,11 @@ def test_the_manifest_describes_the_model(compiled: Compiled, odd_checkpoint: Ch
     )
     assert manifest.random_seed is None
     page = 2 * 5 * 16 * 24 * 2  # K and V, heads, slots, head_dim, bytes
-    assert manifest.memory.kv_bytes_per_page_full == 2 * page
-    assert manifest.memory.kv_bytes_per_page_sliding == 3 * page
+    sliding, full = manifest.kv_groups
+    assert (sliding.name, full.name) == ("sliding", "full")
+    assert (sliding.window, full.window) == (checkpoint.config.sliding_window, None)
+    assert (sliding.page_bytes, full.page_bytes) == (3 * page, 2 * page)
+    assert {w.name for w in manifest.weights if w.access == "sparse"} == {EMBEDDING}
     verify(compiled("odd-3", "fast"), progress=False).check()
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tvm
 from tvm import relax
@@ -22,10 +21,12 @@ from tvm.script import tirx as T
 from mxforge.artifact import read_manifest
 from mxforge.compile import compile_model, pipeline, targets
 from mxforge.compile.checkpoint import HFCheckpoint
-from mxforge.compile.models.emit import Limits
+from mxforge.compile.models.emit import ARGUMENTS, Limits
 from mxforge.compile.models.gpt_oss import GPT_OSS
+from mxforge.compile.plan import ALIGNMENT, plan_of
 from mxforge.compile.weights import packed_weights
 from mxforge.errors import OutputError, UnscheduledError
+from mxforge.plan import Constant
 from mxforge.schedules.kernel import scheduled
 from mxforge.schedules.linear import LINEAR
 
@@ -33,13 +34,14 @@ Compiled = Callable[..., Path]
 Checkpoints = Callable[[str], Path]
 
 PHASE_NAMES = [
-    "model", "dead-code", "destination-passing", "memory-plan", "virtual-machine", "launches",
+    "model", "dead-code", "destination-passing", "memory-plan", "launches",
 ]  # fmt: skip
 FUNCTIONS = {
     "forward",
     "decode",
     "sample",
     "logprobs",
+    "next_tokens",
     "kv_copy_pages_sliding",
     "kv_copy_pages_full",
     "embed",
@@ -72,8 +74,9 @@ def four_doubles(kernel: tvm.tirx.PrimFunc) -> tvm.IRModule:
     """main(x f32 [n, 4]), n at most 8: doubled three times, and once more for nobody."""
     builder, n = relax.BlockBuilder(), tvm.tirx.Var("n", "int64")
     x = relax.Var("x", relax.TensorType((n, 4), "float32"))
+    attributes = {"tir_var_upper_bound": {"n": 8}, ARGUMENTS: ["input x"]}
     function = builder.add_func(kernel, "double")
-    with builder.function("main", [x], attrs={"tir_var_upper_bound": {"n": 8}}, private=False):
+    with builder.function("main", [x], attrs=attributes, private=False):
         steps = [x]
         for _ in range(4):
             call = relax.call_tir(function, [steps[-1]], [relax.TensorType((n, 4), "float32")])
@@ -124,7 +127,7 @@ def test_dead_code_drops_what_nobody_reads(cpu):
         @R.function
         def main(x: R.Tensor(("n", 4), "float32")) -> R.Tensor(("n", 4), "float32"):
             n = T.int64()
-            R.func_attr({"tir_var_upper_bound": {"n": 8}})
+            R.func_attr({"tir_var_upper_bound": {"n": 8}, "mxforge.arguments": ["input x"]})
             cls = Expected
             a = R.call_tir(cls.double, (x,), out_ty=R.Tensor((n, 4), "float32"))
             b = R.call_tir(cls.double, (a,), out_ty=R.Tensor((n, 4), "float32"))
@@ -144,7 +147,13 @@ def test_destination_passing_allocates_every_output(cpu):
         @R.function
         def main(x: R.Tensor(("n", 4), "float32")) -> R.Tensor(("n", 4), "float32"):
             n = T.int64()
-            R.func_attr({"relax.force_pure": True, "tir_var_upper_bound": {"n": 8}})
+            R.func_attr(
+                {
+                    "relax.force_pure": True,
+                    "tir_var_upper_bound": {"n": 8},
+                    "mxforge.arguments": ["input x"],
+                }
+            )
             cls = Expected
             a = R.builtin.alloc_tensor(R.shape([n, 4]), R.dtype("float32"), 0, R.str("global"))
             cls.double(x, a)
@@ -161,23 +170,13 @@ def test_destination_passing_allocates_every_output(cpu):
 
 
 def test_memory_is_planned_for_the_upper_bound(cpu):
-    module = after("memory-plan", cpu)
+    plan = plan_of(after("memory-plan", cpu))
     # Two intermediate tensors of f32 [8, 4]; the output's size is known when it is called.
-    assert pipeline.workspace_bytes(module) == 2 * 8 * 4 * 4
-    assert pipeline.workspace_bytes(after("virtual-machine", cpu)) == 2 * 8 * 4 * 4
-    assert pipeline.workspace_bytes(after("destination-passing", cpu)) == 0
-
-
-def test_the_last_phase_leaves_what_the_virtual_machine_runs(cpu):
-    module = after("virtual-machine", cpu)
-    text = module["main"].script()
-    assert "R.builtin.alloc_tensor" not in text
-    assert "R.memory.alloc_storage" not in text
-    assert "R.call_tir" not in text
-    executable = pipeline.build(module, cpu)
-    machine = relax.VirtualMachine(executable, tvm.cpu())
-    x = tvm.runtime.tensor(np.arange(12, dtype=np.float32).reshape(3, 4))
-    assert machine["main"](x).numpy().tolist() == (8 * x.numpy()).tolist()
+    planned = [storage for storage in plan["main"].storages if storage.at is not None]
+    sizes = [plan["main"].values[storage.size] for storage in planned]
+    assert sizes == [Constant(8 * 4 * 4)] * 2
+    assert [storage.at for storage in planned] == [0, ALIGNMENT]
+    assert plan.workspace == 2 * ALIGNMENT
 
 
 # -- nothing unscheduled ---------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def test_workspace_follows_the_limits(cpu, odd_checkpoint: Checkpoints):
 
     def workspace(chunk: int) -> int:
         module = model_module(odd_checkpoint("odd-1"), cpu, Limits(2, chunk))
-        return pipeline.workspace_bytes(pipeline.lower(module, cpu))
+        return plan_of(pipeline.lower(module, cpu)).workspace
 
     small, large = workspace(30), workspace(510)  # with a token of each sequence: 32 and 512
     experts, stream = 3 * 160 * 4, 96 * 4
@@ -286,7 +285,6 @@ def test_every_function_of_the_library_is_in_the_kernel_table(cpu, odd_checkpoin
         var.name_hint
         for var, function in module.functions.items()
         if isinstance(function, tvm.tirx.PrimFunc)
-        and "tirx.is_host_func" not in (function.attrs or {})
     }
     assert listed == present
 
@@ -300,9 +298,8 @@ def test_debug_dump_writes_every_phase_and_the_code(odd_checkpoint: Checkpoints,
             # From Python 3.12 on TVM prints type parameters: forward[n](…).
             assert f"def {function}(" in text or f"def {function}[" in text
     assert "R.call_tir(" in (dump / "0-model.py").read_text()
-    assert "R.call_tir(" not in (dump / "4-virtual-machine.py").read_text()
-    assert "forward" in (dump / "vm.txt").read_text()
-    assert any("define" in file.read_text() for file in dump.glob("code-*-llvm.txt"))
+    assert "R.call_tir(" not in (dump / "3-memory-plan.py").read_text()
+    assert "define" in (dump / "code-llvm.txt").read_text()
 
 
 def test_a_full_disk_under_the_dump_is_not_the_artifacts(
@@ -311,12 +308,12 @@ def test_a_full_disk_under_the_dump_is_not_the_artifacts(
     write_text = Path.write_text
 
     def full(path: Path, *arguments, **options):
-        if path.name == "vm.txt":
+        if path.name == "code-llvm.txt":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write_text(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OutputError, match=r"--debug-dump.*vm\.txt cannot be written \(No space"):
+    with pytest.raises(OutputError, match=r"--debug-dump.*llvm\.txt cannot be written \(No space"):
         compile_model(
             odd_checkpoint("odd-5"), output=tmp_path / "artifact", debug_dump=tmp_path / "dump"
         )
@@ -346,7 +343,7 @@ def test_two_processes_write_the_same_bytes(odd_checkpoint: Checkpoints, tmp_pat
     for _, process in runs:
         assert process.wait() == 0
     first, second = (hashes(output) for output, _ in runs)
-    assert {"manifest.json", "model.so", "weights-00001.safetensors"} <= first.keys()
+    assert {"manifest.json", "model.plan", "model.so", "weights-00001.safetensors"} <= first.keys()
     assert first == second
 
 
@@ -375,10 +372,10 @@ def test_a_runtime_process_never_sees_the_compiler(compiled: Compiled):
     )  # fmt: skip
     seen = json.loads(result.stdout)
     assert len(seen["tokens"]) == 4
-    assert "libtvm_runtime.so" in seen["maps"]
-    assert not [name for name in seen["maps"] if "tvm_compiler" in name or "LLVM" in name]
-    compiler = ("mxforge.compile", "mxforge.schedules", "torch")
-    assert not [name for name in seen["modules"] if name == "tvm" or name.startswith(compiler)]
+    assert "libmxforge.so" in seen["maps"]
+    assert not [name for name in seen["maps"] if "tvm" in name or "LLVM" in name]
+    compiler = ("mxforge.compile", "mxforge.schedules", "torch", "tvm")
+    assert not [name for name in seen["modules"] if name.startswith(compiler)]
 
 
 def test_launches_overlap_only_where_the_target_can(cpu):

@@ -13,7 +13,7 @@ from checkpoints.shapes import hf_config
 
 from mxforge import Engine
 from mxforge.artifact import open_artifact, read_manifest
-from mxforge.compile import compile_model, cuda, library, targets
+from mxforge.compile import compile_model, cuda, linker, targets
 from mxforge.compile.diff import compare
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.targets import CPU_LEVELS, known_targets, resolve
@@ -110,7 +110,7 @@ def test_an_architecture_without_levels_can_compile_for_the_others(monkeypatch):
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize(
-    ("here", "own"), [("linux", "unknown-linux-gnu"), ("darwin", "apple-darwin")]
+    ("here", "own"), [("linux", "unknown-linux-gnu"), ("darwin", "apple-macos11.0")]
 )
 def test_levels_of_another_architecture_are_for_linux(monkeypatch, machine, here, own):
     monkeypatch.setattr(targets, "architecture", lambda: machine)
@@ -189,7 +189,7 @@ def test_what_ziglang_links_for_another_machine_runs(
 ):
     """This machine, as another would compile for it."""
     pytest.importorskip("ziglang")
-    monkeypatch.setattr(library, "host_system", lambda: "linux-riscv64")
+    monkeypatch.setattr(linker, "host_system", lambda: "linux-riscv64")
     artifact = compile_model(odd_checkpoint("odd-1"), "cpu", tmp_path / "artifact", "exact")
     truth = golden("odd-1")
     with Engine.load(artifact, context_length=512) as engine:
@@ -200,7 +200,7 @@ def test_what_ziglang_links_for_another_machine_runs(
 def test_linking_for_another_machine_needs_ziglang(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(TargetError, match=r"linux-riscv64.*ziglang"):
-        library._linker("linux-riscv64")
+        linker.compiler("linux-riscv64")
 
 
 def test_another_level_than_the_best_gets_its_own_code(compiled: Compiled):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from mxforge.compile.checkpoint import HFCheckpoint
 from mxforge.compile.diff import compare
 from mxforge.compile.models.gpt_oss.reference import transformers_logits, transformers_model
 from mxforge.compile.targets import VULKAN_PROFILES, resolve
-from mxforge.errors import TargetError, VulkanError
+from mxforge.errors import TargetError
 from mxforge.inspect import describe
 from mxforge.vulkan import check
 
@@ -53,15 +52,14 @@ def test_fast_within_its_bound_on_every_profile(
     assert manifest.target.name == f"vulkan:{profile}"
     assert manifest.precision.kv_dtype == ("float32" if profile == "minimum" else "float16")
     compare(artifact, odd_checkpoint("odd-1"), tokens=100).check()
-    # Which kernels of matrices this device takes; where it has none of theirs, others.
-    device, variants = check(), describe(artifact)["variants"]
-    assert bool(variants) == (profile == "desktop")
-    for variant in variants:
-        product, size = variant["matrices"]
+    # Which matrices of its kernels this device has; where it has none of theirs, others run.
+    device, matrices = check(), describe(artifact)["matrices"]
+    assert bool(matrices) == (profile == "desktop")
+    for each in matrices:
+        product, size = each["matrices"]
         assert size.startswith("by subgroups of ")
-        taken = product in device.matrices and int(size.split()[-1]) == device.subgroup_size[0]
-        told = "runs here" if taken else f"Kernel {variant['kernel']} cannot run on vulkan:0 "
-        assert variant["runs_here"].startswith(told)
+        has = product in device.matrices and int(size.split()[-1]) == device.subgroup_size[0]
+        assert each["runs_here"] == ("runs here" if has else "not on the device here")
 
 
 def test_sampling_is_the_cpus(vulkan, compiled: Compiled):
@@ -88,13 +86,6 @@ def test_sampling_is_the_cpus(vulkan, compiled: Compiled):
 def test_unknown_profile():
     with pytest.raises(TargetError, match=r"'laptop'; the known ones are desktop, mobile, minimum"):
         resolve("vulkan:laptop")
-
-
-def test_without_the_library_compiling_says_what_to_install(monkeypatch, tmp_path: Path):
-    monkeypatch.setenv("MXFORGE_VULKAN_LIBRARY", str(tmp_path / "none.so"))
-    monkeypatch.setattr("mxforge.vulkan.load", sys.modules["mxforge.vulkan"].library_path)
-    with pytest.raises(VulkanError, match=r"libvulkan-dev.*mxforge\.native\.build"):
-        resolve("vulkan")
 
 
 # -- nano ------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from support.steps import Steps
 
 from mxforge import Engine, SamplingParams, compile_model
 from mxforge.compile.diff import random_tokens
-from mxforge.kv import SequencePages
 
 pytestmark = pytest.mark.slow
 
@@ -90,14 +89,14 @@ def test_a_prompt_of_600_tokens_is_answered_as_on_the_cpu(nanos: dict[str, Path]
 def test_prompts_agree_however_they_are_cut(kv: str, steps: Steps):
     """One call, chunks, token by token behind a chunk, and beside others in ragged calls."""
     one, agree = steps, AGREE[kv]
-    tokens = random_tokens(one.model.vocab_size, 600, seed=3)
+    tokens = random_tokens(one.vocab_size, 600, seed=3)
     whole = one.prefill(tokens, 600)
     for chunk in (100, 319):
         assert relative_error(one.prefill(tokens, chunk), whole) <= agree
     # Of the long sequence, then of two short ones: tokens in each call.
-    short = [random_tokens(one.model.vocab_size, 8, seed=n) for n in (1, 2)]
+    short = [random_tokens(one.vocab_size, 8, seed=n) for n in (1, 2)]
     alone = [one.prefill(text, 8) for text in short]
-    sequences = [SequencePages() for _ in range(3)]
+    sequences = [one.begin() for _ in range(3)]
     got: list[list[np.ndarray]] = [[], [], []]
     for counts in [(0, 3, 1), (511, 1, 1), (9, 1, 1), (75, 1, 4), *[(1, 0, 0)] * 5, (0, 2, 1)]:
         taken = [i for i, count in enumerate(counts) if count]
@@ -106,14 +105,15 @@ def test_prompts_agree_however_they_are_cut(kv: str, steps: Steps):
             (sequences[i], texts[i][sequences[i].length : sequences[i].length + counts[i]])
             for i in taken
         ]
-        for i, logits in zip(taken, one.forward(parts), strict=True):
+        for i, logits in zip(taken, one.run(parts), strict=True):
             got[i].append(logits)
+    one.end(*sequences)
     for rows, truth in zip(got, [whole, *alone], strict=True):
         assert relative_error(np.concatenate(rows), truth) <= agree
 
 
 def test_the_same_prompt_gives_the_same_bits(steps: Steps):
-    tokens = random_tokens(steps.model.vocab_size, 300, seed=5)
+    tokens = random_tokens(steps.vocab_size, 300, seed=5)
     assert np.array_equal(steps.prefill(tokens, 300), steps.prefill(tokens, 300))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.prompts import CONTEXT
+from support.sequences import Watched
 from support.small import MAX_BATCH, PREFILL_CHUNK, small_checkpoint
 
 import mxforge.engine
@@ -71,10 +72,27 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
 
 
 @pytest.fixture
-def load(odd_artifact: Path, workers: list[Worker]) -> Iterator[Callable[..., Engine]]:
+def watched_models(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
+    """The sequences of every model that an engine opens during the test, oldest first."""
+    opened: list[Watched] = []
+    open_model = mxforge.engine.open_model
+
+    def watched(*args, **options) -> Watched:
+        opened.append(Watched(open_model(*args, **options)))
+        return opened[-1]
+
+    monkeypatch.setattr(mxforge.engine, "open_model", watched)
+    return opened
+
+
+@pytest.fixture
+def load(
+    odd_artifact: Path, workers: list[Worker], watched_models: list[Watched]
+) -> Iterator[Callable[..., Engine]]:
     """load(options) -> an engine of `odd_artifact`, or of `artifact`.
 
-    After the test its requests have to end, and no page may be held that no kept prefix holds.
+    After the test its requests have to end, and no sequence may be left but of those that ran when
+    it was closed.
     """
     engines: list[Engine] = []
 
@@ -87,9 +105,7 @@ def load(odd_artifact: Path, workers: list[Worker]) -> Iterator[Callable[..., En
         wait_until(lambda worker=worker: worker._closing or not worker._running)
     for engine in engines:
         engine.close()
-    for worker in workers:
-        for request in worker._running:  # closed while it ran
-            worker._kv.release(request.pages)
-        worker._kv.clear()
-        for pool in (worker._kv.full, worker._kv.sliding):
-            assert pool.free == pool.size
+    ran = [request.sequence for worker in workers for request in worker._running]
+    left = [sequence for model in watched_models for sequence in model.open]
+    assert sorted(left) == sorted(sequence for sequence in ran if sequence)
+    assert all(model.closed for model in watched_models)

@@ -27,6 +27,7 @@ def test_what_is_written_is_read_back(made):
     assert opened.load_tokenizer().kind is None
     assert sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()) == [
         "manifest.json",
+        "model.plan",
         "model.so",
         "tokenizer/special_tokens.json",
         "weights-00001.safetensors",
@@ -88,10 +89,11 @@ def test_weights_that_are_not_as_the_manifest_says(made, change, message):
 
 
 def test_weights_from_a_seed_need_no_file(tmp_path):
-    weight = WeightInfo("a", (4,), "bfloat16", None, {"normal": 0.5})
-    manifest = replace(SMALL_MANIFEST, weights=(weight,), weights_order=("a",), random_seed=3)
+    weight = WeightInfo("a", (4,), "bfloat16", None, "mapped", {"normal": 0.5})
+    manifest = replace(SMALL_MANIFEST, weights=(weight,), random_seed=3)
     with ArtifactWriter(tmp_path / "m") as writer:
         writer.write("model.so", b"x")
+        writer.write("model.plan", b"x")
         writer.finish(manifest)
     opened = open_artifact(tmp_path / "m")
     assert opened.weight_files == {}
@@ -114,9 +116,9 @@ def test_another_system_is_named(made):
 
 
 LIBRARIES = (
-    LibraryInfo("cpu:best", "model-best.so", ("quick", "wide")),
-    LibraryInfo("cpu:good", "model-good.so", ("quick",)),
-    LibraryInfo("cpu:plain", "model-plain.so", ()),
+    LibraryInfo("cpu:best", "model-best.so", "model-best.plan", ("quick", "wide")),
+    LibraryInfo("cpu:good", "model-good.so", "model-good.plan", ("quick",)),
+    LibraryInfo("cpu:plain", "model-plain.so", "model-plain.plan", ()),
 )
 
 
@@ -230,7 +232,7 @@ def test_verify_finds_nothing_in_a_sound_artifact(made, capfd):
     result = verify(made)
     assert result.ok
     result.check()
-    assert result.files == 3
+    assert result.files == 4
     assert result.bytes == sum(info.bytes for info in read_manifest(made).files.values())
     captured = capfd.readouterr()
     assert captured.out == ""

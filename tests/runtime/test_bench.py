@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from support.small import PREFILL_CHUNK
 
@@ -15,6 +14,7 @@ from mxforge import bench
 from mxforge.bench import AS_GOOD, Rounds, measure, sweep
 from mxforge.engine import Engine
 from mxforge.errors import UsageError
+from mxforge.sampling import SamplingParams
 from mxforge.scheduler import Worker
 
 PROMISED = {
@@ -91,14 +91,17 @@ def test_absurd_sizes_are_refused(odd_artifact: Path, options: dict, message: st
 def test_a_depth_is_stood_at_without_computing_it(
     odd_artifact: Path, monkeypatch: pytest.MonkeyPatch, depth: int, batch: int
 ) -> None:
-    steps = []
-    forward = Worker._forward
+    steps = []  # of the tokens before each part, and those in it
+    plan = Worker._plan
 
-    def noting(self, parts, tables):
-        steps.append([(part.request.pages.length, part.count) for part in parts])
-        return forward(self, parts, tables)
+    def noting(self):
+        requests, parts = plan(self)
+        if parts:
+            computed = [request.computed for request in requests]
+            steps.append([(n, len(p.tokens)) for n, p in zip(computed, parts, strict=True)])
+        return requests, parts
 
-    monkeypatch.setattr(Worker, "_forward", noting)
+    monkeypatch.setattr(Worker, "_plan", noting)
     sizes = {"prompt_tokens": 5, "new_tokens": 3, "batch": batch, "context_length": 512}
     result = measure(odd_artifact, depth=depth, **sizes)
     assert (result["depth"], result["prompt_tokens"]) == (depth, 5)
@@ -118,19 +121,20 @@ def test_rounds_of_several_depths_take_turns(odd_artifact: Path) -> None:
                 assert min(taken["prefill_tok_s"], taken["decode_tok_s"]) > 0
 
 
-def test_made_up_pages_hold_computed_content(odd_artifact: Path, workers: list[Worker]) -> None:
+def test_made_up_tokens_are_known_and_answered_after(odd_artifact: Path) -> None:
+    """They count as computed, and what is in their place is numbers."""
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=3, ignore_eos=True)
     with Engine.load(odd_artifact, context_length=256, max_batch=1) as engine:
         tokens = [index % 50 for index in range(100)]
+        truly = engine.generate([*tokens, 1, 2], params)
+    with Engine.load(odd_artifact, context_length=256, max_batch=1) as engine:
         bench._past(engine, tokens)
-        (worker,) = workers
-        pages = worker._kv.start([*tokens, 1, 2])
-        assert pages.length >= 100
-        for tensor, kind in zip(worker._model.kv, worker._model.kinds, strict=True):
-            content = np.moveaxis(worker._model.library.numpy(tensor), 2, 0)  # pages first
-            held = pages.full if kind == "full" else pages.sliding
-            assert len(set(held)) == len(held)
-            assert all(np.isfinite(content[page]).all() for page in held)
-            assert all(content[page].any() for page in held)
+        made_up = engine.generate([*tokens, 1, 2], params)
+    assert made_up.usage.cached_tokens >= 100 > truly.usage.cached_tokens
+    assert made_up.logprobs is not None
+    assert made_up.logprobs != truly.logprobs  # the first 96 tokens stand for the last ones too
+    for token in made_up.logprobs:
+        assert -20 < token.logprob <= 0
 
 
 def test_the_whole_context_can_be_measured(odd_artifact: Path) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from pathlib import Path
 
 import pytest
-from support.cuda_driver import CudaDriver
 
-from mxforge import devices, machine, vulkan
+from mxforge import core, devices, machine, vulkan
 from mxforge.cli import main
 from mxforge.devices import Device
-from mxforge.errors import VulkanError
+from mxforge.errors import ArtifactTargetError, VulkanError
 
 
 def of_kind(kind: str) -> list[Device]:
@@ -46,16 +44,20 @@ def test_cpu_features_have_llvms_names(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_missing_cuda_driver_is_the_reason(monkeypatch: pytest.MonkeyPatch):
-    def absent(name: str) -> None:
-        raise OSError(name)
+    def absent(kind: str) -> None:
+        raise ArtifactTargetError("NVIDIA's driver (libcuda.so.1) is not installed.")
 
-    monkeypatch.setattr(ctypes, "CDLL", absent)
+    monkeypatch.setattr(core, "devices", absent)
     (cuda,) = devices._cuda()
     assert (cuda.name, "libcuda" in cuda.problem) == ("none", True)
+    monkeypatch.setattr(core, "devices", lambda kind: [])
+    (cuda,) = devices._cuda()
+    assert (cuda.name, cuda.problem) == ("none", "NVIDIA's driver finds no device")
 
 
 def test_cuda_devices_by_the_drivers_word(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: CudaDriver())
+    told = [{"name": "NVIDIA H200", "memory_bytes": 139 << 30, "arch": "sm_90"}]
+    monkeypatch.setattr(core, "devices", lambda kind: told)
     assert devices._cuda() == [Device("cuda", 0, "NVIDIA H200", 139 << 30, ("sm_90",))]
 
 

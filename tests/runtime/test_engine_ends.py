@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from support.prompts import CONTEXT, ENDLESS, GREEDY, forced, prompt
+from support.sequences import Watched
 
 from mxforge import Engine, SamplingParams
 from mxforge.errors import (
@@ -21,7 +23,6 @@ from mxforge.errors import (
     NumericsError,
     UsageError,
 )
-from mxforge.model import Model
 from mxforge.sampling import token_bitmask
 from mxforge.scheduler import Worker
 
@@ -73,11 +74,11 @@ def test_text_goes_in_and_comes_out(text_engine: Engine) -> None:
 
 
 def test_characters_split_over_tokens_arrive_whole(
-    text_engine: Engine, monkeypatch: pytest.MonkeyPatch
+    text_engine: Engine, script: Callable[[Sequence[int]], None]
 ) -> None:
     tokens = text_engine.tokenizer.encode("a€b")
     assert len(tokens) == 5
-    script(monkeypatch, tokens)
+    script(tokens)
     params = dataclasses.replace(GREEDY, max_tokens=5)
     pieces = [piece.text for piece in text_engine.stream([7], params)]
     assert pieces == ["a", "", "", "€", "b"]
@@ -85,13 +86,30 @@ def test_characters_split_over_tokens_arrive_whole(
     assert text_engine.generate([7], cut).text == "a\N{REPLACEMENT CHARACTER}"
 
 
-def script(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
-    """Let sampling give these tokens, by each request's step."""
+@pytest.fixture
+def script(text_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
+    """script(tokens): let the model of `text_engine` write these, and no others."""
+    model = text_engine._worker._model
+    submit, wait, submitted = model.submit, model.wait, []
 
-    def sample(_self, _logits, arguments, logprobs):
-        return [tokens[step] for step in arguments.step], None
+    def write(tokens: Sequence[int]) -> None:
+        written: dict[int, Iterator[int]] = {}
 
-    monkeypatch.setattr(Model, "sample", sample)
+        def noting(parts):
+            submit(parts)
+            submitted.append(parts)
+
+        def scripted():
+            results = wait()
+            for part, result in zip(submitted.pop(0), results, strict=True):
+                if part.draw is not None:
+                    result.token = next(written.setdefault(part.sequence, iter(tokens)))
+            return results
+
+        monkeypatch.setattr(model, "submit", noting)
+        monkeypatch.setattr(model, "wait", scripted)
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -107,7 +125,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
 )
 def test_stop_strings_cut_the_text_wherever_tokens_end(
     text_engine: Engine,
-    monkeypatch: pytest.MonkeyPatch,
+    script: Callable[[Sequence[int]], None],
     stop: str | list[str],
     text: str,
     count: int,
@@ -115,7 +133,7 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(
 ) -> None:
     encode = text_engine.tokenizer.encode
     tokens = [*encode("say "), *encode("hello"), *encode(" "), *encode("world")]
-    script(monkeypatch, tokens)
+    script(tokens)
     params = dataclasses.replace(GREEDY, stop=stop, max_tokens=len(tokens))
     answer = text_engine.generate([7], params)
     assert (answer.text, answer.finish_reason) == (text, reason)
@@ -220,17 +238,19 @@ def test_a_closed_engine_says_so(load: Load) -> None:
             use()
 
 
-def living_models() -> int:
-    gc.collect()
-    return sum(type(thing) is Model for thing in gc.get_objects())
-
-
-def test_a_closed_engine_frees_its_memory(odd_artifact: Path) -> None:
-    before = living_models()
+def test_a_closed_engine_frees_its_memory(
+    odd_artifact: Path, watched_models: list[Watched]
+) -> None:
     engine = Engine.load(odd_artifact, context_length=64)
-    assert living_models() == before + 1
+    (model,) = watched_models
+    living = weakref.ref(model.inner)
+    assert not model.closed
     engine.close()
-    assert living_models() == before
+    assert model.closed
+    watched_models.clear()
+    del engine, model
+    gc.collect()
+    assert living() is None
 
 
 def test_a_forgotten_engine_gives_its_thread_back(odd_artifact: Path, until: Until) -> None:
@@ -246,19 +266,18 @@ def test_a_forgotten_engine_gives_its_thread_back(odd_artifact: Path, until: Unt
 
 
 def test_an_error_of_a_step_reaches_everyone_and_the_engine_goes_on(
-    load: Load, monkeypatch: pytest.MonkeyPatch
+    load: Load, watched_models: list[Watched]
 ) -> None:
     engine = load()
-    healthy = Model.decode
     broken = threading.Event()
 
-    def decode(self, *arguments):
+    def fragile(parts, step):
         if broken.is_set():
             broken.clear()
             raise RuntimeError("the kernel said no")
-        return healthy(self, *arguments)
+        return step(parts)
 
-    monkeypatch.setattr(Model, "decode", decode)
+    watched_models[0].alter = fragile
     streams = [engine.stream(prompt(20, seed), ENDLESS) for seed in range(3)]
     for stream in streams:
         next(stream)
@@ -271,17 +290,21 @@ def test_an_error_of_a_step_reaches_everyone_and_the_engine_goes_on(
 
 
 def test_logits_of_no_number_fail_one_request_only(
-    load: Load, monkeypatch: pytest.MonkeyPatch
+    load: Load, watched_models: list[Watched]
 ) -> None:
     engine = load()
-    healthy = Model.sample
+    drawn: dict[int, int] = {}
 
-    def sample(self, logits, arguments, logprobs):
-        ids, listed = healthy(self, logits, arguments, logprobs)
-        steps = arguments.step.tolist()
-        return [-1 if step == 3 else token for step, token in zip(steps, ids, strict=True)], listed
+    def fourth_is_none(parts, step):
+        results = step(parts)
+        for part, result in zip(parts, results, strict=True):
+            if part.draw is not None:
+                drawn[part.sequence] = drawn.get(part.sequence, 0) + 1
+                if drawn[part.sequence] == 4:
+                    result.token = -1
+        return results
 
-    monkeypatch.setattr(Model, "sample", sample)
+    watched_models[0].alter = fourth_is_none
     with pytest.raises(NumericsError, match="all are NaN or forbidden"):
         engine.generate(prompt(5), GREEDY)
     short = dataclasses.replace(GREEDY, max_tokens=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from support.vulkan_device import VulkanDevice
 
 from mxforge import Engine
 from mxforge.artifact import open_artifact, verify
+from mxforge.core import device_memory, devices
 from mxforge.errors import (
     ArtifactCorruptError,
     ArtifactError,
@@ -24,10 +24,7 @@ from mxforge.errors import (
     KVMemoryError,
     UsageError,
 )
-from mxforge.library import Library, device_memory
 from mxforge.memory import fit
-from mxforge.model import EMBEDDING, load_weights
-from mxforge.sparse_map import map_sparse
 
 Load = Callable[..., Engine]
 
@@ -63,29 +60,11 @@ def test_the_default_context_fits_itself_to_the_model(odd_artifact: Path, tmp_pa
         assert engine.context_length == 4096
 
 
-def test_the_embedding_is_mapped_sparsely_and_not_ahead(
-    odd_artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    artifact = open_artifact(odd_artifact)
-    (file,) = artifact.weight_files.values()
-    sparse = []
-    monkeypatch.setattr(
-        "mxforge.model.map_sparse", lambda *where: sparse.append(where) or map_sparse(*where)
-    )
-    library = Library(artifact.library, artifact.manifest.target.kind)
-    weights, ahead = load_weights(library, artifact)
-    embedding = file.tensors[EMBEDDING]
-    assert sparse == [(file.path, embedding.begin, embedding.end)]
-    assert len(ahead) == len(weights) - 1
-    assert embedding.end - embedding.begin not in {part.nbytes for part in ahead}
-
-
-def test_weights_that_vanish_while_they_are_loaded(odd_artifact: Path, tmp_path: Path) -> None:
+def test_weights_that_vanish_before_they_are_loaded(odd_artifact: Path, tmp_path: Path) -> None:
     artifact = open_artifact(copied(odd_artifact, tmp_path))
-    library = Library(artifact.library, artifact.manifest.target.kind)
     _weights(artifact.path).unlink()
-    with pytest.raises(ArtifactCorruptError, match=r"still there.*compile the model again"):
-        load_weights(library, artifact)
+    with pytest.raises(ArtifactCorruptError, match=r"weights-00001\.safetensors"):
+        Engine(artifact)
 
 
 class NothingIsBuilt:
@@ -161,7 +140,7 @@ def test_on_a_gpu_the_pool_has_to_fit_its_memory(
         memory=replace(manifest.memory, weights_bytes=100 << 20, workspace_bytes=0),
     )
     monkeypatch.setattr("mxforge.memory.available_memory", lambda: host << 20)
-    monkeypatch.setattr("mxforge.memory.device_memory", lambda _: device << 20)
+    monkeypatch.setattr("mxforge.core.device_memory", lambda _: device << 20)
     monkeypatch.setattr(
         "mxforge.vulkan.check", lambda: SimpleNamespace(type=type_, max_allocation_bytes=1 << 40)
     )
@@ -175,20 +154,26 @@ def test_on_a_gpu_the_pool_has_to_fit_its_memory(
 
 
 def test_the_device_says_how_much_memory_it_has_left(vulkan: VulkanDevice) -> None:
-    described = json.loads(vulkan.hook("devices")())[0]
+    described = devices("vulkan")[0]
     left = device_memory("vulkan")
     assert left is not None
     assert 0 < left <= sum(heap["bytes"] for heap in described["heaps"])
 
 
-@pytest.mark.parametrize("name", ["kv_bytes_per_page_full", "kv_bytes_per_page_sliding"])
 def test_a_plan_of_less_memory_than_is_needed_is_refused(
-    odd_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    odd_artifact: Path, tmp_path: Path
 ) -> None:
     artifact = copied(odd_artifact, tmp_path)
-    edit_manifest(artifact, lambda manifest: manifest["memory"].update({name: 8}))
-    monkeypatch.setattr("mxforge.engine.Worker", NothingIsBuilt)
-    with pytest.raises(ArtifactCorruptError, match=rf"{name} should be at least \d+, but is 8"):
+
+    def less(content: dict) -> None:
+        content["random_seed"] = 0
+        content["weights"][0].update(file=None, fill={"normal": 1.0})
+        content["memory"].update(weights_bytes=8)
+
+    edit_manifest(artifact, less)
+    with pytest.raises(
+        ArtifactCorruptError, match=r"weights_bytes should be at least \d+, but is 8"
+    ):
         Engine.load(artifact)
 
 
@@ -198,7 +183,7 @@ def _weights(artifact: Path) -> Path:
 
 
 def _library(artifact: Path) -> Path:
-    (path,) = artifact.glob("model.*")
+    (path,) = artifact.glob("model.so")
     return path
 
 
@@ -247,6 +232,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[ArtifactError], str]] = {
     ),
     "changed library": (
         lambda a: _flip_last_byte(_library(a)),
+        ArtifactCorruptError,
+        "has another content than was written",
+    ),
+    "changed plan": (
+        lambda a: _flip_last_byte(a / "model.plan"),
         ArtifactCorruptError,
         "has another content than was written",
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.prompts import CONTEXT, ENDLESS, GREEDY, VOCAB, prompt
+from support.sequences import Watched
 
 from mxforge import Engine, SamplingParams
-from mxforge.library import usable_cores
+from mxforge.machine import usable_cores
 from mxforge.sampling import token_bitmask
 
 Load = Callable[..., Engine]
@@ -79,6 +79,31 @@ def test_the_number_of_threads_changes_nothing(
     engine = load(threads=threads)
     assert engine.threads == threads
     assert [ask(engine, request) for request in REQUESTS] == alone
+
+
+def test_steps_that_are_submitted_ahead_change_nothing(
+    load: Load, alone: list[tuple], watched_models: list[Watched]
+) -> None:
+    engine = load()
+    (model,) = watched_models
+    model.runs_behind = True  # of a CPU that is only so in that it has no result before its time
+    assert [ask(engine, request) for request in REQUESTS] == alone
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        assert list(pool.map(lambda request: ask(engine, request), REQUESTS)) == alone
+    assert model.ahead > 100
+
+
+def test_several_answers_are_those_of_their_seeds(load: Load) -> None:
+    engine, fresh = load(), load()
+    params = SamplingParams(max_tokens=12, temperature=1.3, seed=5, ignore_eos=True)
+    for length in (1, 16, 40):
+        answers = engine.generate(prompt(length), params, n=6)
+        for index, answer in enumerate(answers):
+            own = dataclasses.replace(params, seed=5 + index)
+            assert answer.token_ids == fresh.generate(prompt(length), own).token_ids
+    # With four places, two answers begin from the prompt that was kept.
+    computed = engine.metrics().prompt_tokens - engine.metrics().cached_tokens
+    assert computed == sum(length - 1 + 6 for length in (1, 16, 40))
 
 
 def test_logits_are_the_same_whatever_else_runs(load: Load, engine: Engine) -> None:
@@ -148,20 +173,21 @@ def cpu_ticks() -> dict[int, int]:
     return ticks
 
 
+def computes(task: int) -> bool:
+    """Whether the thread is one that runs kernels, and does not map weights."""
+    return Path(f"/proc/self/task/{task}/comm").read_text().strip() != "mxf-prefault"
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
-def test_kernels_run_on_as_many_threads_as_asked(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_run_on_as_many_threads_as_asked(load: Load) -> None:
     """Each engine has its own number of threads, whichever was loaded last, and uses them all."""
-    # So that those that map weights, and compute nothing, are still there to be left out.
-    monkeypatch.setattr("mxforge.prefault.DELAY_S", 3600)
     engines, own = {}, {}
     for threads in (2, 1):
         before = cpu_ticks()
         engines[threads] = load(threads=threads)
-        others = {t.native_id for t in threading.enumerate() if t.name == "mxforge-prefault"}
-        own[threads] = cpu_ticks().keys() - before.keys() - others
+        engines[threads].logits(prompt(5))  # all of its threads have names by then
+        own[threads] = {task for task in cpu_ticks().keys() - before.keys() if computes(task)}
         assert len(own[threads]) == threads
     for threads, engine in engines.items():
         before, idle = cpu_ticks(), own[threads]
@@ -195,4 +221,4 @@ def test_a_long_prompt_does_not_hold_up_a_running_answer(load: Load) -> None:
     short = engine.stream(prompt(3), dataclasses.replace(GREEDY, max_tokens=60))
     next(short)
     list(engine.stream(prompt(400), dataclasses.replace(GREEDY, max_tokens=1)))
-    assert short._request.inbox.qsize() == 59  # complete before the 100 chunks were
+    assert short._inbox.qsize() == 59  # complete before the 100 chunks were

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from mxforge import machine
-from mxforge.machine import missing_cpu_features, parse_cpuinfo, parse_sysctl
+from mxforge.machine import (
+    default_threads,
+    missing_cpu_features,
+    parse_cpuinfo,
+    parse_sysctl,
+    usable_cores,
+)
 
 CPUINFO = """processor\t: 0
 flags\t\t: fpu avx2 fma avx512f avx512_vnni
@@ -49,3 +58,21 @@ def test_features_under_the_systems_names(monkeypatch, system, flags, required, 
     monkeypatch.setattr(machine, "_cpu_flags", lambda: frozenset(flags.split()))
     monkeypatch.setattr(machine, "host_system", lambda: system)
     assert missing_cpu_features(required) == missing
+
+
+def test_threads_are_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 64)
+    for content, expected in (
+        ("max 100000\n", 64),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("50000 100000\n", 1),
+        ("9900000 100000\n", 64),
+        ("nonsense", 64),
+    ):
+        monkeypatch.setattr(Path, "read_text", lambda _self, content=content: content)
+        assert default_threads() == expected
+    monkeypatch.undo()
+    if hasattr(os, "sched_getaffinity"):
+        assert usable_cores() == len(os.sched_getaffinity(0))
+    assert 1 <= default_threads() <= usable_cores()

@@ -13,15 +13,17 @@ from support.small import SMALL_MANIFEST
 
 from mxforge import memory
 from mxforge.compile import pipeline
+from mxforge.compile.config import KINDS
 from mxforge.compile.models.emit import Limits
 from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
+from mxforge.compile.plan import plan_of
 from mxforge.compile.targets import resolve
 from mxforge.compile.weights import packed_weights
 from mxforge.errors import KVMemoryError
-from mxforge.kv_layout import page_bytes
+from mxforge.kv_layout import page_shape, pages_needed
 from mxforge.machine import available_memory
-from mxforge.manifest import Manifest, MemoryPlan, WeightInfo
+from mxforge.manifest import KvGroup, Manifest, MemoryPlan, WeightInfo
 from mxforge.memory import Room, fit
 
 GIB = 1 << 30
@@ -36,7 +38,8 @@ def big(target_name: str = "vulkan", kv: str = "float16", dense: str = "bf16") -
     precision = replace(target.precision("fast", config), kv=kv, dense=dense)
     weights = packed_weights(GPT_OSS.weights(config), target.kernels, precision)
     module = GPT_OSS.module(config, target.kernels, precision, Limits(16, 512), weights)
-    page = page_bytes(config.num_key_value_heads, config.head_dim, kv)
+    shape = page_shape(config.num_key_value_heads, config.head_dim, kv)
+    layers = {kind: tuple(i for i, its in enumerate(config.kinds) if its == kind) for kind in KINDS}
     return replace(
         SMALL_MANIFEST,
         config=config.to_dict(),
@@ -45,11 +48,13 @@ def big(target_name: str = "vulkan", kv: str = "float16", dense: str = "bf16") -
         limits=replace(SMALL_MANIFEST.limits, max_batch=16, prefill_chunk=512, context=LONGEST),
         memory=MemoryPlan(
             sum(weight.nbytes for weight in weights),
-            page * config.kinds.count("full"),
-            page * config.kinds.count("sliding"),
-            pipeline.workspace_bytes(pipeline.lower(module, target)),
+            plan_of(pipeline.lower(module, target)).workspace,
         ),
-        weights=tuple(WeightInfo(w.name, w.shape, w.dtype, "x", None) for w in weights),
+        kv_groups=(
+            KvGroup("sliding", config.sliding_window, layers["sliding"], kv, shape),
+            KvGroup("full", None, layers["full"], kv, shape),
+        ),
+        weights=tuple(WeightInfo(w.name, w.shape, w.dtype, "x", "uploaded") for w in weights),
     )
 
 
@@ -73,10 +78,12 @@ def test_all_tokens_of_20b_fit_beside_its_weights(
     for kv, room in (("float16", 18_000_000_000), ("int8", 16 * GIB)):
         manifest = big(target, kv, dense)
         with_room(monkeypatch, Room(room, 4 * GIB, GPU))
-        batch, pages = fit(manifest, LONGEST, None, 512)
+        batch = fit(manifest, LONGEST, None, 512)
         assert batch >= 1
-        assert pages.full_pages >= LONGEST // 16
-        with_room(monkeypatch, Room(manifest.memory.weights_bytes + pages.bytes, None, GPU))
+        pages = [pages_needed(g.window, LONGEST, batch, 512 + batch) for g in manifest.kv_groups]
+        assert pages[1] == batch * LONGEST // 16
+        cache = sum(n * g.page_bytes for n, g in zip(pages, manifest.kv_groups, strict=True))
+        with_room(monkeypatch, Room(manifest.memory.weights_bytes + cache, None, GPU))
         assert "for the rest" in refused(manifest, LONGEST, batch)
 
 
@@ -95,9 +102,9 @@ def test_in_16_bits_a_card_of_16_gib_is_told_what_would_fit(
     assert found, said
     longest = int(found[1])
     assert longest % 16 == 0
-    assert fit(big(), longest, 1, 512)[0] == 1
+    assert fit(big(), longest, 1, 512) == 1
     refused(big(), longest + 16, 1)
-    assert fit(big(kv="int8"), LONGEST, 1, 512)[0] == 1
+    assert fit(big(kv="int8"), LONGEST, 1, 512) == 1
 
 
 def test_fewer_sequences_are_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +112,9 @@ def test_fewer_sequences_are_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
     said = refused(big(), LONGEST, 8)
     assert " GiB are needed on vulkan:0 for 8 x 131072 tokens (12.83 GiB for weights, " in said
     most = int(re.search(r"a max_batch of (\d+)", said)[1])
-    assert fit(big(), LONGEST, most, 512)[0] == most
+    assert fit(big(), LONGEST, most, 512) == most
     refused(big(), LONGEST, most + 1)
-    assert fit(big(), LONGEST, None, 512)[0] == most
+    assert fit(big(), LONGEST, None, 512) == most
 
 
 def test_without_room_for_weights_nothing_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,19 +130,19 @@ def test_both_smaller_where_either_alone_does_not_do(monkeypatch: pytest.MonkeyP
         r"a context_length of (\d+) with a max_batch of 1 would fit", refused(manifest, 4096, 16)
     )
     assert found
-    assert fit(manifest, int(found[1]), 1, 512)[0] == 1
+    assert fit(manifest, int(found[1]), 1, 512) == 1
     refused(manifest, int(found[1]) + 16, 1)
 
 
 def test_a_tensor_that_is_too_large_for_one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's cache is one tensor, whatever memory there is; so is a weight."""
     with_room(monkeypatch, Room(1000 * GIB, 4 * GIB, GPU))
-    assert fit(big(), LONGEST, 16, 512)[0] == 16
+    assert fit(big(), LONGEST, 16, 512) == 16
     with_room(monkeypatch, Room(1000 * GIB, 4 * GIB - 1, GPU))
     said = refused(big(), LONGEST, 16)
     assert "a layer's cache is a tensor of 4.00 GiB, and one tensor may take at most 4.00" in said
     assert "a max_batch of 15" in said
-    assert fit(big(), LONGEST, None, 512)[0] == 15
+    assert fit(big(), LONGEST, None, 512) == 15
     with_room(monkeypatch, Room(1000 * GIB, GIB, GPU))
     said = refused(big(), 64, 1)
     assert "takes 1.08 GiB, but one tensor on vulkan:0 may take at most 1.00 GiB" in said
@@ -143,7 +150,7 @@ def test_a_tensor_that_is_too_large_for_one_allocation(monkeypatch: pytest.Monke
 
 def test_unknown_memory_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with_room(monkeypatch, Room(None))
-    assert fit(big(), LONGEST, None, 512)[0] == 16
+    assert fit(big(), LONGEST, None, 512) == 16
 
 
 @pytest.mark.parametrize(
@@ -167,7 +174,7 @@ def test_where_tensors_lie(
     room: Room,
 ) -> None:
     monkeypatch.setattr("mxforge.memory.available_memory", lambda: host)
-    monkeypatch.setattr("mxforge.memory.device_memory", lambda _: device)
+    monkeypatch.setattr("mxforge.core.device_memory", lambda _: device)
     described = SimpleNamespace(type=type_, max_allocation_bytes=5)
     monkeypatch.setattr("mxforge.vulkan.check", lambda: described)
     assert memory.find_room(target) == room

@@ -9,11 +9,8 @@ import pytest
 
 from mxforge.errors import SamplingError
 from mxforge.sampling import (
-    SampleRow,
     SamplingParams,
-    TokenHistory,
     new_seed,
-    sample_arguments,
     token_bitmask,
 )
 
@@ -108,46 +105,6 @@ def test_what_fits_the_vocabulary_passes():
         70
     )
     SamplingParams(bitmask=token_bitmask([63], 64)).check(64)
-
-
-def test_arguments_of_a_mixed_batch():
-    history = TokenHistory([7, 8])
-    for token in (9, 8, 9):
-        history.add(token)
-    rows = [
-        SampleRow(SamplingParams(temperature=0, logit_bias={3: 1.5}), history, 0, 0),
-        SampleRow(
-            SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.25,
-                           logit_bias={4: -2.0, 8: 1.0}, top_k=10**6, min_p=0.1),
-            history, 2**64 - 1, 5,
-        ),
-        SampleRow(SamplingParams(bitmask=token_bitmask([33], 40)), history, 1 << 32 | 7, 2**31 - 1),
-    ]  # fmt: skip
-    a = sample_arguments(rows, 40)
-    edits = zip(a.edit_row, a.edit_token, a.edit_seen, a.edit_count, a.edit_bias, strict=True)
-    assert [tuple(map(float, edit)) for edit in edits] == [
-        (0, 3, 0, 0, 1.5),
-        (1, 4, 0, 0, -2.0),
-        (1, 7, 1, 0, 0.0),
-        (1, 8, 1, 1, 1.0),
-        (1, 9, 1, 2, 0.0),
-    ]
-    assert a.top_k.tolist() == [0, 40, 0]
-    assert a.seed.tolist() == [[0, 0], [-1, -1], [7, 1]]
-    assert a.step.tolist() == [0, 5, 2**31 - 1]
-    assert a.mask_row.tolist() == [-1, -1, 0]
-    assert a.bitmask.tolist() == [[0, 2]]
-    np.testing.assert_allclose(a.penalties, [[1, 0, 0], [1.5, 0.5, 0.25], [1, 0, 0]])
-    kinds = {name: array.dtype.name for name, array in a._asdict().items()}
-    real = {"temperature", "top_p", "min_p", "edit_bias", "penalties"}
-    assert kinds == {name: "float32" if name in real else "int32" for name in kinds}
-    assert all(array.flags.c_contiguous for array in a)
-
-
-def test_no_argument_is_empty():
-    arguments = sample_arguments([SampleRow(SamplingParams(), TokenHistory(), 0, 0)], 40)
-    assert all(array.size for array in arguments)
-    assert arguments.edit_row.tolist() == [-1]
 
 
 def test_new_seeds_differ_and_fit():

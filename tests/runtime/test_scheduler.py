@@ -1,212 +1,69 @@
-"""The worker step by step, with a model that only notes what it is given."""
+"""The worker step by step, with sequences that only note what they are given."""
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from support.sequences import ScriptedSequences, continued
+from support.workers import (
+    logits_request,
+    make_worker,
+    received,
+    request,
+    run,
+    submit,
+    told,
+)
 
-from mxforge.errors import CancelledError
-from mxforge.kv import page_needs
-from mxforge.kv_layout import PAGE_TOKENS
+from mxforge.errors import (
+    CancelledError,
+    NumericsError,
+    QueueFullError,
+    UsageError,
+)
 from mxforge.results import Piece
-from mxforge.sampling import SamplingParams, TokenHistory
-from mxforge.scheduler import LOGITS_CHUNK, MIN_PREFIXES, Request, Worker
-from mxforge.text import TextStream
-
-WINDOW, CONTEXT, VOCAB = 20, 200, 50
-STOP = 9
+from mxforge.scheduler import LOGITS_CHUNK, Worker, shares
 
 
-class NotingModel:
-    """Logits whose row is the token it belongs to; the next token is that plus one."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, list[int], list[int], int]] = []
-        self.copies: list[tuple[str, list[tuple[int, int]]]] = []
-
-    def close(self) -> None:
-        pass
-
-    def forward(self, tokens, positions, token_seq, rows, _tables) -> np.ndarray:
-        self.calls.append(("forward", list(tokens), list(positions), len(rows)))
-        assert len(tokens) == len(positions) == len(token_seq)
-        return np.array([[tokens[row]] * VOCAB for row in rows], np.float32).reshape(-1, VOCAB)
-
-    def decode(self, tokens, positions, token_seq, tables) -> np.ndarray:
-        logits = self.forward(tokens, positions, token_seq, range(len(tokens)), tables)
-        self.calls[-1] = ("decode", *self.calls[-1][1:])
-        return logits
-
-    def sample(self, logits, arguments, logprobs):
-        count = len(arguments.step)
-        return [int(row[0]) + 1 for row in logits[:count]], None
-
-    def read_logits(self, logits, start: int, count: int) -> np.ndarray:
-        return logits[start : start + count]
-
-    def copy_pages(self, kind: str, copies: Sequence[tuple[int, int]]) -> None:
-        if copies:
-            self.copies.append((kind, list(copies)))
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "behind"])
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test holds whether steps run when they are submitted, or behind."""
+    monkeypatch.setattr(ScriptedSequences, "runs_behind", request.param)
 
 
-class RememberingModel(NotingModel):
-    """Keeps in each slot of each page what a sequence was up to there, and says the next token
-    by what the pages hold: any page mixed up or dropped too early changes an answer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slots: dict[tuple[str, int, int], int] = {}  # (kind, page, slot) -> past up to there
-
-    def forward(self, tokens, positions, token_seq, rows, tables) -> np.ndarray:
-        super().forward(tokens, positions, token_seq, rows, tables)
-        pasts = []
-        for token, position, row in zip(tokens, positions, token_seq, strict=True):
-            past = self.read("full", tables.full_table[row], 0, position - 1) if position else 0
-            past = extended(past, token)
-            first = tables.sliding_first[row]
-            for kind, table, begin in (
-                ("full", tables.full_table[row], 0),
-                ("sliding", tables.sliding_table[row], first),
-            ):
-                page = int(table[position // PAGE_TOKENS - begin])
-                self.slots[kind, page, position % PAGE_TOKENS] = past
-                for key in range(max(0, position - WINDOW + 1), position):
-                    assert self.read(kind, table, begin, key) == self.read(
-                        "full", tables.full_table[row], 0, key
-                    )
-            pasts.append(past)
-        return np.array([[pasts[row]] * VOCAB for row in rows], np.float64).reshape(-1, VOCAB)
-
-    def read(self, kind: str, table: np.ndarray, first: int, position: int) -> int:
-        page = int(table[position // PAGE_TOKENS - first])
-        return self.slots[kind, page, position % PAGE_TOKENS]
-
-    def sample(self, logits, arguments, logprobs):
-        return [int(row[0]) % VOCAB for row in logits[: len(arguments.step)]], None
-
-    def copy_pages(self, kind: str, copies: Sequence[tuple[int, int]]) -> None:
-        for source, destination in copies:
-            for slot in range(PAGE_TOKENS):
-                self.slots[kind, destination, slot] = self.slots.get((kind, source, slot), -1)
+# ------------------------------------------------------------------------------------- what is run
 
 
-def extended(past: int, token: int) -> int:
-    return (past * 31 + token + 1) % 1_000_003
-
-
-def expected_answer(tokens: Sequence[int], count: int) -> list[int]:
-    """What RememberingModel says after `tokens`."""
-    past, answer = 0, []
-    for token in tokens:
-        past = extended(past, token)
-    for _ in range(count):
-        answer.append(past % VOCAB)
-        past = extended(past, answer[-1])
-    return answer
-
-
-def make_worker(
-    max_batch: int = 3, prefill_chunk: int = 8, model: NotingModel | None = None
-) -> tuple[Worker, NotingModel]:
-    needs = page_needs(CONTEXT, max_batch, prefill_chunk + max_batch, WINDOW, 1, 1)
-    manifest: Any = SimpleNamespace(
-        config={"vocab_size": VOCAB, "sliding_window": WINDOW}, stop_token_ids=(STOP,)
-    )
-    worker = Worker(
-        SimpleNamespace(  # type: ignore[arg-type]
-            manifest=manifest, variant=SimpleNamespace(target="cpu:best")
-        ),
-        queue.SimpleQueue(),
-        needs,
-        threads=1,
-        context_length=CONTEXT,
-        max_batch=max_batch,
-        prefill_chunk=prefill_chunk,
-    )
-    model = model or NotingModel()
-    worker._model = model  # type: ignore[assignment]
-    return worker, model
-
-
-def request(tokens: Sequence[int], max_tokens: int = 5, **params) -> Request:
-    sampling = SamplingParams(ignore_eos=True, **params)
-    return Request(
-        tokens=list(tokens),
-        prompt_length=len(tokens),
-        params=sampling,
-        max_tokens=max_tokens,
-        history=TokenHistory(tokens),
-        text=TextStream(),
-    )
-
-
-def logits_request(count: int) -> Request:
-    return Request(tokens=list(range(count)), prompt_length=count, params=None)
-
-
-def submit(worker: Worker, *requests: Request) -> None:
-    for one in requests:
-        worker._requests.put(one)
-    worker._receive()
-
-
-def received(one: Request) -> list[Any]:
-    items = []
-    while not one.inbox.empty():
-        items.append(one.inbox.get())
-    return items
-
-
-def run(worker: Worker, most: int = 1000) -> int:
-    """Steps until nothing runs or waits."""
-    for step in range(most):
-        if not worker._running and not worker._waiting:
-            return step
-        worker._step()
-    raise AssertionError("it does not end")
-
-
-def is_clean(worker: Worker) -> bool:
-    kv = worker._kv
-    kv.clear()
-    return (kv.full.free, kv.sliding.free) == (kv.full.size, kv.sliding.size)
-
-
-def test_a_prompt_goes_in_chunks_and_only_its_end_has_logits() -> None:
+def test_a_prompt_goes_in_chunks_and_a_token_is_drawn_at_its_end() -> None:
     worker, model = make_worker()
     one = request(range(10, 30), max_tokens=3)
     submit(worker, one)
     assert run(worker) == 5
-    assert [(name, len(tokens), rows) for name, tokens, _, rows in model.calls] == [
-        ("forward", 8, 0),
-        ("forward", 8, 0),
-        ("forward", 4, 1),
-        ("decode", 1, 1),
-        ("decode", 1, 1),
+    assert model.sizes == [[8], [8], [4], [1], [1]]
+    draws = [part.draw is one.draw for step in model.steps for part in step]
+    assert draws == [False, False, True, True, True]
+    pieces = received(one)
+    assert [piece.token_ids for piece in pieces] == [
+        (token,) for token in continued(range(10, 30), 3)
     ]
-    assert [position for _, _, positions, _ in model.calls for position in positions] == list(
-        range(22)
-    )
-    assert [piece.token_ids for piece in received(one)] == [(30,), (31,), (32,)]
-    assert is_clean(worker)
+    assert [piece.finish_reason for piece in pieces] == [None, None, "length"]
+    assert not model.tokens
 
 
 def test_no_step_is_larger_than_a_chunk_and_a_token_of_each_answer() -> None:
     worker, model = make_worker(max_batch=3, prefill_chunk=8)
-    submit(worker, *(request(range(length), max_tokens=20) for length in (3, 40, 5, 60, 1)))
+    submit(worker, *(request(range(length), max_tokens=20) for length in (3, 40, 5, 44, 1)))
     run(worker)
-    assert max(len(tokens) for _, tokens, _, _ in model.calls) <= 8 + 2
-    assert is_clean(worker)
+    assert max(map(sum, model.sizes)) <= 8 + 2
+    assert not model.tokens
 
 
 def test_an_answer_goes_on_at_every_step_of_anothers_prompt() -> None:
-    worker, _model = make_worker(prefill_chunk=8)
-    running, long = request([1, 2], max_tokens=30), request(range(100), max_tokens=1)
+    worker, model = make_worker(prefill_chunk=20, mixed_chunk=8)
+    running, long = request([1, 2], max_tokens=30), request([3] * 100, max_tokens=1)
     submit(worker, running)
     worker._step()
     submit(worker, long)
@@ -216,18 +73,45 @@ def test_an_answer_goes_on_at_every_step_of_anothers_prompt() -> None:
         assert long.generated == 0
     worker._step()
     assert long.generated == 1
+    # No step has more of the prompt than those may that others wait for.
+    assert model.sizes[1:] == [[1, 8]] * 12 + [[1, 4]]
 
 
-def test_requests_beyond_the_batch_wait_in_order() -> None:
-    worker, _model = make_worker(max_batch=2)
-    requests = [request([n], max_tokens=4) for n in range(5)]
-    submit(worker, *requests)
-    worker._step()
-    assert [one.generated for one in requests] == [1, 1, 0, 0, 0]
+def test_a_prompt_alone_takes_the_whole_chunk() -> None:
+    worker, model = make_worker(prefill_chunk=20, mixed_chunk=8)
+    submit(worker, request([3] * 50, max_tokens=1))
     run(worker)
-    assert [len(received(one)) for one in requests] == [4] * 5
-    assert requests[4].admitted > requests[0].admitted
-    assert is_clean(worker)
+    assert model.sizes == [[20], [20], [10]]
+
+
+def test_prompts_share_a_step_equally_and_short_ones_end_early() -> None:
+    worker, model = make_worker(max_batch=4, prefill_chunk=30)
+    submit(worker, *(request([n] * length, 1) for n, length in enumerate((100, 4, 60, 12))))
+    worker._step()
+    assert model.sizes == [[8, 4, 9, 9]]
+    worker._step()
+    assert model.sizes[1:] == [[13, 14, 3]]
+    run(worker)
+    assert not model.tokens
+
+
+@pytest.mark.parametrize(
+    ("wanted", "budget", "given"),
+    [
+        ([], 5, []),
+        ([7], 5, [5]),
+        ([2], 5, [2]),
+        ([9, 9], 5, [3, 2]),
+        ([9, 1, 9], 9, [4, 1, 4]),
+        ([9, 0, 9], 0, [0, 0, 0]),
+        ([9, 8, 7], 1, [0, 0, 1]),
+        ([1, 1, 1], 9, [1, 1, 1]),
+    ],
+)
+def test_shares_are_equal_and_leave_nothing_that_is_wanted(
+    wanted: list[int], budget: int, given: list[int]
+) -> None:
+    assert shares(wanted, budget) == given
 
 
 def test_logits_of_several_requests_share_one_bound_of_logits() -> None:
@@ -235,13 +119,55 @@ def test_logits_of_several_requests_share_one_bound_of_logits() -> None:
     first, second, answer = logits_request(100), logits_request(70), request([1], max_tokens=9)
     submit(worker, first, second, answer)
     run(worker)
-    rows = [rows for name, _, _, rows in model.calls if name == "forward"]
-    assert max(rows) == LOGITS_CHUNK + 1
-    for one, count in ((first, 100), (second, 70)):
+    assert max(sum(part.logits for part in step) for step in model.steps) == LOGITS_CHUNK
+    for one, length in ((first, 100), (second, 70)):
         blocks = np.concatenate(received(one))
-        assert blocks[:, 0].tolist() == list(range(count))
+        assert blocks[:, 0].tolist() == list(range(length))
     assert len(received(answer)) == 9
-    assert is_clean(worker)
+    assert not model.tokens
+
+
+# ------------------------------------------------------------------------------------ what waits
+
+
+def test_requests_beyond_the_batch_wait_in_order() -> None:
+    worker, model = make_worker(max_batch=2)
+    requests = [request([n], max_tokens=4) for n in range(5)]
+    submit(worker, *requests)
+    worker._step()
+    assert [one.generated for one in requests] == [1, 1, 0, 0, 0]
+    run(worker)
+    assert [len(received(one)) for one in requests] == [4] * 5
+    assert sorted(requests, key=lambda one: one.admitted) == requests
+    assert not model.tokens
+
+
+def test_a_smaller_priority_runs_first_and_equal_ones_in_order_of_arrival() -> None:
+    worker, _model = make_worker(max_batch=1)
+    priorities = (0, 5, 0, -1, 5, -1)
+    requests = [request([n], 2, priority=priority) for n, priority in enumerate(priorities)]
+    submit(worker, requests[0])
+    worker._step()  # what runs is not put back
+    submit(worker, *requests[1:])
+    run(worker)
+    order = sorted(range(6), key=lambda n: requests[n].admitted)
+    assert order == [0, 3, 5, 2, 1, 4]
+
+
+def test_more_requests_than_may_wait_are_refused_until_one_ends() -> None:
+    worker, _model = make_worker(max_batch=2, max_waiting=1)
+    submit(worker, *(request([n], 2) for n in range(3)))
+    with pytest.raises(QueueFullError, match="3 requests run or wait, .* at most 3, but 1 more"):
+        submit(worker, request([3], 2))
+    run(worker)
+    with pytest.raises(QueueFullError, match="0 requests run or wait, .* but 4 more"):
+        submit(worker, *(request([n], 2) for n in range(4)))
+    submit(worker, *(request([n], 2) for n in range(3)))  # all or nothing
+    run(worker)
+    assert worker.metrics().refused == 5
+
+
+# ---------------------------------------------------------------------------------- how it ends
 
 
 def test_what_is_cancelled_ends_before_the_next_step() -> None:
@@ -249,11 +175,11 @@ def test_what_is_cancelled_ends_before_the_next_step() -> None:
     requests = [request([1], 50), logits_request(100), request([2], 50), logits_request(3)]
     submit(worker, *requests)
     worker._step()
-    before = len(model.calls)
+    before = len(model.steps)
     for one in requests:
-        one.abandoned.set()
+        one.abandoned = True
     worker._step()
-    assert len(model.calls) == before
+    assert len(model.steps) == before
     assert not worker._running
     assert not worker._waiting
     ends = [received(one)[-1] for one in requests]
@@ -266,128 +192,139 @@ def test_what_is_cancelled_ends_before_the_next_step() -> None:
     timings = ends[2].timings
     assert timings.queue_s >= 0
     assert (timings.prefill_s, timings.decode_s, timings.decode_tok_s) == (0, 0, 0)
-    assert is_clean(worker)
+    assert not model.tokens
 
 
 def test_the_first_of_two_stop_reasons_counts() -> None:
-    worker, _model = make_worker()
-    at_stop = request([STOP - 2], max_tokens=2)
-    at_stop.params = SamplingParams()
-    asked = request([20], max_tokens=9, stop_token_ids=[22])
+    worker, _model = make_worker(model=ScriptedSequences(lambda tokens: tokens[-1] + 1))
+    at_stop = request([7], max_tokens=2, stops=frozenset([9]))
+    asked = request([20], max_tokens=9, stops=frozenset([9, 22]))
     submit(worker, at_stop, asked)
     run(worker)
     assert [piece.finish_reason for piece in received(at_stop)] == [None, "stop"]
     assert [piece.token_ids for piece in received(asked)] == [(21,), (22,)]
 
 
-def test_a_shared_page_is_copied_before_it_is_written() -> None:
-    worker, model = make_worker()
-    first = request(range(20), max_tokens=3)
-    submit(worker, first)
+def test_a_token_that_cannot_be_drawn_fails_its_request_alone() -> None:
+    worker, model = make_worker(
+        model=ScriptedSequences(lambda tokens: -1 if tokens == [1, 2, 2] else 2)
+    )
+    bad, good = request([1], 5), request([2], 5)
+    submit(worker, bad, good)
     run(worker)
-    second = request([*range(20), 40, 41], max_tokens=3)
-    submit(worker, second)
-    model.copies.clear()
-    worker._step()
-    assert second.cached == 20
-    assert sorted(kind for kind, _ in model.copies) == ["full", "sliding"]
-    assert model.calls[-1][2] == [20, 21]
+    items = received(bad)
+    assert [item.token_ids for item in items[:-1]] == [(2,), (2,)]
+    assert isinstance(items[-1], NumericsError)
+    assert told(good) == [2] * 5
+    assert worker.metrics().finished == {"stop": 0, "length": 1, "cancelled": 0, "error": 1}
+    assert not model.tokens
+
+
+class Inbox(queue.SimpleQueue):
+    """Ends the worker with the last item."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def put(self, item: Any, *others: Any) -> None:
+        super().put(item)
+        if not isinstance(item, Piece) or item.finish_reason:
+            self.worker._submissions.close()
 
 
 def test_an_error_ends_all_requests_that_run_and_none_that_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker, model = make_worker(max_batch=2)
-    requests = [request(range(30), max_tokens=3), request([1], max_tokens=3), request([2], 3)]
+    requests = [request(range(30), 3), request([1], 3), request([2], 3, inbox=Inbox(worker))]
     failure = RuntimeError("once")
-    calls = iter([None, failure])
+    failures = iter([None, failure])
 
-    def forward(*arguments):
-        if error := next(calls, None):
+    def step(parts):
+        if error := next(failures, None):
             raise error
-        return NotingModel.forward(model, *arguments)
+        return ScriptedSequences.step(model, parts)
 
-    monkeypatch.setattr(model, "forward", forward)
-    monkeypatch.setattr("mxforge.scheduler.Model", lambda *_: model)
-    monkeypatch.setattr("mxforge.scheduler.Library.use_threads", lambda _: None)
-    for one in requests:
-        worker._requests.put(one)
-    finished = requests[2].inbox
+    monkeypatch.setattr(model, "step", step)
+    worker._submissions.submit(requests)
     ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    class ThenClose(queue.SimpleQueue):
-        """Ends the worker with the last answer."""
-
-        def put(self, item, *args) -> None:
-            finished.put(item)
-            if isinstance(item, Piece) and item.finish_reason:
-                worker._requests.put(None)
-
-    requests[2].inbox = ThenClose()
     worker.run(ready)
     assert ready.get() is None
     assert received(requests[0]) == [failure]
     assert received(requests[1])[-1] is failure
-    last = finished
-    tokens = [last.get().token_ids for _ in range(last.qsize())]
-    assert tokens == [(3,), (4,), (5,)]
-    assert is_clean(worker)
+    assert told(requests[2]) == continued([2], 3)
+    assert not model.tokens
+    assert model.closed
+    assert worker.metrics().finished == {"stop": 0, "length": 1, "cancelled": 0, "error": 2}
 
 
-def test_a_failed_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_):
+def test_a_failed_load_is_told() -> None:
+    worker, _model = make_worker()
+
+    def fail() -> ScriptedSequences:
         raise MemoryError("no room")
 
-    worker, _model = make_worker()
-    monkeypatch.setattr("mxforge.scheduler.Library.use_threads", lambda _: None)
-    monkeypatch.setattr("mxforge.scheduler.Model", fail)
+    worker._open_model = fail
+    early = request([1])
+    worker._submissions.submit([early])
     ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     worker.run(ready)
     assert isinstance(ready.get(), MemoryError)
+    assert [type(item) for item in received(early)] == [CancelledError]
 
 
-@pytest.mark.parametrize(("max_batch", "prefill_chunk"), [(1, 8), (3, 5), (4, 40), (6, 1)])
-def test_hundreds_of_requests_never_see_each_others_pages(
-    max_batch: int, prefill_chunk: int
-) -> None:
-    """Conversations that go on, branch and are cancelled, in pools without a page to spare."""
-    rng = np.random.default_rng([max_batch, prefill_chunk])
-    worker, _model = make_worker(max_batch, prefill_chunk, RememberingModel())
-    past: list[list[int]] = [[]]
-    open_requests: list[Request] = []
-    cached = answered = 0
-    while answered < 150:
-        while len(open_requests) < 2 * max_batch:
-            begin = past[rng.integers(len(past))]
-            begin = begin[: rng.integers(len(begin) + 1)] if rng.random() < 0.5 else begin
-            tokens = [*begin, *rng.integers(0, VOCAB, rng.integers(1, 60)).tolist()]
-            tokens = tokens[: CONTEXT - 20]
-            one = request(tokens, int(rng.integers(1, 20)))
-            open_requests.append(one)
-            worker._requests.put(one)
-        if rng.random() < 0.1:
-            open_requests[rng.integers(len(open_requests))].abandoned.set()
-        worker._receive()
-        for _ in range(rng.integers(1, 30)):
-            worker._step()
-        for one in [r for r in open_requests if r.inbox.qsize()]:
-            if one in worker._running or one in worker._waiting:
-                continue
-            open_requests.remove(one)
-            pieces = received(one)
-            answer = [token for piece in pieces for token in piece.token_ids]
-            assert answer == expected_answer(one.tokens[: one.prompt_length], len(answer))
-            if pieces[-1].finish_reason == "length":
-                answered += 1
-                assert len(answer) == one.max_tokens
-                assert pieces[-1].usage.cached_tokens == one.cached
-            cached += one.cached
-            past.append(one.tokens)
-    run(worker, 10_000)
-    assert cached > 0
-    assert is_clean(worker)
+@pytest.mark.parametrize("error", [None, SystemExit(3)])
+def test_every_inbox_hears_of_the_workers_end(error: BaseException | None) -> None:
+    """Whether it was closed or fell: what ran, what waited, and what was just submitted."""
+    worker, model = make_worker(max_batch=1)
+    running, waiting, untaken = (request([n], 50) for n in range(3))
+
+    def step(parts):
+        worker._submissions.close()
+        worker._submissions._closed = False  # so that one may still come, after the close
+        worker._submissions.submit([untaken])
+        if error is not None:
+            raise error
+        return ScriptedSequences.step(model, parts)
+
+    model.step = step  # type: ignore[method-assign]
+    worker._submissions.submit([running, waiting])
+    ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    if error is None:
+        worker.run(ready)
+    else:
+        with pytest.raises(SystemExit):
+            worker.run(ready)
+    for one in (running, waiting, untaken):
+        assert isinstance(received(one)[-1], CancelledError)
+    with pytest.raises(UsageError, match="was closed"):
+        worker._submissions.submit([request([1])])
 
 
-def test_large_batches_keep_a_prefix_for_each_sequence() -> None:
-    assert make_worker(max_batch=3)[0]._kv.cache.limit == MIN_PREFIXES
-    assert make_worker(max_batch=MIN_PREFIXES + 1)[0]._kv.cache.limit == MIN_PREFIXES + 1
+@pytest.mark.parametrize("broken", ["keep", "free"])
+def test_a_request_hears_of_its_end_where_its_sequence_cannot_be_let_go(broken: str) -> None:
+    worker, model = make_worker()
+    one = request([1], 1, inbox=Inbox(worker))
+
+    def fail(_: int) -> None:
+        raise RuntimeError("not now")
+
+    setattr(model, broken, fail)
+    worker._submissions.submit([one])
+    worker.run(queue.SimpleQueue())
+    assert worker._submissions.open == 0
+    last = received(one)[-1]
+    assert isinstance(last, RuntimeError) or last.finish_reason == "length"
+
+
+def test_an_inbox_that_nobody_can_read_cancels_its_request() -> None:
+    class Dead(queue.SimpleQueue):
+        def put(self, item: Any, *others: Any) -> None:
+            raise RuntimeError("its event loop was closed")
+
+    worker, model = make_worker()
+    dead, living = request([1], 40, inbox=Dead()), request([2], 3)
+    submit(worker, dead, living)
+    assert run(worker) <= 4
+    assert told(living) == continued([2], 3)
+    assert not model.tokens

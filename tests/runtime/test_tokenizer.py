@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 
 import pytest
 
@@ -12,9 +14,14 @@ from mxforge.tokenizer import (
     HARMONY_VOCAB,
     HFTokenizer,
     NoTokenizer,
+    Ranks,
     load_tokenizer,
+    o200k_ranks,
     tokenizer_files,
 )
+
+# Of o200k_base.tiktoken as OpenAI publishes it.
+PUBLISHED_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 
 TEXTS = [
     "",
@@ -159,6 +166,30 @@ def test_a_sentencepiece_vocabulary_keeps_spaces_and_bytes(tmp_path):
     assert loaded.token_bytes(10 + 0xC3) == b"\xc3"
 
 
+def test_the_ranks_are_those_that_openai_publishes():
+    assert hashlib.sha256(o200k_ranks().text()).hexdigest() == PUBLISHED_SHA256
+
+
+def test_ranks_are_cut_out_of_their_file():
+    ranks = Ranks(b"\x01\x03\x00\x02" + b"abcdef", 4)
+    assert list(ranks) == [b"a", b"bcd", b"", b"ef"]
+    assert (len(ranks), ranks[3], ranks[-1], ranks[1:3]) == (4, b"ef", b"ef", [b"bcd", b""])
+    with pytest.raises(IndexError):
+        ranks[4]
+    assert ranks.text() == b"YQ== 0\nYmNk 1\n 2\nZWY= 3\n"
+
+
+def test_damaged_ranks_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mxforge.tokenizer.RANKS_FILE", tmp_path / "absent.ranks")
+    o200k_ranks.cache_clear()
+    with pytest.raises(TokenizerError, match=r"absent\.ranks should hold.*install mxforge again"):
+        o200k_ranks()
+    (tmp_path / "absent.ranks").write_bytes(b"x")
+    with pytest.raises(TokenizerError, match="its hash is another"):
+        o200k_ranks()
+    o200k_ranks.cache_clear()
+
+
 def test_kinds_that_an_artifact_takes_along(byte_level_file):
     kind, files = tokenizer_files(None, HARMONY_VOCAB)
     assert kind == "o200k_harmony"
@@ -170,11 +201,11 @@ def test_kinds_that_an_artifact_takes_along(byte_level_file):
 
 
 def test_gpt_oss_own_file_becomes_o200k_harmony(tmp_path, harmony):
-    from mxforge.tokenizer import _byte_of_character, _o200k
+    from mxforge.tokenizer import _byte_of_character
 
     letters = {byte: character for character, byte in _byte_of_character().items()}
     spell = [letters[bytes([byte])] for byte in range(256)]
-    vocabulary = {"".join(spell[byte] for byte in rank): i for i, rank in enumerate(_o200k()[0])}
+    vocabulary = {"".join(spell[byte] for byte in rank): i for i, rank in enumerate(o200k_ranks())}
     added = [
         {"id": i, "content": name, "special": True, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False}
@@ -273,3 +304,9 @@ def test_without_a_tokenizer_there_are_ids_only(tmp_path):
 def test_an_unknown_kind_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match="sentencepiece"):
         load_tokenizer(tmp_path, "sentencepiece")
+
+
+def test_a_missing_package_is_named(byte_level_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(TokenizerError, match=r'pip install "mxforge\[tokenizers\]"'):
+        HFTokenizer(byte_level_file)

@@ -76,7 +76,7 @@ def test_the_environment_chooses_the_compiler(monkeypatch: pytest.MonkeyPatch) -
 def test_missing_headers_name_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VULKAN_SDK", str(tmp_path))
     with pytest.raises(build.BuildError, match="libvulkan-dev"):
-        build.build(tmp_path / "lib.so", compiler=["false"])
+        build.build(build.VULKAN, tmp_path / "lib.so", compiler=["false"])
 
 
 def test_the_headers_of_an_sdk_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -95,15 +95,15 @@ def test_the_compilers_own_headers_are_not_added(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_library_of_other_sources_is_refused(vulkan: VulkanDevice) -> None:
-    assert vulkan.hook("build_id")() == build.build_id() != ""
+    assert vulkan.hook("build_id")() == build.VULKAN.build_id() != ""
     code = (
-        "from mxforge import vulkan\nfrom mxforge.errors import VulkanError\n"
+        "from mxforge.compile import tvm_vulkan as vulkan\nfrom mxforge.errors import VulkanError\n"
         "from mxforge.native import build\n"
         "vulkan._BUILT = vulkan.library_path()\nvulkan.load()\nvulkan.load.cache_clear()\n"
-        "build.build_id = lambda: 'another'\n"
+        "build.Library.build_id = lambda self: 'another'\n"
         "for _ in range(2):\n"
         "    try:\n        vulkan.load()\n    except VulkanError as e:\n        print(e)\n"
-        "build.build_id = lambda: ''\nvulkan.load()\nprint('without sources')"
+        "build.Library.build_id = lambda self: ''\nvulkan.load()\nprint('without sources')"
     )
     lines = run_apart(code).stdout.splitlines()
     assert len(lines) == 3
@@ -118,7 +118,7 @@ def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
     compiler.write_text('#!/bin/sh\ncase "$*" in *-E*) exit 0;; esac\necho broken >&2; exit 1\n')
     compiler.chmod(0o755)
     with pytest.raises(build.BuildError, match="broken"):
-        build.build(tmp_path / "lib.so", compiler=[str(compiler)])
+        build.build(build.VULKAN, tmp_path / "lib.so", compiler=[str(compiler)])
     assert not (tmp_path / "lib.so").exists()
 
 
@@ -128,7 +128,7 @@ def test_the_tracker_needs_no_vulkan(tmp_path: Path) -> None:
         compiler = build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    source = build.SOURCES / "hazards.cc"
+    source = build.HERE / "vulkan" / "hazards.cc"
     assert "vulkan/" not in source.read_text()
     result = subprocess.run(
         [*compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", str(source)],
@@ -140,7 +140,7 @@ def test_the_tracker_needs_no_vulkan(tmp_path: Path) -> None:
 def test_a_file_that_is_no_library(tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_text("not a library")
     code = (
-        "from mxforge import vulkan\nfrom mxforge.errors import VulkanError\n"
+        "from mxforge.compile import tvm_vulkan as vulkan\nfrom mxforge.errors import VulkanError\n"
         "try:\n    vulkan.load()\nexcept VulkanError as e:\n    print(e)"
     )
     result = run_apart(code, MXFORGE_VULKAN_LIBRARY=str(tmp_path / "lib.so"))
@@ -148,7 +148,7 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mxforge import vulkan
+    from mxforge.compile import tvm_vulkan as vulkan
 
     monkeypatch.setenv("MXFORGE_VULKAN_LIBRARY", str(tmp_path / "none.so"))
     with pytest.raises(VulkanError, match=r"python -m mxforge\.native\.build"):

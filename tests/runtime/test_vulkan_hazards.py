@@ -91,6 +91,32 @@ def test_random_chains(simulate: Simulate, seed: int) -> None:
         assert_sound_and_minimal(simulate(commands))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_recordings_follow_anything(simulate: Simulate, seed: int) -> None:
+    """With the barrier that each begins with, and no other in front of it."""
+    rng = random.Random(seed)
+    kinds = ["compute", "transfer", "recording", "wait", "host"]
+    commands: list[Any] = []
+    for kind in rng.choices(kinds, [3, 3, 3, 1, 1], k=60):
+        touched = [rng.choice([reads, writes])(r) for r in rng.sample(range(5), rng.randint(1, 3))]
+        commands.append([kind] if kind == "wait" else [kind, touched])
+    log = simulate(commands)
+    assert list(unguarded(log)) == []
+    own = [
+        index
+        for index in barriers(log)
+        if log[index]["execution"] == log[index]["memory"] == ["compute", "transfer"]
+        and log[index]["to"] == "compute"
+        and log[index + 1]["event"] == "command"
+    ]
+    assert len(own) >= sum(command[0] == "recording" for command in commands)
+    # And without these barriers something is missed.
+    bare = log
+    for index in reversed(own):
+        bare = without(bare, index)
+    assert list(unguarded(bare)) != []
+
+
 def test_more_ranges_than_are_remembered(simulate: Simulate) -> None:
     """Many small accesses become one large one: perhaps a barrier too many, never one too few."""
     rng = random.Random(0)

@@ -68,7 +68,8 @@ def test_no_driver_says_what_to_install() -> None:
 
 
 def test_a_library_that_is_not_there_says_how_to_build_it() -> None:
-    message = refusal(MXFORGE_VULKAN_LIBRARY="/nowhere/lib.so")
+    code = "VulkanDevice()"
+    message = run_apart(code, MXFORGE_VULKAN_LIBRARY="/nowhere/lib.so").stderr
     assert "python -m mxforge.native.build" in message
     assert "libvulkan-dev" in message
 
@@ -279,3 +280,30 @@ print(np.array_equal(vk.numpy(tensor), data))
 """
     )
     assert said(run_apart(code)) == "True"
+
+
+def test_a_module_lives_on_after_a_loss(vulkan: VulkanDevice) -> None:
+    """Its pipelines are made again on the device opened anew, and destroyed with the lost one."""
+    code = """
+import numpy as np
+vk = VulkanDevice()
+module = vk.module(AFFINE, DYNAMIC)
+def run():
+    x, y = vk.tensor(np.ones(64, np.float32)), vk.empty([64])
+    count = vk.tensor(np.zeros(5, np.uint32))
+    module["affine"](x, y, 64, 2.0, 1.0, 1, 64)
+    module["dynamic"](count, 5, 8, 4)
+    return vk.numpy(y)[0], vk.numpy(count)[0]
+vk.configure(staging_chunks=3)
+for how in ("", "device_lost", "device_lost_at_wait", "device_lost"):
+    if how:
+        vk.hook("simulate")(0, how, 1)
+        try:
+            run()
+        except RuntimeError as error:
+            print("lost" in str(error))
+    print(*run())
+"""
+    result = run_apart(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:-1] == ["3.0 8004", *["True", "3.0 8004"] * 3]

@@ -52,6 +52,11 @@ MANY_TOKENS = {
 }  # fmt: skip
 
 
+# Experts whose inputs have formats that only CUDA multiplies: what differs is the product of many
+# tokens, and their other cases run with --full.
+OF_CUDAS_FORMATS = ("mxfp4w_bf16_", "mxfp4w_mxfp8_")
+
+
 def marks_before_hopper(kernel: Kernel, case: Case, schedule: Schedule) -> Any:
     """None where a schedule is not of that kind. Few of many tokens run, others with --full."""
     if schedule is kernel.choose(TARGETS["cuda"], **case.static) or of_blackwell(schedule):
@@ -76,6 +81,8 @@ def by_turns() -> list[Any]:
         before = marks_before_hopper(kernel, case, schedule) if kind == "cuda" else None
         if before is not None:
             return before
+        if kernel.name.startswith(OF_CUDAS_FORMATS) and case.name not in MANY_TOKENS:
+            return [pytest.mark.full]
         taken = schedule is kernel.choose(TARGETS[kind], **case.static)
         if is_metals(kind, kernel, schedule) and not taken and case.name not in MANY_TOKENS:
             return [pytest.mark.full]

@@ -37,8 +37,11 @@ def test_bytes_are_counted_from_the_manifest():
         "model.layers.0.mlp.experts.down_proj_bias": ([4, 8], "float32"),
     }
     weights = [{"name": n, "shape": s, "dtype": d} for n, (s, d) in shapes.items()]
-    memory = {"kv_bytes_per_page_full": 1600, "kv_bytes_per_page_sliding": 160}
-    traffic = Traffic.of_manifest({"weights": weights, "memory": memory})
+    groups = [
+        {"window": 20, "layers": [0], "dtype": "int8", "page_shape": [2, 1, 80]},
+        {"window": None, "layers": [1, 2], "dtype": "float16", "page_shape": [2, 1, 200]},
+    ]
+    traffic = Traffic.of_manifest({"weights": weights, "kv_groups": groups})
     assert (traffic.dense, traffic.experts) == (64 + 16 + 64, 256 + 128)
     assert (traffic.kv_full, traffic.kv_sliding) == (100, 10)
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from nano import dialogue, text
 from nano.thinking import sum_thinking
-from support.nano import ROOT
 
 from mxforge.harmony import Harmony
 from mxforge.messages import read_messages
-from mxforge.tokenizer import O200kHarmony
+from mxforge.tokenizer import O200kHarmony, o200k_ranks
 
 
 def test_prompts_are_those_of_the_command_line(tokenizer: O200kHarmony, renderer: Any):
@@ -37,10 +36,7 @@ def test_dialogues_are_rendered_as_openai_harmony_does(
     monkeypatch: pytest.MonkeyPatch,
 ):
     h = pytest.importorskip("openai_harmony")
-    import lzma
-
-    ranks = lzma.decompress((ROOT / "runtime" / "data" / "o200k_base.tiktoken.xz").read_bytes())
-    (tmp_path / "o200k_base.tiktoken").write_bytes(ranks)
+    (tmp_path / "o200k_base.tiktoken").write_bytes(o200k_ranks().text())
     monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", str(tmp_path))
     encoding = h.load_harmony_encoding(h.HarmonyEncodingName.HARMONY_GPT_OSS)
 

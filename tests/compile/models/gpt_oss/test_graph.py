@@ -25,8 +25,7 @@ from mxforge.compile.models.gpt_oss.reference import (
     transformers_logits,
     transformers_model,
 )
-from mxforge.kv import SequencePages
-from mxforge.library import usable_cores
+from mxforge.machine import usable_cores
 from mxforge.safetensors import open_safetensors
 
 EXACT = 1e-4  # against the reference
@@ -109,7 +108,7 @@ def one_shot(steps) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
     @cache
     def run(name: str) -> tuple[np.ndarray, np.ndarray]:
         steps_ = steps(name)
-        tokens = random_tokens(steps_.model.vocab_size, 320, seed=3)
+        tokens = random_tokens(steps_.vocab_size, 320, seed=3)
         return tokens, steps_.prefill(tokens, len(tokens))
 
     return run
@@ -123,14 +122,13 @@ def test_chunked_prefill_agrees_with_one_shot(name, chunk, steps, one_shot):
     assert relative_error(steps(name).prefill(tokens, chunk), whole) <= AGREE
 
 
-@pytest.mark.parametrize("call", ["forward", "decode"])
 @pytest.mark.parametrize("name", ODD_SHAPES)
-def test_token_by_token_agrees_with_one_shot(name, call, steps, one_shot):
+def test_token_by_token_agrees_with_one_shot(name, steps, one_shot):
     tokens, whole = one_shot(name)
-    one, sequence = steps(name), SequencePages()
-    step = getattr(one, call)
-    logits = np.concatenate([step([(sequence, token)])[0] for token in tokens[:, None]])
-    one.kv.release(sequence)
+    one = steps(name)
+    begun = one.begin()
+    logits = np.concatenate([one.run([(begun, token)])[0] for token in tokens[:, None]])
+    one.end(begun)
     assert relative_error(logits, whole) <= AGREE
 
 
@@ -139,11 +137,11 @@ def test_a_ragged_batch_agrees_with_each_sequence_alone(name, steps):
     """Sequences that prefill, others that decode, at different positions, in one call."""
     one = steps(name)
     lengths = (150, 33, 16, 90)
-    texts = [random_tokens(one.model.vocab_size, n, seed=n) for n in lengths]
+    texts = [random_tokens(one.vocab_size, n, seed=n) for n in lengths]
     alone = [one.prefill(text, len(text)) for text in texts]
     # Tokens of each sequence in each call: none, one (as decoding does), or a chunk.
     plan = [(40, 1, 0, 17), (1, 15, 16, 1), (0, 1, 0, 50), (109, 16, 0, 22)]
-    sequences = [SequencePages() for _ in texts]
+    sequences = [one.begin() for _ in texts]
     got: list[list[np.ndarray]] = [[] for _ in texts]
     for counts in plan:
         taken = [i for i, count in enumerate(counts) if count]
@@ -151,29 +149,29 @@ def test_a_ragged_batch_agrees_with_each_sequence_alone(name, steps):
             (sequences[i], texts[i][sequences[i].length : sequences[i].length + counts[i]])
             for i in taken
         ]
-        for i, logits in zip(taken, one.forward(parts), strict=True):
+        for i, logits in zip(taken, one.run(parts), strict=True):
             got[i].append(logits)
-    one.forget()
+    one.end(*sequences)
     for rows, truth in zip(got, alone, strict=True):
         assert relative_error(np.concatenate(rows), truth) <= AGREE
 
 
 def test_decoding_a_batch_agrees_with_each_sequence_alone(steps):
     one = steps("odd-1")
-    texts = [random_tokens(one.model.vocab_size, 60, seed=n) for n in range(4)]
+    texts = [random_tokens(one.vocab_size, 60, seed=n) for n in range(4)]
     starts = (3, 16, 31, 48)  # positions of the last prompt tokens, differing in page and slot
     alone = [one.prefill(text, 60) for text in texts]
-    sequences = [SequencePages() for _ in texts]
+    sequences = [one.begin() for _ in texts]
     for sequence, text, start in zip(sequences, texts, starts, strict=True):
-        one.forward([(sequence, text[:start])])
+        one.run([(sequence, text[:start])])
     for step in range(12):
         parts = [
             (sequence, text[start + step : start + step + 1])
             for sequence, text, start in zip(sequences, texts, starts, strict=True)
         ]
-        for row, truth, start in zip(one.decode(parts), alone, starts, strict=True):
+        for row, truth, start in zip(one.run(parts), alone, starts, strict=True):
             assert relative_error(row[0], truth[start + step]) <= AGREE
-    one.forget()
+    one.end(*sequences)
 
 
 def test_several_threads_get_the_logits_of_their_own_tokens(engine):
