@@ -81,7 +81,7 @@ def measure(scratch: Path) -> results.Results:
     for arch in ARCHS:
         kernels: dict[str, Any] = {}
         for artifact in shipped.artifacts(f"cuda:{arch}", scratch):
-            (code,) = artifact.glob("device-*.fatbin")
+            code = artifact / "model.fatbin"
             used = run("cuobjdump", "--dump-resource-usage", code)
             elf = run("cuobjdump", "--dump-elf", code) if arch in COUNTED else ""
             text = run("cuobjdump", "--dump-sass", code)

@@ -10,7 +10,6 @@ from checkpoints.shapes import hf_config
 
 from mxforge import compile_model
 from mxforge.compile.spirv import KernelCode, unpack
-from mxforge.compile.spirv.container import MAGIC
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, NUMERICS = "20b", "fast"
@@ -33,9 +32,8 @@ def artifacts(target: str, scratch: Path) -> list[Path]:
 
 def spirv_kernels(artifact: Path) -> list[KernelCode]:
     """The kernels in an artifact's library, by name."""
-    (library,) = artifact.glob("model.*")
-    data = library.read_bytes()
-    return sorted(unpack(data[data.index(MAGIC) :]), key=lambda kernel: kernel.name)
+    kernels = unpack((artifact / "model.spirv").read_bytes())
+    return sorted(kernels, key=lambda kernel: kernel.name)
 
 
 def short(function: str) -> str:

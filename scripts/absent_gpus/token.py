@@ -1,32 +1,31 @@
 """What one decoded token of gpt-oss takes: its launches, their blocks, the bytes that they read.
 
-Counted in the code that is compiled for a target, not assumed: calls of kernels in the library's
-function `decode`, device functions of each, and their grids at given sizes.
+Counted in the code that is compiled for a target, not assumed: the steps of the launch plan's
+function `decode`, and their grids at given sizes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tvm
 from benchmarks.results import table
 from checkpoints.shapes import hf_config
-from tvm import relax, tirx
 
-from mxforge.compile import cuda, pipeline
+from mxforge.compile import kernels, pipeline
 from mxforge.compile.models.emit import Limits
 from mxforge.compile.models.gpt_oss import GPT_OSS
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.models.gpt_oss.tensors import EMBEDDING
-from mxforge.compile.targets import resolve
+from mxforge.compile.plan import plan_of
+from mxforge.compile.targets import CompileTarget, Numerics, resolve
 from mxforge.compile.weights import packed_weights
 from mxforge.kv_layout import PAGE_TOKENS, page_bytes
+from mxforge.plan import Feature, Function, Plan, Role, Step
 
 from . import results, shipped
 from .shipped import short
@@ -181,133 +180,103 @@ class Launch:
 
 
 def launches(
-    target_name: str, model: str, numerics: str, sequences: int = 1, context: int = 1024
+    target_name: str, model: str, numerics: Numerics, sequences: int = 1, context: int = 1024
 ) -> list[Launch]:
     """Every launch of one decoded token of so many sequences, that many tokens into the context,
     in order: the model, then sampling."""
-    token = _Token(target_name, hf_config(model), numerics, sequences, context)
-    return [launch for name in FUNCTIONS for launch in _launches(token, name)]
+    token = _counted(target_name, model, numerics, sequences, context)
+    return [launch for name in FUNCTIONS for launch in token.launches(name)]
 
 
 def chunk_launches(
-    target_name: str, model: str, numerics: str, tokens: int, sequences: int, context: int = 1024
+    target_name: str,
+    model: str,
+    numerics: Numerics,
+    tokens: int,
+    sequences: int,
+    context: int = 1024,
 ) -> list[Launch]:
     """Every launch of a chunk of a prompt of so many tokens, together with a decoded one of each of
     so many sequences."""
-    chunk = _Token(target_name, hf_config(model), numerics, sequences + 1, context)
+    chunk = _counted(target_name, model, numerics, sequences + 1, context)
     chunk.sizes["n"] = tokens + sequences
-    return _launches(chunk, "forward")
+    return chunk.launches("forward")
 
 
-def _launches(token: _Token, name: str) -> list[Launch]:
-    """Of one of the library's functions."""
-    found = []
-    for kernel, arguments in _calls(token.functions[name]):
-        bytes_, cache = token.reads(kernel, arguments)
-        for function, axes in _started(token.hosts[kernel], arguments, token.sizes):
-            blocks, threads = (
-                math.prod(extent for axis, extent in axes.items() if axis.startswith(kind))
-                for kind in ("block", "thread")
-            )
-            found.append(Launch(short(function), blocks, threads, bytes_, cache))
-            bytes_ = cache = 0  # the first of several reads them
-    return found
+@dataclass(frozen=True)
+class Token:
+    """One decoded token of so many sequences, some tokens into the context.
 
-
-def tape(
-    target_name: str, config: Mapping[str, Any], numerics: str, context: int = 1024
-) -> dict[str, dict[str, Any]]:
-    """The calls of one decoded token of one sequence, so that they can be repeated one by one.
-
-    For `decode` and `sample`, the library's functions (a model's config.json is given):
-
-    values      [name, shape, dtype] of each tensor; first the function's parameters, in order
-    parameters  how many those are
-    calls       [kernel, values that it takes, bytes that it reads of weights and cache], in order
-    result      the value that the function returns
-    """
-    token = _Token(target_name, config, numerics, 1, context)
-    return {name: _tape(token.functions[name], token) for name in FUNCTIONS}
-
-
-def _tape(function: relax.Function, token: _Token) -> dict[str, Any]:
-    values: list[list[Any]] = []
-    known: dict[Any, Any] = {}  # variable -> the number of its value, or a tuple of these
-
-    def add(var: Any) -> None:
-        known[var] = len(values)
-        shape = [_value(extent, token.sizes) for extent in var.ty.shape]
-        values.append([var.name, shape, str(var.ty.dtype)])
-
-    def number(expression: Any) -> Any:
-        if isinstance(expression, relax.Tuple):
-            return tuple(map(number, expression.fields))
-        return known[expression]
-
-    for parameter in function.params:
-        add(parameter)
-    parameters, calls = len(values), []
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            var, value = binding.var, binding.value
-            if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
-                name, arguments = value.op.name_hint, list(value.args)
-                read = sum(token.reads(name, arguments))
-                calls.append([name, list(map(number, arguments)), read])
-            elif isinstance(value, relax.Call) and value.op.name.endswith("alloc_tensor"):
-                add(var)
-            elif isinstance(value, relax.TupleGetItem):
-                known[var] = number(value.tuple_value)[value.index]
-            elif isinstance(value, relax.Var | relax.Tuple):
-                known[var] = number(value)
-            elif not value.op.name.endswith("alloc_storage"):
-                raise TypeError(f"no rule for {value.op.name} among the calls of a token")
-    return {
-        "values": values,
-        "parameters": parameters,
-        "calls": calls,
-        "result": number(function.body.body),
-    }
-
-
-class _Token:
-    """One decoded token of so many sequences, that many tokens into the context.
-
-    functions   the library's, their calls in order
-    hosts       the host's part of each kernel
-    sizes       the library's symbolic sizes
+    plan    the library's functions
+    sizes   the plan's symbols
+    read    the bytes that are read of each weight
+    page    bytes of a page of the cache
     """
 
-    def __init__(
-        self,
-        target_name: str,
-        raw: Mapping[str, Any],
-        numerics: str,
+    plan: Plan
+    sizes: dict[str, int]
+    read: Mapping[str, int]
+    page: int
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        config: GptOssConfig,
+        target: CompileTarget,
+        numerics: Numerics,
         sequences: int,
         context: int,
-    ) -> None:
-        target, config = resolve(target_name), GptOssConfig.from_hf(raw)
+    ) -> Token:
+        """`plan` is of a model of this config, for the target in these numerics."""
         precision = target.precision(numerics, config)
         weights = packed_weights(GPT_OSS.weights(config), target.kernels, precision)
-        module = GPT_OSS.module(config, target.kernels, precision, Limits(16, 512), weights)
-        self.functions, self.hosts = _lowered(module, target)
-        self.sizes = _sizes(sequences, context)
-        self._sequences = sequences
-        self._page = page_bytes(config.num_key_value_heads, config.head_dim, precision.kv)
-        self._read = {
-            w.name.replace(".", "_"): round(w.nbytes * _share(w.name, config, sequences))
-            for w in weights
-        }
+        return cls(
+            plan,
+            _sizes(sequences, context),
+            {w.name: round(w.nbytes * _share(w.name, config, sequences)) for w in weights},
+            page_bytes(config.num_key_value_heads, config.head_dim, precision.kv),
+        )
 
-    def reads(self, kernel: str, arguments: list[Any]) -> tuple[int, int]:
-        """Bytes that a call reads of weights, and of keys and values."""
-        inputs = [a.name for a in arguments if isinstance(a, relax.Var)]
+    def launches(self, name: str) -> list[Launch]:
+        """Of one of the library's functions, on a card that has the first matrices asked for."""
+        function = self.plan[name]
+        features = {value.name for value in function.values if isinstance(value, Feature)}
+        values = function.evaluate(self.sizes, features)
+        found = []
+        for step in function.steps:
+            if step.launch is not None and (step.when is None or values[step.when]):
+                blocks, threads = (
+                    math.prod(values[extent] for extent in extents)
+                    for extents in (step.launch.grid, step.launch.block)
+                )
+                launch = Launch(short(step.kernel), blocks, threads, *self.reads(function, step))
+                found.append(launch)
+        return found
+
+    def reads(self, function: Function, step: Step) -> tuple[int, int]:
+        """Bytes that a step reads of weights, and of keys and values."""
+        tensors = [function.tensors[a] for a in step.arguments if isinstance(a, int)]
+        names = {tensor.name for tensor in tensors if tensor.role is not Role.LOCAL}
         cache = 0
-        if "attention" in kernel:
-            tables = [name for name in inputs if name.endswith("_table")]
-            columns = [self.sizes[table.replace("table", "columns")] for table in tables]
-            cache = self._sequences * sum(columns) * self._page
-        return sum(self._read.get(name, 0) for name in inputs), cache
+        if "attention" in step.kernel:
+            tables = [name for name in names if name.endswith("_table")]
+            columns = sum(self.sizes[name.replace("table", "columns")] for name in tables)
+            cache = self.sizes["b"] * columns * self.page
+        return sum(self.read.get(name, 0) for name in names), cache
+
+
+def _counted(
+    target_name: str, model: str, numerics: Numerics, sequences: int, context: int
+) -> Token:
+    """Of the code that is compiled for a GPU."""
+    target, config = resolve(target_name), GptOssConfig.from_hf(hf_config(model))
+    precision = target.precision(numerics, config)
+    weights = packed_weights(GPT_OSS.weights(config), target.kernels, precision)
+    module = GPT_OSS.module(config, target.kernels, precision, Limits(16, 512), weights)
+    lowered = pipeline.lower(module, target)
+    plan = plan_of(lowered, kernels.of_gpu(lowered, target).hosts)
+    return Token.of(plan, config, target, numerics, sequences, context)
 
 
 def _share(name: str, config: GptOssConfig, sequences: int) -> float:
@@ -319,100 +288,6 @@ def _share(name: str, config: GptOssConfig, sequences: int) -> float:
         chance = 1 - config.num_experts_per_tok / config.num_local_experts
         return 1 - chance**sequences
     return 1.0
-
-
-def _lowered(module: tvm.IRModule, target: Any) -> tuple[tvm.IRModule, dict[str, Any]]:
-    """The module with its calls in order, and the host's part of each kernel, by name."""
-    kept: dict[str, tvm.IRModule] = {}
-
-    @tvm.instrument.pass_instrument
-    class AfterSplit:
-        def run_after_pass(self, split: tvm.IRModule, info: Any) -> None:
-            if info.name == "tirx.SplitHostDevice":
-                kept.setdefault("split", split)
-
-    with tvm.target.Target(target.tvm):
-        for phase in pipeline.PHASES:
-            for step in phase.passes(target):
-                module = step(module)
-            if phase.name == "memory-plan":
-                kept["planned"] = module
-    with tvm.transform.PassContext(instruments=[AfterSplit()]):
-        pipeline.build(module, target)
-    hosts = {var.name_hint: function for var, function in kept["split"].functions.items()}
-    return kept["planned"], hosts
-
-
-def _calls(function: relax.Function) -> list[tuple[str, list[Any]]]:
-    """The kernels that a function calls, in order, with their arguments."""
-    found = []
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            value = binding.value
-            if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
-                found.append((value.op.name_hint, list(value.args)))
-    return found
-
-
-def _started(
-    host: tirx.PrimFunc, arguments: list[Any], sizes: Mapping[str, int]
-) -> list[tuple[str, dict[str, int]]]:
-    """The device functions that the host's part of a kernel starts, and their extents by axis."""
-    values: dict[Any, int] = {}
-    for parameter, argument in zip(host.params, arguments, strict=True):
-        for own, theirs in zip(parameter.ty.shape, argument.ty.shape, strict=True):
-            values.setdefault(own, _value(theirs, sizes))
-    found = []
-
-    def walk(statement: Any) -> None:
-        kind = type(statement).__name__
-        if kind == "SeqStmt":
-            for one in statement.seq:
-                walk(one)
-        elif kind == "Bind":
-            values[statement.var] = _value(statement.value, values)
-        elif kind == "IfThenElse":
-            taken = _value(statement.condition, values)
-            walk(statement.then_case if taken else statement.else_case)
-        elif kind == "AttrStmt":
-            walk(statement.body)
-        elif kind == "Evaluate":
-            call = statement.value
-            axes = [str(axis) for axis in call.attrs["launch_params"] if axis != cuda.OVERLAP]
-            extents = [_value(extent, values) for extent in list(call.args)[-len(axes) :]]
-            found.append((call.args[0].value, dict(zip(axes, extents, strict=True))))
-        elif kind != "DeclBuffer" and statement is not None:
-            raise TypeError(f"no rule for {kind} in the host's part of a kernel")
-
-    walk(host.body)
-    return found
-
-
-_OPERATORS: dict[str, Callable[[int, int], int]] = {
-    "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "FloorDiv": operator.floordiv,
-    "FloorMod": operator.mod, "Max": max, "Min": min, "LT": operator.lt, "LE": operator.le,
-    "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne,
-    "And": operator.and_, "Or": operator.or_,
-}  # fmt: skip
-
-
-def _value(expression: Any, values: Mapping[Any, int]) -> int:
-    """An integer expression, where its variables, or their names, have these values."""
-    kind = type(expression).__name__
-    if kind == "int":
-        return int(expression)
-    if kind == "IntImm":
-        return int(expression.value)
-    if kind == "Var":
-        return values[expression] if expression in values else values[expression.name]
-    if kind == "Cast":
-        return _value(expression.value, values)
-    if kind == "Call":  # whether the card has matrices: it has the first that is asked for
-        return 1
-    if kind == "Select":
-        taken = _value(expression.condition, values)
-        return _value(expression.true_value if taken else expression.false_value, values)
-    return _OPERATORS[kind](_value(expression.a, values), _value(expression.b, values))
 
 
 def _sizes(sequences: int, context: int) -> dict[str, int]:

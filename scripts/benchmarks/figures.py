@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mxforge.compile.config import FULL, SLIDING
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
-from mxforge.kv_layout import PAGE_TOKENS, page_bytes
+from mxforge.kv_layout import KV_BYTES, PAGE_TOKENS, page_bytes
 from mxforge.manifest import WEIGHT_BYTES
 
 if TYPE_CHECKING:
@@ -107,11 +107,19 @@ class Traffic:
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> Traffic:
         """Counted from the tensors that an artifact's manifest lists."""
-        memory = manifest["memory"]
+
+        def token_bytes(windowed: bool) -> float:
+            groups = (group for group in manifest["kv_groups"] if windowed == bool(group["window"]))
+            page = sum(
+                len(group["layers"]) * math.prod(group["page_shape"]) * KV_BYTES[group["dtype"]]
+                for group in groups
+            )
+            return page / PAGE_TOKENS
+
         return cls(
             *_dense_and_experts((w["name"], w["shape"], w["dtype"]) for w in manifest["weights"]),
-            memory["kv_bytes_per_page_full"] / PAGE_TOKENS,
-            memory["kv_bytes_per_page_sliding"] / PAGE_TOKENS,
+            token_bytes(windowed=False),
+            token_bytes(windowed=True),
         )
 
     @classmethod

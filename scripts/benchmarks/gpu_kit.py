@@ -5,6 +5,7 @@ kit.json               what the files below are
 mxforge/, scripts/, support/   the runtime and the runner
 cases/                 a library for each schedule; inputs and expected results of each case
 nano/, 20b/, …         artifacts
+20b-kernels.plan, …    the kernels of a token, each alone
 """
 
 from __future__ import annotations
@@ -25,23 +26,28 @@ from typing import Any
 import numpy as np
 import tvm
 from _setup import ROOT
-from absent_gpus import token
+from absent_gpus.token import Token
+from benchmarks import gpu_kernels
 from benchmarks.figures import Figure, Traffic, work
 from benchmarks.machine import provenance
 from checkpoints.shapes import SHAPES, hf_config
 from nano.compact import expand
-from support.kernels import call_of, made_inputs, runs
+from support.kernels import Call, call_of, made_inputs, runs
 from support.prompts import NANO_PROMPTS
 
 from mxforge import Engine, SamplingParams, compile_model
-from mxforge.compile import library, pipeline
+from mxforge.compile import kernels as code
+from mxforge.compile import library
+from mxforge.compile.launches import Hosts
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
-from mxforge.compile.targets import CompileTarget, resolve
+from mxforge.compile.plan_values import Values
+from mxforge.compile.targets import CompileTarget, Numerics, resolve
 from mxforge.errors import UsageError
 from mxforge.native import build
+from mxforge.plan import Function, Plan, Role, Step, Tensor
 from mxforge.schedules.kernel import Case, Kernel, Schedule
 
-NUMERICS = "fast"  # of the models; nano has to write what the CPU writes, in exact ones
+NUMERICS: Numerics = "fast"  # of the models; nano has to write what the CPU writes, in exact ones
 MODELS: dict[str, dict[str, Any]] = {"120b": hf_config("120b-2layers", {"num_hidden_layers": 36})}
 MODELS |= {name: hf_config(name) for name in SHAPES}
 DEFAULT_PARTS = ("cases", "nano", "20b")
@@ -54,7 +60,9 @@ NANO_NEW = 64
 FIGURES = (  # sequences, depth; most valuable first
     (1, 0), (16, 0), (64, 0), (4, 0), (1, 32768),
 )  # fmt: skip
-RUNTIME = ("*.py", "py.typed", "data/*", "native/*.py", "native/vulkan/*")
+RUNTIME = (
+    "*.py", "py.typed", "data/*", "native/*.py", "native/*/*.[ch]*", "native/*/*/*.[ch]*",
+)  # fmt: skip
 RUNNER = {
     "scripts": (
         "_setup.py",
@@ -93,7 +101,7 @@ def pack(
         "nano": None,
         "models": {},
     }
-    _copy_runner(folder, target)
+    _copy_runner(folder)
     chosen = list(parts)
     if "cases" in chosen:
         _pack_cases(folder / "cases", target, set(kernels), case_bytes, about, say)
@@ -120,7 +128,7 @@ def check_parts(parts: Iterable[str]) -> list[str]:
 # -- the runner -----------------------------------------------------------------------------------
 
 
-def _copy_runner(folder: Path, target: CompileTarget) -> None:
+def _copy_runner(folder: Path) -> None:
     copies = {"mxforge": (ROOT / "runtime", RUNTIME)}
     copies |= {
         name: ((ROOT / "scripts" if name == "scripts" else ROOT / "tests" / name), patterns)
@@ -133,12 +141,11 @@ def _copy_runner(folder: Path, target: CompileTarget) -> None:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
     shutil.copyfile(ROOT / "scripts" / "benchmarks" / "gpu_main.py", folder / "run.py")
-    if target.kernels.kind == "vulkan":
-        built = folder / "mxforge" / "native" / build.OUTPUT.name
-        if build.up_to_date():
-            shutil.copyfile(build.OUTPUT, built)
-        else:
-            build.build(built)
+    built = folder / "mxforge" / "native" / build.CORE.output.name
+    if build.CORE.up_to_date():
+        shutil.copyfile(build.CORE.output, built)
+    else:
+        build.build(build.CORE, built)
 
 
 # -- cases ----------------------------------------------------------------------------------------
@@ -159,51 +166,75 @@ def _pack_cases(
             by_code.setdefault((kernel.name, schedule.name), []).append((kernel, case, schedule))
     for (kernel_name, schedule_name), its in by_code.items():
         say(f"{kernel_name}: {schedule_name}")
-        code = _Code(target)
-        packed = []
+        functions: dict[tvm.tirx.PrimFunc, str] = {}
+        packed: dict[str, tuple[str, Call]] = {}  # by case: its kernel in the library, and its call
+        stem = _slug(kernel_name, schedule_name)
         for kernel, case, schedule in its:
-            function = code.add(kernel.build(target.kernels, schedule, **case.static))
-            entry, data = _packed_case(target, kernel, case, schedule)
             name = {"kernel": kernel.name, "case": case.name, "schedule": schedule.name}
+            call, data = _packed_case(target, kernel, case, schedule)
             if len(data) > case_bytes:
                 about["left_out"].append({**name, "bytes": len(data)})
                 continue
             file = f"{_slug(kernel.name, case.name, schedule.name)}.npz.xz"
             (folder / file).write_bytes(data)
-            packed.append({**name, "function": function, "data": file, **entry})
-        stem = _slug(kernel_name, schedule_name)
-        file = library.file_name(target.host).replace("model", stem)
-        code.write(folder, file)
-        about["cases"] += [{**entry, "library": file} for entry in packed]
+            function = kernel.build(target.kernels, schedule, **case.static)
+            packed[case.name] = functions.setdefault(function, f"kernel{len(functions)}"), call
+            about["cases"].append(
+                {**name, "library": stem, "data": file, "tolerance": case.tolerance}
+            )
+        if packed:
+            _write_library(folder, stem, target, functions, packed)
 
 
-class _Code:
-    """Functions of one library."""
+def _write_library(
+    folder: Path,
+    stem: str,
+    target: CompileTarget,
+    functions: dict[tvm.tirx.PrimFunc, str],
+    packed: dict[str, tuple[str, Call]],
+) -> None:
+    """Kernels, and a plan with a function for each case."""
+    module = tvm.IRModule({name: function for function, name in functions.items()})
+    hosts = None
+    if target.kernels.kind == "cpu":
+        file = folder / library.file_name(target.host, stem)
+        library.export_kernels(code.of_cpu(module, target), file, target.host)
+    else:
+        on_device = code.of_gpu(module, target)
+        hosts = on_device.hosts
+        file = folder / f"{stem}.{code.device_suffix(target)}"
+        file.write_bytes(code.device_code(on_device, target, folder))
+    plan = Plan(
+        tuple(_function(case, kernel, call, hosts) for case, (kernel, call) in packed.items()), 0
+    )
+    (folder / f"{stem}.plan").write_bytes(plan.to_bytes())
 
-    def __init__(self, target: CompileTarget) -> None:
-        self._target = target
-        self._functions: dict[Any, str] = {}
 
-    def add(self, function: tvm.tirx.PrimFunc) -> str:
-        """The name of the function in the library; of the same one the same."""
-        return self._functions.setdefault(function, f"case{len(self._functions)}")
-
-    def write(self, folder: Path, file: str) -> None:
-        module = tvm.IRModule(
-            {name: f.with_attr("global_symbol", name) for f, name in self._functions.items()}
+def _function(case: str, kernel: str, call: Call, hosts: Hosts | None) -> Function:
+    """A call as a plan's function: what comes back is a cache to it, which is filled before."""
+    values, back = Values(), {*call.outputs, *call.updated}
+    shapes = [tuple(map(values.constant, array.shape)) for array in call.arrays]
+    tensors = tuple(
+        Tensor(
+            Role.KV if number in back else Role.INPUT, array.dtype.name, shape, f"argument{number}"
         )
-        executable = pipeline.build(module, self._target)
-        library.export(executable, folder / file, self._target.host)
-        for name, code in library.device_code(executable, self._target, folder).items():
-            (folder / name).write_bytes(code)
+        for number, (array, shape) in enumerate(zip(call.arrays, shapes, strict=True))
+    )
+    places = tuple(range(len(tensors)))
+    if hosts is None:
+        steps = [Step(kernel, places)]
+    else:
+        steps = hosts.launches(kernel, places, shapes, values)
+    return Function(case, values.all(), tensors, (), tuple(steps), ())
 
 
 def _packed_case(
     target: CompileTarget, kernel: Kernel, case: Case, schedule: Schedule
-) -> tuple[dict[str, Any], bytes]:
-    """How kit.json describes the arrays of a case, and the arrays, compressed.
+) -> tuple[Call, bytes]:
+    """The call of a case, and its arrays, compressed.
 
-    Inputs are their bytes, u8, as the kernel takes them; what a kernel writes only has no array.
+    argument0, …  bytes, u8, as the kernel takes them; what a kernel writes only has no array
+    expected0, …  of arguments that it writes, as numbers
     """
     inputs = made_inputs(case)
     call = call_of(kernel, target.kernels, inputs, case.static, schedule)
@@ -212,27 +243,17 @@ def _packed_case(
         call = call_of(kernel, target.kernels, inputs, case.static, schedule)
     outputs = kernel.reference(**{n: a.copy() for n, a in inputs.items()}, **case.static)
     fresh = {*call.outputs, *call.scratch}
-    arrays: dict[str, np.ndarray] = {}
-    arguments = []
-    for number, array in enumerate(call.arrays):
-        key = None if number in fresh else f"input{number}"
-        if key is not None:
-            arrays[key] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        arguments.append(
-            {"key": key, "shape": array.shape, "dtype": array.dtype.name, "bytes": array.nbytes}
-        )
-    for number, output in enumerate(outputs):
+    arrays = {
+        f"argument{number}": np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for number, array in enumerate(call.arrays)
+        if number not in fresh
+    }
+    for number, output in zip((*call.outputs, *call.updated), outputs, strict=True):
         real = not np.issubdtype(output.dtype, np.integer)
         arrays[f"expected{number}"] = output.astype(np.float32) if real else output
-    entry = {
-        "arguments": arguments,
-        "written": [*call.outputs, *call.updated],
-        "expected": [f"expected{number}" for number in range(len(outputs))],
-        "tolerance": case.tolerance,
-    }
     stored = io.BytesIO()
     np.savez(stored, **arrays)
-    return entry, lzma.compress(stored.getvalue(), preset=1)
+    return call, lzma.compress(stored.getvalue(), preset=1)
 
 
 def _repeating(kernel: Kernel, case: Case, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -315,8 +336,11 @@ def _pack_model(folder: Path, name: str, target: CompileTarget) -> dict[str, Any
                 "bytes": work(figure, config, traffic)["bytes"],
             }
         )  # fmt: skip
-    tape = token.tape(target.name, raw, NUMERICS, PAST + 1)
-    return {"figures": figures, "tape": tape, "past": PAST}
+    plan = Plan.from_bytes((folder / "model.plan").read_bytes())
+    token = Token.of(plan, config, target, NUMERICS, 1, PAST + 1)
+    alone, told = gpu_kernels.of_token(token)
+    folder.with_name(f"{name}-kernels.plan").write_bytes(alone.to_bytes())
+    return {"figures": figures, "token": told, "past": PAST}
 
 
 # -- what the kit says of itself ------------------------------------------------------------------

@@ -158,11 +158,12 @@ def _kernels(found: dict[str, Any], may_wait: bool) -> list[str]:
     parts = [f"{found['past']} tokens into the context. {_KERNELS}", table(_KERNELS_HEADER, rows)]
     token = found.get("token")
     if token:
-        in_order, decode = ([s * 1e3 for s in token[f"{what}_s"]] for what in ("kernels", "decode"))
+        decode, sample = ([s * 1e3 for s in token[f"{what}_s"]] for what in ("decode", "sample"))
         parts.append(
-            f"Sum of these: {number(total * 1e3, 'ms')} a token. All of them in order: "
-            f"{spread(in_order, 'ms')}. The library's function decode: {spread(decode, 'ms')}. "
-            f"Both give the same logits, but for {found['agrees']:.1g} of their norm."
+            f"Sum of these: {number(total * 1e3, 'ms')} a token. The library's function decode: "
+            f"{spread(decode, 'ms')}; sample: {spread(sample, 'ms')}. Where every tensor has "
+            f"memory of its own the logits are the same, but for {found['agrees']:.1g} of their "
+            "norm."
         )
     return parts
 

@@ -26,7 +26,7 @@ from benchmarks.gpu_report import markdown
 from benchmarks.machine import installed, machine
 from benchmarks.results import write_json, write_text
 
-PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy")
+PACKAGES = ("numpy",)
 STARTS = 3  # fresh processes
 GOOD, NEUTRAL = ("done",), ("skipped", "cut")
 

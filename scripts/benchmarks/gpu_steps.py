@@ -27,19 +27,19 @@ import numpy as np
 from support.agreement import check
 
 from mxforge import Engine, SamplingParams
-from mxforge.artifact import open_artifact
 from mxforge.bench import Rounds, peak_rss, since_process_start
+from mxforge.core import CoreLibrary, device_memory
 from mxforge.devices import devices
-from mxforge.library import Library, device_memory
+from mxforge.plan import Role
 
 from . import gpu_token
-from .gpu_device import Device, Probe
+from .gpu_device import Probe, library_of, open_library
 
 DISAGREES = 3  # exit code: a case could not be run, and the device may not be usable any more
 ROUNDS, LEAST_ROUNDS, ROUNDS_S = 7, 3, 30.0
 PROGRESS_S = 5.0
 PR_SET_PDEATHSIG = 1
-AGREE = 1e-5  # of the tape's logits with those of the same kernels in the library's function
+AGREE = 1e-5  # of logits by tensors with memory of their own, and by those of the library
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Kit:
     folder: Path
     about: dict[str, Any]
 
+    @property
+    def kind(self) -> str:
+        """Of the target's devices."""
+        return str(self.about["target"].partition(":")[0])
+
     @classmethod
     def open(cls, folder: Path) -> Kit:
         return cls(folder, json.loads((folder / "kit.json").read_text(encoding="utf-8")))
@@ -75,22 +80,20 @@ class Kit:
 
 def machine(kit: Kit, report: Report, _start: int) -> int:
     """The devices of the target's kind, and how fast one copies with nothing else on it."""
-    kind = kit.about["target"].partition(":")[0]
-    report.put(devices=[asdict(each) for each in devices() if each.kind == kind])
-    if tool := shutil.which("nvidia-smi") if kind == "cuda" else None:
+    report.put(devices=[asdict(each) for each in devices() if each.kind == kit.kind])
+    if tool := shutil.which("nvidia-smi") if kit.kind == "cuda" else None:
         asked = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
         said = subprocess.run([tool, asked, "--format=csv"], capture_output=True, text=True)
         report.put(nvidia_smi=said.stdout.splitlines())
-    probe = Probe(Device(_some_library(kit)))
+    probe = Probe(_some_library(kit))
     report.put(copies_gb_s=[probe.gb_s() for _ in range(5)])
     return 0
 
 
-def _some_library(kit: Kit) -> Library:
+def _some_library(kit: Kit) -> CoreLibrary:
     if kit.about["cases"]:
         return _library(kit, kit.about["cases"][0]["library"])
-    artifact = next(iter(kit.about["models"]), "nano")
-    return Library(open_artifact(kit.folder / artifact).library, kit.about["target"])
+    return library_of(kit.folder / next(iter(kit.about["models"]), "nano"))
 
 
 # -- cases ----------------------------------------------------------------------------------------
@@ -98,14 +101,15 @@ def _some_library(kit: Kit) -> Library:
 
 def cases(kit: Kit, report: Report, start: int) -> int:
     """Every case from number `start` on against its expected result."""
-    libraries: dict[str, Library] = {}
+    libraries: dict[str, CoreLibrary] = {}
     every = kit.about["cases"]
     for number, case in enumerate(every[start:], start):
         report.put(at=number)
         name = case["library"]
         try:
-            if name not in libraries:
-                libraries.clear()  # the cases of one stand together
+            if name not in libraries:  # the cases of one stand together
+                while libraries:
+                    libraries.popitem()[1].close()
                 libraries[name] = _library(kit, name)
             error = _case(kit, case, libraries[name])
         except AssertionError as differs:
@@ -120,37 +124,39 @@ def cases(kit: Kit, report: Report, start: int) -> int:
     return 0
 
 
-def _library(kit: Kit, name: str) -> Library:
-    folder = kit.folder / "cases"
-    code = {path.name: path for path in folder.glob("device-*")}
-    return Library(folder / name, kit.about["target"], device_code=code)
+def _library(kit: Kit, name: str) -> CoreLibrary:
+    plan = kit.folder / "cases" / f"{name}.plan"
+    (kernels,) = (path for path in plan.parent.glob(f"{name}.*") if path != plan)
+    return open_library(kit.about["target"], plan, kernels)
 
 
-def _case(kit: Kit, case: dict[str, Any], library: Library) -> float:
-    """The largest relative error of the outputs; AssertionError where one is too large."""
+def _case(kit: Kit, case: dict[str, Any], library: CoreLibrary) -> float:
+    """The largest error, relative to what is tolerated; AssertionError where one is too large."""
     with lzma.open(kit.folder / "cases" / case["data"]) as file:
         stored = np.load(io.BytesIO(file.read()))
-    device = Device(library)
-    arguments = []
-    for argument in case["arguments"]:
-        nbytes, key = argument["bytes"], argument["key"]
-        content = np.full(nbytes, 0xFF, np.uint8) if key is None else stored[key]
-        arguments.append(device.tensor(content, argument["shape"], argument["dtype"]))
-    library.kernel(case["function"])(*arguments)
-    errors = []
-    for index, (at, key) in enumerate(zip(case["written"], case["expected"], strict=True)):
-        argument = case["arguments"][at]
-        content = device.bytes(arguments[at], argument["bytes"])
-        ours = as_numbers(content, argument["dtype"]).reshape(argument["shape"])
-        errors.append(check(ours, stored[key], case["tolerance"], f"output {index}"))
-    return max(errors)
+    function = library[case["case"]]
+    values, arguments = function.evaluate({}), []
+    for tensor in function.arguments:
+        dtype = np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+        array = np.empty([values[extent] for extent in tensor.shape], dtype)
+        array.reshape(-1).view(np.uint8)[...] = stored.get(tensor.name, 0xFF)  # NaN, or -1
+        arguments.append(array)
+    library.call(function.name, arguments)
+    return max(
+        check(
+            as_numbers(array, tensor.dtype),
+            stored[tensor.name.replace("argument", "expected")],
+            case["tolerance"],
+            tensor.name,
+        )
+        for tensor, array in zip(function.arguments, arguments, strict=True)
+        if tensor.role is Role.KV
+    )
 
 
-def as_numbers(content: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes as numbers of a dtype, which NumPy knows unless it is bfloat16."""
-    if dtype == "bfloat16":
-        return (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return content.view(dtype)
+def as_numbers(array: np.ndarray, dtype: str) -> np.ndarray:
+    """What NumPy knows as numbers: bfloat16, which is held as uint16, as f32."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
 
 
 # -- nano -----------------------------------------------------------------------------------------
@@ -194,15 +200,14 @@ def decode(kit: Kit, report: Report, _start: int, model: str, figure: dict[str, 
     """Tokens a second of so many sequences, as `mxforge bench` measures them."""
     prompt, new, depth, batch = (figure[name] for name in ("prompt", "new", "depth", "batch"))
     context = -(-(depth + prompt + new + 1) // 256) * 256
-    target = kit.about["target"]
-    before = device_memory(target)
+    before = device_memory(kit.kind)
     started = time.perf_counter()
     report.put(at="loading")
     with Engine.load(kit.folder / model, context_length=context, max_batch=batch) as engine:
         report.put(at="warming up", load_s=time.perf_counter() - started)
         rounds = Rounds(engine, batch)
         report.put(first_token_s=since_process_start(), at="measuring")
-        probe = Probe(Device(Library(open_artifact(kit.folder / model).library, target)))
+        probe = Probe(library_of(kit.folder / model))
         began = time.perf_counter()
         gb_s = probe.gb_s()
         for number in range(ROUNDS):
@@ -212,7 +217,7 @@ def decode(kit: Kit, report: Report, _start: int, model: str, figure: dict[str, 
             after = probe.gb_s()
             report.append(samples={**sample, "gb_s": [gb_s, after]})
             gb_s = after
-        memory = {"device_bytes_before": before, "device_bytes_after": device_memory(target)}
+        memory = {"device_bytes_before": before, "device_bytes_after": device_memory(kit.kind)}
         report.put(peak_rss_bytes=peak_rss(), **memory)
     return 0
 
@@ -220,14 +225,13 @@ def decode(kit: Kit, report: Report, _start: int, model: str, figure: dict[str, 
 def start(kit: Kit, report: Report, _start: int, model: str, figure: dict[str, Any]) -> int:
     """From the start of this process to the first token of a short prompt, and what it takes."""
     context = -(-(figure["prompt"] + figure["new"] + 1) // 256) * 256
-    target = kit.about["target"]
-    before = device_memory(target)
+    before = device_memory(kit.kind)
     loading = time.perf_counter()
     with Engine.load(kit.folder / model, context_length=context, max_batch=1) as engine:
         load_s = time.perf_counter() - loading
         Rounds(engine)
         first = since_process_start()
-        after = device_memory(target)
+        after = device_memory(kit.kind)
     taken = None if before is None or after is None else before - after
     report.append(
         samples={
@@ -244,13 +248,14 @@ def kernels(kit: Kit, report: Report, _start: int, model: str, figure: Any) -> i
     """Every kernel of one decoded token, alone; of the token whose speed is `figure`'s."""
     told = kit.about["models"][model]
     report.put(at="loading", past=told["past"])
-    for what, found in gpu_token.measure(kit.folder / model, told["tape"], told["past"]):
+    plan = kit.folder / f"{model}-kernels.plan"
+    for what, found in gpu_token.measure(kit.folder / model, plan, told["token"]):
         if what == "kernel":
             report.append(kernels=found)
         else:
             report.put(**{what: found})
         if what == "agrees" and (found is None or found > AGREE):
-            report.put(problem="the kernels called one by one give other logits than the model")
+            report.put(problem="the logits change where tensors have memory of their own")
             return DISAGREES
     return 0
 

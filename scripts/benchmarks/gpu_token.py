@@ -1,210 +1,141 @@
-"""One decoded token, kernel by kernel, on the device of an artifact.
+"""One decoded token, kernel by kernel, on the device of an artifact: see gpu_kernels.py.
 
-A kit has the calls of a token on a tape (absent_gpus/token.py). Played once, the tape leaves real
-values in every tensor. Then each kernel is timed with all its calls of the token in turn, so that
-every call finds weights of its own; where the layers do not have enough of them to fill a cache,
-there are copies.
+The functions of the token's plan are called in its order, so that every kernel finds what a token
+has left for it. Weights, keys and values are random, as the manifest says.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mxforge.artifact import Artifact, open_artifact
-from mxforge.kv import KVPages, SequencePages, page_needs
-from mxforge.kv_layout import PAGE_TOKENS
-from mxforge.library import Library, default_threads
-from mxforge.model import Model
-from mxforge.sampling import SampleRow, SamplingParams, TokenHistory, sample_arguments
+from mxforge.artifact import open_artifact
+from mxforge.core import CoreLibrary, device_has
+from mxforge.manifest import Manifest
+from mxforge.plan import Feature, Function
 
-from .gpu_device import Device, Probe, timed
+from .gpu_device import Probe, open_library
 
-ROTATED_BYTES = 512 << 20  # of weights and cache, before a kernel meets the same again
-COPIED_BYTES = 512 << 20  # at most, for that
-MOST_CALLS = 512  # in one turn of a kernel, however small its weights
 SAMPLES, LEAST_SAMPLES, SAMPLE_S, KERNEL_S = 7, 3, 0.01, 2.0
+STRETCH = (1 << 22) - 1  # random elements before they repeat; odd, so that rows do not line up
+CACHE = {"normal": 1.0}  # keys and values
 
 
-@dataclass
-class Tape:
-    """The calls of a library's function, bound to tensors.
+class Contents:
+    """What a function's arguments hold: inputs as they are told, all else random. Layers share
+    arrays here, and have memory of their own on the device."""
 
-    resident   tensors that stay from token to token, weights and cache, by their numbers
-    """
+    def __init__(self, manifest: Manifest, told: Mapping[str, Any]) -> None:
+        self.inputs: dict[str, Any] = dict(told["inputs"])
+        self._sizes: dict[str, int] = told["sizes"]
+        self._weights = {weight.name: weight for weight in manifest.weights}
+        self._made: dict[Any, np.ndarray] = {}
 
-    calls: list[tuple[str, list[int], int]]
-    tensors: list[Any]
-    resident: set[int]
-    result: Any
-    functions: dict[str, Any]
-
-    @classmethod
-    def of(cls, library: Library, told: dict[str, Any], given: list[Any], inputs: int) -> Tape:
-        """`given` are the function's arguments, of which the first `inputs` belong to one token."""
-        made = told["values"][told["parameters"] :]
-        tensors = [*given, *(library.empty(shape, dtype) for _name, shape, dtype in made)]
-        functions = {name: library.kernel(name) for name, *_ in told["calls"]}
-        resident = set(range(inputs, len(given)))
-        return cls(told["calls"], tensors, resident, tensors[told["result"]], functions)
-
-    def play(self) -> None:
-        for name, numbers, _bytes in self.calls:
-            self.functions[name](*(self.tensors[number] for number in numbers))
-
-
-def token_of(artifact: Artifact, tapes: dict[str, Any], context: int) -> tuple[Model, list[Tape]]:
-    """The model, and the tapes of decoding and of sampling one token behind `context` others."""
-    Library.use_threads(default_threads())
-    manifest = artifact.manifest
-    memory, window = manifest.memory, int(manifest.config["sliding_window"])
-    page_bytes = (memory.kv_bytes_per_page_full, memory.kv_bytes_per_page_sliding)
-    chunk = manifest.limits.prefill_chunk
-    needs = page_needs(context + 1, 1, chunk, window, *page_bytes)
-    model = Model(artifact, needs)
-    kv, pages = KVPages(needs.full_pages, needs.sliding_pages, window), SequencePages()
-    _fill(model, kv, pages, context, chunk)
-    kv.prepare(pages, 1)
-    library = model.library
-    step = [library.tensor(np.array([value], np.int32)) for value in (1, context, 0)]
-    step += model._tables(kv.tables([pages]))
-    given = [*step, *model.kv, *model._ordered]
-    decode = Tape.of(library, tapes["decode"], given, len(step))
-    row = SampleRow(SamplingParams(temperature=0), TokenHistory(), 0, 0)
-    arguments = map(library.tensor, sample_arguments([row], model.vocab_size))
-    given = [decode.result, *arguments]
-    sample = Tape.of(library, tapes["sample"], given, len(given))
-    return model, [decode, sample]
+    def of(self, function: Function) -> list[np.ndarray]:
+        """Arrays for its arguments, in order; bfloat16 as uint16."""
+        values = function.evaluate(self._sizes)
+        found = []
+        for tensor in function.arguments:
+            name = tensor.name.partition(" ")[0]  # behind it is the number of a copy
+            shape = tuple(values[extent] for extent in tensor.shape)
+            dtype = np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+            weight = self._weights.get(name)
+            if weight is None and not name.startswith("kv_"):
+                found.append(np.full(shape, self.inputs.get(name, 0), dtype))
+                continue
+            fill = CACHE if weight is None else weight.fill
+            assert fill is not None  # a kit's models have random weights
+            key = (repr(fill), tensor.dtype, shape, None if weight else tensor.name)
+            if key not in self._made:
+                size = math.prod(shape) * dtype.itemsize
+                self._made[key] = filled(size, tensor.dtype, fill).view(dtype).reshape(shape)
+            found.append(self._made[key])
+        return found
 
 
-def _fill(model: Model, kv: KVPages, pages: SequencePages, context: int, chunk: int) -> None:
-    """Keys and values of `context` positions: of one page computed, of the others copies."""
-    known = range(PAGE_TOKENS)
-    kv.prepare(pages, PAGE_TOKENS)
-    model.forward(list(known), list(known), [0] * PAGE_TOKENS, [], kv.tables([pages]))
-    kv.commit(pages, PAGE_TOKENS)
-    while pages.length < context:
-        before = {"full": list(pages.full), "sliding": list(pages.sliding)}
-        count = min(chunk, context - pages.length)
-        kv.prepare(pages, count)
-        for kind, listed in (("full", pages.full), ("sliding", pages.sliding)):
-            fresh = listed[len(before[kind]) :]
-            model.copy_pages(kind, list(zip(cycle(before[kind]), fresh, strict=False)))
-        kv.commit(pages, count)
+def filled(size: int, dtype: str, fill: Mapping[str, Any]) -> np.ndarray:
+    """So many bytes, u8, random as a manifest's `fill` of a weight says."""
+    rng, drawn = np.random.default_rng(0), min(size, STRETCH)
+    ((kind, value),) = (item for item in fill.items() if item[0] != "of")
+    if kind == "bytes":
+        return np.resize(rng.integers(*value, drawn, np.uint8, endpoint=True), size)
+    numbers = rng.standard_normal(drawn, np.float32) * value if kind == "normal" else value
+    numbers = np.atleast_1d(np.asarray(numbers, np.float32))
+    of = fill.get("of", dtype)
+    if of == "bfloat16":  # rounding enough for noise
+        return np.resize((numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8), size)
+    return np.resize(numbers.astype(of).view(np.uint8), size)
 
 
-def measure(folder: Path, tapes: dict[str, Any], context: int) -> Iterator[tuple[str, Any]]:
-    """What is found, one by one.
+def measure(folder: Path, plan: Path, told: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is found, one by one; `told` is gpu_kernels.py's.
 
-    agrees        how far the tape's logits are from those of the library's function; None: some
-                  are no numbers
-    token         seconds of all kernels of a token in order, and of the library's function
-                  decode, as samples
+    agrees        how far the logits are from the library's where every tensor has memory of its
+                  own; None: some are no numbers
+    token         seconds of the library's functions decode and sample, as samples
     kernel        one kernel: seconds a call and seconds until it was issued, as samples; the bytes
                   that a call reads; the bandwidth before and after
     """
-    model, (decode, sample) = token_of(open_artifact(folder), tapes, context)
-    device = Device(model.library)
-    probe = Probe(device)
-    decode.play()
-    given = decode.tensors[: tapes["decode"]["parameters"]]
-    expected = model.library.numpy(model.library["decode"](*given))
-    found = model.library.numpy(decode.result)
-    scale = float(np.linalg.norm(expected)) or 1.0
-    error = float(np.linalg.norm(found.astype(np.float64) - expected)) / scale
-    yield "agrees", error if math.isfinite(error) else None
-    sample.play()
-
-    def both() -> None:
-        decode.play()
-        sample.play()
-
-    yield (
-        "token",
-        {
-            "kernels_s": _samples(device, both),
-            "decode_s": _samples(device, lambda: model.library["decode"](*given)),
-            "gb_s": probe.gb_s(),
-        },
-    )
-    for tape in (decode, sample):
-        for name in dict.fromkeys(name for name, *_ in tape.calls):
-            yield "kernel", _kernel(device, tape, name, probe)
+    artifact = open_artifact(folder)
+    library = open_library(artifact.variant.target, plan, artifact.library)
+    probe, contents = Probe(library), Contents(artifact.manifest, told)
+    seconds: dict[str, list[float]] = {}
+    for name in ("decode", "sample"):
+        arguments = contents.of(library[name])
+        (expected,) = library.call(name, arguments)
+        seconds[f"{name}_s"] = [done for _, done in _samples(library)]
+        apart = f"{name} apart"
+        (found,) = library.call(apart, contents.of(library[apart]))
+        if name == "decode":
+            contents.inputs["logits"] = expected
+            scale = float(np.linalg.norm(expected)) or 1.0
+            error = float(np.linalg.norm(found.astype(np.float64) - expected)) / scale
+            yield "agrees", error if math.isfinite(error) else None
+    yield "token", {**seconds, "gb_s": probe.gb_s()}
+    kind = artifact.variant.target.partition(":")[0]
+    for kernel in told["kernels"]:
+        function = library[kernel["function"]]
+        if _runs(function, kind):
+            yield "kernel", _kernel(library, kernel, contents.of(function), probe)
 
 
-def _samples(device: Device, work: Any) -> list[float]:
-    """Seconds of single runs of `work`."""
-    work()
-    once = timed(device, work)[0]
-    repeats = max(1, round(SAMPLE_S / once))
-
-    def several() -> None:
-        for _ in range(repeats):
-            work()
-
-    return [timed(device, several)[0] / repeats for _ in range(SAMPLES)]
+def _runs(function: Function, kind: str) -> bool:
+    """Whether any of its steps does, on this device."""
+    wanted = {value.name for value in function.values if isinstance(value, Feature)}
+    values = function.evaluate({}, {name for name in wanted if device_has(kind, name)})
+    return any(step.when is None or values[step.when] for step in function.steps)
 
 
-def _kernel(device: Device, tape: Tape, name: str, probe: Probe) -> dict[str, Any]:
-    calls = [numbers for called, numbers, _bytes in tape.calls if called == name]
-    rotated = sum(nbytes for called, _numbers, nbytes in tape.calls if called == name)
-    function = tape.functions[name]
-    turn = [[tape.tensors[n] for n in numbers] for numbers in calls]
-    copies = _copies(device, tape, calls, rotated)
-    for _ in range(copies - 1):
-        turn += [
-            [
-                device.copy_of(t) if n in tape.resident else t
-                for n, t in zip(numbers, own, strict=True)
-            ]
-            for numbers, own in zip(calls, turn, strict=False)
-        ]
-
-    def once() -> None:
-        for arguments in turn:
-            function(*arguments)
-
-    bandwidth = [probe.gb_s()]
-    once()
-    seconds = timed(device, once)[0]
-    repeats = max(1, round(SAMPLE_S / seconds))
+def _samples(library: CoreLibrary) -> list[tuple[float, float]]:
+    """Seconds of the function that was called last, until it was issued and until it was done: the
+    means of as many runs as take a while."""
+    library.repeat(1)  # drivers keep what they are asked for again
+    runs = max(1, round(SAMPLE_S / library.repeat(1)[1]))
     taken: list[tuple[float, float]] = []
     began = time.perf_counter()
     while len(taken) < LEAST_SAMPLES or (
         len(taken) < SAMPLES and time.perf_counter() - began < KERNEL_S
     ):
+        issued, done = library.repeat(runs)
+        taken.append((issued / runs, done / runs))
+    return taken
 
-        def several() -> None:
-            for _ in range(repeats):
-                once()
 
-        taken.append(timed(device, several))
-    bandwidth.append(probe.gb_s())
-    each = repeats * len(turn)
+def _kernel(
+    library: CoreLibrary, told: dict[str, Any], arguments: list[np.ndarray], probe: Probe
+) -> dict[str, Any]:
+    steps = len(library[told["function"]].steps)
+    library.call(told["function"], arguments)
+    before = probe.gb_s()
+    taken = _samples(library)
     return {
-        "kernel": name,
-        "calls": len(calls),
-        "bytes": rotated / len(calls),
-        "rotated_bytes": rotated * copies,
-        "call_s": [whole / each for whole, _ in taken],
-        "issue_s": [issued / each for _, issued in taken],
-        "gb_s": bandwidth,
+        **{key: told[key] for key in ("kernel", "calls", "bytes", "rotated_bytes")},
+        "call_s": [done / steps for _, done in taken],
+        "issue_s": [issued / steps for issued, _ in taken],
+        "gb_s": [before, probe.gb_s()],
     }
-
-
-def _copies(device: Device, tape: Tape, calls: list[list[int]], rotated: int) -> int:
-    """How many times the tensors of a kernel's calls should be there."""
-    held = sum(
-        device.nbytes(tape.tensors[n]) for numbers in calls for n in numbers if n in tape.resident
-    )
-    if not rotated or not held:
-        return 1
-    wanted, most = -(-ROTATED_BYTES // rotated), max(1, MOST_CALLS // len(calls))
-    return min(wanted, most, 1 + COPIED_BYTES // held)
