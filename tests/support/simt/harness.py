@@ -84,7 +84,6 @@ class Simt:
         self._libraries: list[ctypes.CDLL] = []
         self._refused: CompileError | None = None
         self._find = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(self._found)
-        self._runtime.simt_find_functions(self._find)
         self._runtime.simt_operations.argtypes = [ctypes.c_char_p]
         self._runtime.simt_operations.restype = ctypes.c_uint64
         # TVM's host code selects the device that its tensors name.
@@ -141,6 +140,7 @@ class Simt:
         where the kernel breaks a rule.
         """
         left_out = -1 if without is None else without
+        self._runtime.simt_find_functions(self._find)  # another Simt may have set its own
         self._runtime.simt_begin(ORDERS.index(order), SEED, counting, left_out)
         placed = [
             self._place(name, array, index in writable)
