@@ -37,7 +37,7 @@ from support.prompts import NANO_PROMPTS
 
 from mxforge import Engine, SamplingParams, compile_model
 from mxforge.compile import kernels as code
-from mxforge.compile import library
+from mxforge.compile import linker
 from mxforge.compile.launches import Hosts
 from mxforge.compile.models.gpt_oss.config import GptOssConfig
 from mxforge.compile.plan_values import Values
@@ -197,8 +197,8 @@ def _write_library(
     module = tvm.IRModule({name: function for function, name in functions.items()})
     hosts = None
     if target.kernels.kind == "cpu":
-        file = folder / library.file_name(target.host, stem)
-        library.export_kernels(code.of_cpu(module, target), file, target.host)
+        file = folder / f"{stem}{linker.known_host(target.host).suffix}"
+        code.write_library(code.of_cpu(module, target), file, target.host)
     else:
         on_device = code.of_gpu(module, target)
         hosts = on_device.hosts
