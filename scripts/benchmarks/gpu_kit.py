@@ -61,7 +61,8 @@ FIGURES = (  # sequences, depth; most valuable first
     (1, 0), (16, 0), (64, 0), (4, 0), (1, 32768),
 )  # fmt: skip
 RUNTIME = (
-    "*.py", "py.typed", "data/*", "native/*.py", "native/*/*.[ch]*", "native/*/*/*.[ch]*",
+    "*.py", "py.typed", "data/*", "native/*.py", "native/*/*.[ch]*", "native/*/*.mm",
+    "native/*/*/*.[ch]*",
 )  # fmt: skip
 RUNNER = {
     "scripts": (
